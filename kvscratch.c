@@ -1,0 +1,1011 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvscratch: KV-cache scratchpads for transformer inference
+ *
+ * /dev/kvscratch holds pads: [max_seq_len, dim] matrices that are allocated
+ * once, grow by whole rows through write(), and are mapped read-only and live
+ * by every process that holds a handle. uapi/linux/kvscratch.h is the contract
+ * with user space.
+ */
+
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/file.h>
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/nospec.h>
+#include <linux/poll.h>
+#include <linux/sched/signal.h>
+#include <linux/seq_file.h>
+#include <linux/sizes.h>
+#include <linux/slab.h>
+#include <linux/string.h>
+#include <linux/uaccess.h>
+#include <linux/vmalloc.h>
+
+#include "kvscratch.h"
+
+/**
+ * DOC: Lifetime
+ *
+ * A handle (struct file) owns a struct kvs_handle, and from CREATE or ATTACH
+ * on one reference to its pad, both until release. A view pins the file by its
+ * VMA, the file pins the module. Nothing of a pad is replaced while it lives,
+ * so whoever has a bound handle uses the pad without a further reference.
+ *
+ * A view has no vm_ops: all its pages are inserted at mmap time and carry a
+ * reference each, so there is no fault handler and no mapping counter.
+ */
+
+/**
+ * DOC: Locks
+ *
+ * pad->lock orders appends and truncates. It is held while user memory is
+ * read, so a writer whose source page does not arrive (userfaultfd, FUSE) stalls
+ * the other writers of its pad until it is killed; all waits for it are
+ * interruptible. Order: pad->lock, then mmap_lock. ->mmap runs under mmap_lock
+ * and therefore never takes pad->lock.
+ *
+ * pad->trunc_lock nests inside pad->lock and guards a few stores only. The wait
+ * queue's lock nests inside both.
+ *
+ * read, poll, mmap and fdinfo take neither, INFO takes only trunc_lock: no
+ * reader ever waits for a writer.
+ */
+
+/**
+ * DOC: Memory ordering
+ *
+ * ======================================  =======================================
+ * writer, under pad->lock                 reader: kvs_pad_read(), views
+ * ======================================  =======================================
+ * append:                                 (A) load-acquire state
+ *   copy rows                                 read rows below its len
+ *   (B) store-release state               (C) smp_rmb(), or an acquire fence
+ * truncate:                                   load state again, compare the
+ *   store trunc                               generation; if it moved, what
+ *   (B) store-release state                   the trunc of the new generation
+ *   (D) smp_mb()                              does not cover is discarded
+ *   scrub; later appends overwrite rows
+ * ======================================  =======================================
+ *
+ * A pairs with B: a reader that sees a len sees the rows below it. C pairs with
+ * D: a reader that saw a byte written after a truncate sees the generation of
+ * that truncate. D is a full barrier because the append that overwrites a row
+ * may run on another CPU: the order must hold through the mutex for a third CPU
+ * that only reads.
+ */
+
+/* Copies and scrubs yield the CPU after each piece. */
+#define KVS_PIECE_BYTES		SZ_2M
+
+/* One PMD of page-table entries per batch: vm_insert_pages() walks once. */
+#define KVS_MAP_BATCH_PAGES	PTRS_PER_PTE
+
+/* Pads are large; fail rather than call the OOM killer on somebody else. */
+#define KVS_GFP		(GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
+
+static unsigned long long max_bytes_per_pad;
+module_param(max_bytes_per_pad, ullong, 0644);
+MODULE_PARM_DESC(max_bytes_per_pad, "Largest pad in bytes, status page and page array included (default: half of RAM)");
+
+static unsigned long long max_bytes_total;
+module_param(max_bytes_total, ullong, 0644);
+MODULE_PARM_DESC(max_bytes_total, "Largest sum of all pads in bytes (default: half of RAM)");
+
+static atomic64_t kvs_reserved_bytes;
+
+/**
+ * struct kvs_handle - what one open file owns
+ * @pad: NULL until CREATE or ATTACH binds it, constant from then on
+ * @seen_generation: the generation that lseek(SEEK_SET) last took note of
+ */
+struct kvs_handle {
+	struct kvs_pad *pad;
+	u32 seen_generation;
+};
+
+static const struct {
+	const char *name;
+	u32 size;
+} kvs_dtypes[] = {
+	[KVSCRATCH_DTYPE_F64] = { "f64", 8 },
+	[KVSCRATCH_DTYPE_F32] = { "f32", 4 },
+	[KVSCRATCH_DTYPE_F16] = { "f16", 2 },
+	[KVSCRATCH_DTYPE_BF16] = { "bf16", 2 },
+	[KVSCRATCH_DTYPE_I64] = { "i64", 8 },
+	[KVSCRATCH_DTYPE_I32] = { "i32", 4 },
+	[KVSCRATCH_DTYPE_I16] = { "i16", 2 },
+	[KVSCRATCH_DTYPE_I8] = { "i8", 1 },
+	[KVSCRATCH_DTYPE_U8] = { "u8", 1 },
+};
+
+/*
+ * Limits
+ */
+
+/**
+ * kvs_reserve() - take bytes from the module's limits
+ * @bytes: how many
+ * @max_per_pad: the most one pad may take
+ * @max_total: the most all pads may take
+ *
+ * Return: 0, or -EDQUOT and nothing is taken.
+ */
+int kvs_reserve(u64 bytes, u64 max_per_pad, u64 max_total)
+{
+	s64 reserved = atomic64_read(&kvs_reserved_bytes);
+
+	if (bytes > max_per_pad || bytes > max_total)
+		return -EDQUOT;
+	do {
+		if (reserved > max_total - bytes)
+			return -EDQUOT;
+	} while (!atomic64_try_cmpxchg(&kvs_reserved_bytes, &reserved, reserved + bytes));
+	return 0;
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_reserve);
+
+/**
+ * kvs_unreserve() - give back what kvs_reserve() took
+ * @bytes: how many
+ */
+void kvs_unreserve(u64 bytes)
+{
+	atomic64_sub(bytes, &kvs_reserved_bytes);
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_unreserve);
+
+/**
+ * kvs_reserved() - how much is taken
+ *
+ * Return: bytes of all pads.
+ */
+u64 kvs_reserved(void)
+{
+	return atomic64_read(&kvs_reserved_bytes);
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_reserved);
+
+/*
+ * Memory
+ */
+
+/**
+ * kvs_layout_init() - check a geometry and lay out its mapping
+ * @layout: receives the result
+ * @max_seq_len: capacity in rows
+ * @dim: elements per row
+ * @dtype: one of &enum kvscratch_dtype
+ *
+ * With at most 2^32 - 1 rows of at most 2^24 bytes no sum here overflows.
+ *
+ * Return: 0, or -EINVAL for what the format does not allow.
+ */
+int kvs_layout_init(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype)
+{
+	u64 end = 0;
+	u64 row_bytes;
+	u32 i;
+
+	if (!dtype || dtype >= ARRAY_SIZE(kvs_dtypes))
+		return -EINVAL;
+	if (!max_seq_len || max_seq_len > KVSCRATCH_MAX_SEQ_LEN || !dim)
+		return -EINVAL;
+	row_bytes = (u64)dim * kvs_dtypes[array_index_nospec(dtype, ARRAY_SIZE(kvs_dtypes))].size;
+	if (row_bytes > KVSCRATCH_MAX_ROW_BYTES)
+		return -EINVAL;
+
+	*layout = (struct kvs_layout) {
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+		.row_bytes = row_bytes,
+		.input_row_bytes = row_bytes,
+		.nr_planes = 1,
+		.planes = { { .row_bytes = row_bytes } },
+	};
+	for (i = 0; i < layout->nr_planes; i++) {
+		layout->planes[i].offset = end;
+		end = PAGE_ALIGN(end + max_seq_len * layout->planes[i].row_bytes);
+	}
+	layout->status_offset = end;
+	layout->nr_pages = (end >> PAGE_SHIFT) + 1;
+	layout->charged_bytes = end + PAGE_SIZE +
+				PAGE_ALIGN(layout->nr_pages * sizeof(struct page *));
+	return 0;
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_layout_init);
+
+static void *kvs_plane_row(const struct kvs_pad *pad, u32 plane, u64 row)
+{
+	const struct kvscratch_plane *p = &pad->layout.planes[plane];
+
+	return pad->base + p->offset + row * p->row_bytes;
+}
+
+static void kvs_status_init(struct kvs_pad *pad)
+{
+	pad->status->magic = KVSCRATCH_STATUS_MAGIC;
+	pad->status->version = KVSCRATCH_STATUS_VERSION;
+	pad->status->max_seq_len = pad->layout.max_seq_len;
+	pad->status->dim = pad->layout.dim;
+	pad->status->dtype = pad->layout.dtype;
+	pad->status->row_bytes = pad->layout.row_bytes;
+}
+
+static int kvs_pad_alloc_memory(struct kvs_pad *pad)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u64 i;
+
+	pad->pages = kvmalloc_array(layout->nr_pages, sizeof(*pad->pages), KVS_GFP);
+	if (!pad->pages)
+		return -ENOMEM;
+	pad->base = __vmalloc(layout->nr_pages << PAGE_SHIFT, KVS_GFP | __GFP_ZERO);
+	if (!pad->base) {
+		kvfree(pad->pages);
+		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	}
+	for (i = 0; i < layout->nr_pages; i++) {
+		pad->pages[i] = vmalloc_to_page(pad->base + (i << PAGE_SHIFT));
+		if (!(i % KVS_MAP_BATCH_PAGES))
+			cond_resched();
+	}
+	pad->status = pad->base + layout->status_offset;
+	return 0;
+}
+
+/**
+ * kvs_pad_create() - make a new, zero-filled pad
+ * @max_seq_len: capacity in rows
+ * @dim: elements per row
+ * @dtype: one of &enum kvscratch_dtype
+ *
+ * The only place that allocates for a pad.
+ *
+ * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -EDQUOT, -ENOMEM,
+ * -EINTR when a fatal signal ended the allocation.
+ */
+struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype)
+{
+	struct kvs_layout layout;
+	struct kvs_pad *pad;
+	int err;
+
+	err = kvs_layout_init(&layout, max_seq_len, dim, dtype);
+	if (err)
+		return ERR_PTR(err);
+	err = kvs_reserve(layout.charged_bytes, READ_ONCE(max_bytes_per_pad),
+			  READ_ONCE(max_bytes_total));
+	if (err)
+		return ERR_PTR(err);
+	pad = kzalloc(sizeof(*pad), GFP_KERNEL_ACCOUNT);
+	if (!pad) {
+		err = -ENOMEM;
+		goto err_unreserve;
+	}
+	pad->layout = layout;
+	err = kvs_pad_alloc_memory(pad);
+	if (err)
+		goto err_free;
+	kvs_status_init(pad);
+	refcount_set(&pad->refs, 1);
+	init_waitqueue_head(&pad->wait);
+	mutex_init(&pad->lock);
+	spin_lock_init(&pad->trunc_lock);
+	return pad;
+
+err_free:
+	kfree(pad);
+err_unreserve:
+	kvs_unreserve(layout.charged_bytes);
+	return ERR_PTR(err);
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_create);
+
+/**
+ * kvs_pad_get() - take another reference
+ * @pad: a pad that the caller holds a reference to
+ *
+ * Return: @pad.
+ */
+struct kvs_pad *kvs_pad_get(struct kvs_pad *pad)
+{
+	refcount_inc(&pad->refs);
+	return pad;
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_get);
+
+/**
+ * kvs_pad_put() - drop a reference; the last one frees the pad
+ * @pad: the pad
+ */
+void kvs_pad_put(struct kvs_pad *pad)
+{
+	if (!refcount_dec_and_test(&pad->refs))
+		return;
+	vfree(pad->base);
+	kvfree(pad->pages);
+	kvs_unreserve(pad->layout.charged_bytes);
+	mutex_destroy(&pad->lock);
+	kfree(pad);
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_put);
+
+/*
+ * Pad core
+ */
+
+/*
+ * The one place that changes what readers see. The private state comes first:
+ * whoever is told by the status page finds read() and INFO at least as far.
+ */
+static void kvs_publish(struct kvs_pad *pad, u64 state, __poll_t events)
+{
+	lockdep_assert_held(&pad->lock);
+
+	/* (B) in "Memory ordering", pairs with (A) */
+	smp_store_release(&pad->state, state);
+	/* the same for views */
+	smp_store_release(&pad->status->state.word, state);
+	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll() */
+	if (wq_has_sleeper(&pad->wait))
+		wake_up_interruptible_poll(&pad->wait, events);
+}
+
+/* All of @from or nothing; the iterator stands where it stood on failure. */
+static int kvs_copy_in(void *to, struct iov_iter *from)
+{
+	size_t total = iov_iter_count(from);
+	size_t done = 0;
+
+	while (done < total) {
+		size_t piece = min_t(size_t, total - done, KVS_PIECE_BYTES);
+
+		if (!copy_from_iter_full(to + done, piece, from)) {
+			iov_iter_revert(from, done);
+			return fatal_signal_pending(current) ? -EINTR : -EFAULT;
+		}
+		done += piece;
+		if (done == total)
+			break;
+		if (fatal_signal_pending(current)) {
+			iov_iter_revert(from, done);
+			return -EINTR;
+		}
+		cond_resched();
+	}
+	return 0;
+}
+
+static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 rows)
+{
+	u64 state = pad->state;
+	u32 len = kvs_state_len(state);
+	int err;
+
+	lockdep_assert_held(&pad->lock);
+
+	if (rows > pad->layout.max_seq_len - len)
+		return -ENOSPC;
+	/* before the copy: a failed one leaves parts of rows behind */
+	pad->dirty_rows = max_t(u32, pad->dirty_rows, len + rows);
+	err = kvs_copy_in(kvs_plane_row(pad, 0, len), from);
+	if (err)
+		return err;
+	kvs_publish(pad, state + rows, EPOLLIN | EPOLLRDNORM);
+	return 0;
+}
+
+/**
+ * kvs_pad_append() - append whole rows, all or none
+ * @pad: the pad
+ * @from: the rows; consumed on success, untouched on failure
+ * @nowait: do not wait for other writers
+ *
+ * Return: bytes appended, or -EINVAL when @from is not a whole number of rows or
+ * may have been cut by the VFS, -ENOSPC, -EFAULT, -EAGAIN with @nowait,
+ * -ERESTARTSYS, -EINTR after a fatal signal.
+ */
+ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
+{
+	size_t bytes = iov_iter_count(from);
+	int err;
+
+	if (!bytes)
+		return 0;
+	/* The VFS cuts longer counts to MAX_RW_COUNT without a word. */
+	if (bytes >= MAX_RW_COUNT || bytes % pad->layout.input_row_bytes)
+		return -EINVAL;
+	if (nowait) {
+		if (!mutex_trylock(&pad->lock))
+			return -EAGAIN;
+	} else if (mutex_lock_interruptible(&pad->lock)) {
+		return -ERESTARTSYS;
+	}
+	err = kvs_append_locked(pad, from, bytes / pad->layout.input_row_bytes);
+	mutex_unlock(&pad->lock);
+	return err ? err : bytes;
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_append);
+
+/*
+ * Copy out what may change underneath; the caller checks the generation.
+ * Returns the bytes copied, short when user memory is bad or the task dies.
+ */
+static size_t kvs_copy_out(const void *from, size_t total, struct iov_iter *to)
+{
+	size_t done = 0;
+
+	while (done < total) {
+		size_t piece = min_t(size_t, total - done, KVS_PIECE_BYTES);
+		size_t copied;
+
+		/* a truncate and an append may overwrite it meanwhile */
+		copied = data_race(copy_to_iter(from + done, piece, to));
+		done += copied;
+		if (copied < piece || fatal_signal_pending(current))
+			break;
+		cond_resched();
+	}
+	return done;
+}
+
+/**
+ * kvs_pad_read() - read committed rows as a byte stream
+ * @pad: the pad
+ * @pos: where to begin, in bytes
+ * @to: receives the bytes
+ * @nowait: do not start over when a truncate comes in between
+ *
+ * Takes no lock. What it returns is what was committed in one generation.
+ *
+ * Return: bytes read, 0 at or beyond the last row, or -EFAULT, -EAGAIN with
+ * @nowait, -ERESTARTSYS when truncates and a signal come in between.
+ */
+ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool nowait)
+{
+	for (;;) {
+		/* (A) in "Memory ordering" */
+		u64 state = smp_load_acquire(&pad->state);
+		u64 end = (u64)kvs_state_len(state) * pad->layout.row_bytes;
+		size_t wanted, copied;
+
+		if (pos >= end || !iov_iter_count(to))
+			return 0;
+		wanted = min_t(u64, end - pos, iov_iter_count(to));
+		copied = kvs_copy_out(kvs_plane_row(pad, 0, 0) + pos, wanted, to);
+		/* (C) in "Memory ordering", pairs with (D) */
+		smp_rmb();
+		if (kvs_state_generation(READ_ONCE(pad->state)) == kvs_state_generation(state))
+			return copied ? copied : -EFAULT;
+
+		iov_iter_revert(to, copied);
+		if (nowait)
+			return -EAGAIN;
+		if (signal_pending(current))
+			return -ERESTARTSYS;
+		cond_resched();
+	}
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_read);
+
+/* Zero the rows from @row to the end of what was ever touched. */
+static void kvs_scrub(struct kvs_pad *pad, u32 row)
+{
+	u32 plane;
+
+	lockdep_assert_held(&pad->lock);
+
+	if (row >= pad->dirty_rows)
+		return;
+	for (plane = 0; plane < pad->layout.nr_planes; plane++) {
+		void *at = kvs_plane_row(pad, plane, row);
+		void *end = kvs_plane_row(pad, plane, pad->dirty_rows);
+
+		while (at < end) {
+			size_t piece = min_t(size_t, end - at, KVS_PIECE_BYTES);
+
+			memset(at, 0, piece);
+			at += piece;
+			cond_resched();
+		}
+	}
+	pad->dirty_rows = row;
+}
+
+static void kvs_publish_truncate(struct kvs_pad *pad, u32 len)
+{
+	u32 generation = kvs_state_generation(pad->state) + 1;
+	u64 state = kvs_state(generation, len);
+
+	spin_lock(&pad->trunc_lock);
+	if (!generation)
+		pad->generation_high++;
+	pad->trunc_len = len;
+	/* before the state of the same generation, which releases it */
+	WRITE_ONCE(pad->status->trunc.word, state);
+	kvs_publish(pad, state, EPOLLPRI | EPOLLOUT | EPOLLWRNORM);
+	spin_unlock(&pad->trunc_lock);
+	/* (D) in "Memory ordering", pairs with (C) */
+	smp_mb();
+}
+
+/**
+ * kvs_pad_truncate() - drop rows and start a new generation
+ * @pad: the pad
+ * @len: rows to keep
+ * @zero: overwrite all that was ever written beyond them
+ *
+ * Return: 0, -EINVAL when there are fewer than @len rows, -ERESTARTSYS.
+ */
+int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero)
+{
+	int err = 0;
+
+	if (mutex_lock_interruptible(&pad->lock))
+		return -ERESTARTSYS;
+	if (len > kvs_state_len(pad->state)) {
+		err = -EINVAL;
+	} else {
+		kvs_publish_truncate(pad, len);
+		if (zero)
+			kvs_scrub(pad, len);
+	}
+	mutex_unlock(&pad->lock);
+	return err;
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_truncate);
+
+/**
+ * kvs_pad_info() - one consistent snapshot
+ * @pad: the pad
+ * @info: receives it; @info->size is left to the caller
+ */
+void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u64 state;
+
+	spin_lock(&pad->trunc_lock);
+	/* appends go on under us; the generation does not */
+	state = smp_load_acquire(&pad->state);
+	info->generation = (u64)pad->generation_high << 32 | kvs_state_generation(state);
+	info->trunc_len = pad->trunc_len;
+	spin_unlock(&pad->trunc_lock);
+
+	info->max_seq_len = layout->max_seq_len;
+	info->len = kvs_state_len(state);
+	info->dim = layout->dim;
+	info->dtype = layout->dtype;
+	info->row_bytes = layout->row_bytes;
+	info->input_row_bytes = layout->input_row_bytes;
+	info->data_bytes = layout->max_seq_len * layout->row_bytes;
+	info->status_offset = layout->status_offset;
+	info->nr_planes = layout->nr_planes;
+	memcpy(info->planes, layout->planes, sizeof(info->planes));
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_info);
+
+/**
+ * kvs_pad_show() - describe a pad in fdinfo
+ * @pad: the pad
+ * @m: where to
+ */
+void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m)
+{
+	struct kvscratch_info info = {};
+
+	kvs_pad_info(pad, &info);
+	seq_printf(m, "pad:\tScratchpad(len=%llu, capacity=%llu, dim=%u)\n",
+		   info.len, info.max_seq_len, info.dim);
+	seq_printf(m, "dtype:\t%s\n", kvs_dtypes[info.dtype].name);
+	seq_printf(m, "bytes:\t%llu\n", pad->layout.charged_bytes);
+	seq_printf(m, "generation:\t%llu\n", info.generation);
+}
+EXPORT_SYMBOL_IF_KUNIT(kvs_pad_show);
+
+/*
+ * Handles
+ */
+
+static struct kvs_pad *kvs_file_pad(struct file *file)
+{
+	struct kvs_handle *handle = file->private_data;
+
+	/* pairs with cmpxchg_release() in kvs_bind() */
+	return smp_load_acquire(&handle->pad);
+}
+
+/* Takes over the caller's reference when it succeeds. */
+static int kvs_bind(struct file *file, struct kvs_pad *pad)
+{
+	struct kvs_handle *handle = file->private_data;
+
+	/* pairs with smp_load_acquire() in kvs_file_pad() */
+	return cmpxchg_release(&handle->pad, NULL, pad) ? -EBUSY : 0;
+}
+
+/*
+ * ioctls: the dispatcher has checked binding, struct and rights
+ */
+
+static int kvs_ioctl_create(struct file *file, void *arg)
+{
+	struct kvscratch_create *create = arg;
+	struct kvs_pad *pad;
+	int err;
+
+	if (create->flags)
+		return -EINVAL;
+	pad = kvs_pad_create(create->max_seq_len, create->dim, create->dtype);
+	if (IS_ERR(pad))
+		return PTR_ERR(pad);
+	err = kvs_bind(file, pad);
+	if (err)
+		kvs_pad_put(pad);
+	return err;
+}
+
+static int kvs_ioctl_info(struct file *file, void *arg)
+{
+	struct kvscratch_info *info = arg;
+
+	/* everything behind size is an output or must be zero */
+	if (memchr_inv(&info->flags, 0, sizeof(*info) - offsetof(typeof(*info), flags)))
+		return -EINVAL;
+	kvs_pad_info(kvs_file_pad(file), info);
+	return 0;
+}
+
+static int kvs_ioctl_truncate(struct file *file, void *arg)
+{
+	struct kvscratch_truncate *truncate = arg;
+
+	if (truncate->flags & ~KVSCRATCH_TRUNCATE_ZERO)
+		return -EINVAL;
+	return kvs_pad_truncate(kvs_file_pad(file), truncate->len,
+				truncate->flags & KVSCRATCH_TRUNCATE_ZERO);
+}
+
+static const struct file_operations kvs_fops;
+
+/* The caller holds @src, and so the pad that is returned without a reference. */
+static struct kvs_pad *kvs_attach_source(struct file *file, struct file *src)
+{
+	const fmode_t rights = FMODE_READ | FMODE_WRITE;
+	struct kvs_pad *pad;
+
+	if (src->f_op != &kvs_fops)
+		return ERR_PTR(-EINVAL);
+	pad = kvs_file_pad(src);
+	if (!pad)
+		return ERR_PTR(-EBADFD);
+	if (file->f_mode & rights & ~src->f_mode)
+		return ERR_PTR(-EACCES);
+	return pad;
+}
+
+static int kvs_ioctl_attach(struct file *file, void *arg)
+{
+	struct kvscratch_attach *attach = arg;
+	struct kvs_pad *pad;
+	struct file *src;
+	int err;
+
+	if (attach->flags || attach->reserved)
+		return -EINVAL;
+	src = fget(attach->src_fd);
+	if (!src)
+		return -EBADF;
+	pad = kvs_attach_source(file, src);
+	if (IS_ERR(pad)) {
+		err = PTR_ERR(pad);
+		goto out_put_file;
+	}
+	err = kvs_bind(file, kvs_pad_get(pad));
+	if (err)
+		kvs_pad_put(pad);
+out_put_file:
+	fput(src);
+	return err;
+}
+
+/**
+ * struct kvs_ioctl - one entry of the dispatch table
+ * @cmd: the whole number
+ * @size: what this kernel knows of the argument
+ * @min_size: the first version of the argument
+ * @bound: whether the handle has to be bound, or has to be unbound
+ * @output: whether the argument is copied back
+ * @rights: access mode that the handle must have
+ * @handler: acts on the checked copy of the argument
+ */
+struct kvs_ioctl {
+	unsigned int cmd;
+	u32 size;
+	u32 min_size;
+	bool bound;
+	bool output;
+	fmode_t rights;
+	int (*handler)(struct file *file, void *arg);
+};
+
+union kvs_ioctl_arg {
+	u32 size;
+	struct kvscratch_create create;
+	struct kvscratch_info info;
+	struct kvscratch_truncate truncate;
+	struct kvscratch_attach attach;
+};
+
+#define KVS_IOCTL(_cmd, _name, _last) \
+	.cmd = _cmd, \
+	.size = sizeof(struct kvscratch_##_name), \
+	.min_size = offsetofend(struct kvscratch_##_name, _last), \
+	.handler = kvs_ioctl_##_name
+
+static const struct kvs_ioctl kvs_ioctls[] = {
+	[_IOC_NR(KVSCRATCH_IOC_CREATE)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_CREATE, create, dtype),
+		.rights = FMODE_WRITE,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_INFO)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_INFO, info, planes),
+		.bound = true,
+		.output = true,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_TRUNCATE)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_TRUNCATE, truncate, len),
+		.bound = true,
+		.rights = FMODE_WRITE,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_ATTACH)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_ATTACH, attach, reserved),
+	},
+};
+
+static int kvs_ioctl_copy_in(const struct kvs_ioctl *op, union kvs_ioctl_arg *arg,
+			     void __user *argp)
+{
+	u32 size;
+	int err;
+
+	if (get_user(size, (u32 __user *)argp))
+		return -EFAULT;
+	if (size < op->min_size)
+		return -EINVAL;
+	if (size > PAGE_SIZE)
+		return -E2BIG;
+	err = copy_struct_from_user(arg, op->size, argp, size);
+	if (err)
+		return err;
+	/* the caller's memory may have changed since size was checked */
+	arg->size = size;
+	return 0;
+}
+
+static int kvs_ioctl_copy_out(const struct kvs_ioctl *op, union kvs_ioctl_arg *arg,
+			      void __user *argp)
+{
+	arg->size = min(arg->size, op->size);
+	return copy_to_user(argp, arg, arg->size) ? -EFAULT : 0;
+}
+
+static long kvs_unlocked_ioctl(struct file *file, unsigned int cmd, unsigned long user_arg)
+{
+	void __user *argp = (void __user *)user_arg;
+	unsigned int nr = _IOC_NR(cmd);
+	union kvs_ioctl_arg arg = {};
+	const struct kvs_ioctl *op;
+	int err;
+
+	if (nr >= ARRAY_SIZE(kvs_ioctls))
+		return -ENOIOCTLCMD;
+	op = &kvs_ioctls[array_index_nospec(nr, ARRAY_SIZE(kvs_ioctls))];
+	if (op->cmd != cmd)
+		return -ENOIOCTLCMD;
+	if (op->bound != !!kvs_file_pad(file))
+		return op->bound ? -EBADFD : -EBUSY;
+	err = kvs_ioctl_copy_in(op, &arg, argp);
+	if (err)
+		return err;
+	if (op->rights & ~file->f_mode)
+		return -EACCES;
+	err = op->handler(file, &arg);
+	if (err || !op->output)
+		return err;
+	return kvs_ioctl_copy_out(op, &arg, argp);
+}
+
+/*
+ * File operations
+ */
+
+static int kvs_open(struct inode *inode, struct file *file)
+{
+	struct kvs_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL_ACCOUNT);
+
+	if (!handle)
+		return -ENOMEM;
+	file->private_data = handle;
+	/* io_uring appends inline instead of in a worker */
+	file->f_mode |= FMODE_NOWAIT;
+	/* pwrite() is ESPIPE: rows have no other place than the end */
+	file->f_mode &= ~FMODE_PWRITE;
+	kvs_file_set_nonotify(file);
+	return 0;
+}
+
+static int kvs_release(struct inode *inode, struct file *file)
+{
+	struct kvs_handle *handle = file->private_data;
+
+	if (handle->pad)
+		kvs_pad_put(handle->pad);
+	kfree(handle);
+	return 0;
+}
+
+/* An append has one place: ki_pos is neither looked at nor moved. */
+static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
+{
+	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
+
+	if (!pad)
+		return -EBADFD;
+	return kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
+}
+
+static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
+{
+	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
+	ssize_t copied;
+
+	if (!pad)
+		return -EBADFD;
+	copied = kvs_pad_read(pad, iocb->ki_pos, to, iocb->ki_flags & IOCB_NOWAIT);
+	if (copied > 0)
+		iocb->ki_pos += copied;
+	return copied;
+}
+
+static loff_t kvs_llseek(struct file *file, loff_t offset, int whence)
+{
+	struct kvs_handle *handle = file->private_data;
+	struct kvs_pad *pad = kvs_file_pad(file);
+	u64 state;
+	loff_t pos;
+
+	if (!pad)
+		return -EBADFD;
+	/* (A) in "Memory ordering" */
+	state = smp_load_acquire(&pad->state);
+	pos = generic_file_llseek_size(file, offset, whence,
+				       pad->layout.max_seq_len * pad->layout.row_bytes,
+				       (u64)kvs_state_len(state) * pad->layout.row_bytes);
+	if (whence == SEEK_SET && pos >= 0)
+		WRITE_ONCE(handle->seen_generation, kvs_state_generation(state));
+	return pos;
+}
+
+static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
+{
+	struct kvs_handle *handle = file->private_data;
+	struct kvs_pad *pad = kvs_file_pad(file);
+	__poll_t events = 0;
+	u64 state, pos;
+
+	/* There is no wait queue yet; to say nothing would be to sleep for ever. */
+	if (!pad)
+		return EPOLLERR;
+	poll_wait(file, &pad->wait, table);
+	/* queue, then look; pairs with wq_has_sleeper() in kvs_publish() */
+	smp_mb();
+	/* (A) in "Memory ordering" */
+	state = smp_load_acquire(&pad->state);
+	/* f_pos is not locked for devices; a poll beside an lseek sees either */
+	pos = data_race(READ_ONCE(file->f_pos));
+
+	if (pos < (u64)kvs_state_len(state) * pad->layout.row_bytes)
+		events |= EPOLLIN | EPOLLRDNORM;
+	if (kvs_state_len(state) < pad->layout.max_seq_len)
+		events |= EPOLLOUT | EPOLLWRNORM;
+	if (kvs_state_generation(state) != READ_ONCE(handle->seen_generation))
+		events |= EPOLLPRI;
+	return events;
+}
+
+static int kvs_map_pages(struct vm_area_struct *vma, struct page **pages)
+{
+	unsigned long addr = vma->vm_start;
+	unsigned long left = vma_pages(vma);
+
+	while (left) {
+		unsigned long batch = min_t(unsigned long, left, KVS_MAP_BATCH_PAGES);
+		unsigned long remaining = batch;
+		int err = vm_insert_pages(vma, addr, pages, &remaining);
+
+		if (err)
+			return err;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+		pages += batch;
+		addr += batch << PAGE_SHIFT;
+		left -= batch;
+	}
+	return 0;
+}
+
+/* Runs under mmap_lock: takes no lock, see "Locks". On error the core unmaps. */
+static int kvs_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct kvs_pad *pad = kvs_file_pad(file);
+	u64 nr_pages;
+
+	if (!pad)
+		return -EBADFD;
+	/* do_mmap() drops VM_SHARED for O_RDONLY files; VM_MAYSHARE tells */
+	if (vma->vm_flags & (VM_WRITE | VM_EXEC) || !(vma->vm_flags & VM_MAYSHARE))
+		return -EPERM;
+	nr_pages = pad->layout.nr_pages;
+	if (vma->vm_pgoff >= nr_pages || vma_pages(vma) > nr_pages - vma->vm_pgoff)
+		return -ENXIO;
+	kvs_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
+	return kvs_map_pages(vma, pad->pages + array_index_nospec(vma->vm_pgoff, nr_pages));
+}
+
+static void kvs_show_fdinfo(struct seq_file *m, struct file *file)
+{
+	struct kvs_pad *pad = kvs_file_pad(file);
+
+	if (pad)
+		kvs_pad_show(pad, m);
+}
+
+static const struct file_operations kvs_fops = {
+	.owner = THIS_MODULE,
+	.open = kvs_open,
+	.release = kvs_release,
+	.llseek = kvs_llseek,
+	.read_iter = kvs_read_iter,
+	.write_iter = kvs_write_iter,
+	.poll = kvs_poll,
+	.mmap = kvs_mmap,
+	.unlocked_ioctl = kvs_unlocked_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
+	.show_fdinfo = kvs_show_fdinfo,
+};
+
+static struct miscdevice kvs_misc = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "kvscratch",
+	.fops = &kvs_fops,
+	.mode = 0600,
+};
+
+static int __init kvs_init(void)
+{
+	u64 half_of_ram = ((u64)totalram_pages() << PAGE_SHIFT) / 2;
+
+	if (!max_bytes_per_pad)
+		max_bytes_per_pad = half_of_ram;
+	if (!max_bytes_total)
+		max_bytes_total = half_of_ram;
+	return misc_register(&kvs_misc);
+}
+module_init(kvs_init);
+
+static void __exit kvs_exit(void)
+{
+	misc_deregister(&kvs_misc);
+}
+module_exit(kvs_exit);
+
+MODULE_AUTHOR("The kvscratch authors");
+MODULE_DESCRIPTION("KV-cache scratchpads for transformer inference");
+MODULE_LICENSE("GPL");
