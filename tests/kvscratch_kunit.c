@@ -1,0 +1,604 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KUnit suite of the pad core, driven through iov_iter without any file.
+ *
+ * It uses what KUnit of Linux 6.1 has: tests run in a kernel thread without
+ * user memory, so copies that fail half-way are tested from user space.
+ */
+
+#include <kunit/test.h>
+#include <linux/module.h>
+#include <linux/seq_file.h>
+#include <linux/slab.h>
+
+#include "../kvscratch.h"
+
+static ssize_t append(struct kvs_pad *pad, const void *rows, size_t bytes)
+{
+	struct kvec vec = { .iov_base = (void *)rows, .iov_len = bytes };
+	struct iov_iter iter;
+
+	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, bytes);
+	return kvs_pad_append(pad, &iter, false);
+}
+
+static ssize_t read_at(struct kvs_pad *pad, u64 pos, void *to, size_t bytes)
+{
+	struct kvec vec = { .iov_base = to, .iov_len = bytes };
+	struct iov_iter iter;
+
+	iov_iter_kvec(&iter, ITER_DEST, &vec, 1, bytes);
+	return kvs_pad_read(pad, pos, &iter, false);
+}
+
+static struct kvscratch_info info_of(struct kvs_pad *pad)
+{
+	struct kvscratch_info info = {};
+
+	kvs_pad_info(pad, &info);
+	return info;
+}
+
+/* Every byte depends on the row and on its place, so that no mix-up is silent. */
+static void fill_rows(u8 *to, u64 first_row, u64 rows, u32 row_bytes)
+{
+	u64 row;
+	u32 i;
+
+	for (row = first_row; row < first_row + rows; row++)
+		for (i = 0; i < row_bytes; i++)
+			*to++ = (u8)(row * 31 + i * 7 + (i >> 8) + 1);
+}
+
+static bool rows_are(const void *at, u64 first_row, u64 rows, u32 row_bytes)
+{
+	u8 *expected = kmalloc(row_bytes, GFP_KERNEL);
+	bool same = !!expected;
+	u64 i;
+
+	for (i = 0; same && i < rows; i++) {
+		fill_rows(expected, first_row + i, 1, row_bytes);
+		same = !memcmp(at + i * row_bytes, expected, row_bytes);
+	}
+	kfree(expected);
+	return same;
+}
+
+/* The pad of a test and the sum of the limits before it */
+struct fixture {
+	struct kvs_pad *pad;
+	u64 reserved_before;
+	u8 *rows;
+};
+
+#define FIXTURE_ROWS		10
+#define FIXTURE_DIM		4
+#define FIXTURE_ROW_BYTES	16
+
+static int kvs_test_init(struct kunit *test)
+{
+	struct fixture *f = kunit_kzalloc(test, sizeof(*f), GFP_KERNEL);
+
+	KUNIT_ASSERT_NOT_NULL(test, f);
+	f->reserved_before = kvs_reserved();
+	f->rows = kunit_kzalloc(test, (FIXTURE_ROWS + 1) * FIXTURE_ROW_BYTES, GFP_KERNEL);
+	KUNIT_ASSERT_NOT_NULL(test, f->rows);
+	fill_rows(f->rows, 0, FIXTURE_ROWS + 1, FIXTURE_ROW_BYTES);
+	f->pad = kvs_pad_create(FIXTURE_ROWS, FIXTURE_DIM, KVSCRATCH_DTYPE_F32);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(f->pad));
+	test->priv = f;
+	return 0;
+}
+
+static void kvs_test_exit(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	if (!f)
+		return;
+	kvs_pad_put(f->pad);
+	KUNIT_EXPECT_EQ(test, kvs_reserved(), f->reserved_before);
+}
+
+/* The rows of the Scratchpad model, one test each */
+
+static void model_new(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	struct kvscratch_info info = info_of(f->pad);
+
+	KUNIT_EXPECT_EQ(test, info.len, 0);
+	KUNIT_EXPECT_EQ(test, info.max_seq_len, FIXTURE_ROWS);
+	KUNIT_EXPECT_EQ(test, info.dim, FIXTURE_DIM);
+	KUNIT_EXPECT_EQ(test, info.dtype, KVSCRATCH_DTYPE_F32);
+	KUNIT_EXPECT_EQ(test, info.row_bytes, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info.input_row_bytes, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info.generation, 0);
+	KUNIT_EXPECT_EQ(test, info.data_bytes, FIXTURE_ROWS * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info.status_offset, PAGE_SIZE);
+	KUNIT_EXPECT_EQ(test, info.nr_planes, 1);
+	KUNIT_EXPECT_EQ(test, info.planes[0].offset, 0);
+	KUNIT_EXPECT_EQ(test, info.planes[0].row_bytes, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_NULL(test, memchr_inv(f->pad->base, 0, info.status_offset));
+}
+
+static void model_append(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
+	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 1, FIXTURE_ROW_BYTES));
+}
+
+static void model_append_tensor(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + FIXTURE_ROW_BYTES, 3 * FIXTURE_ROW_BYTES),
+			3 * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
+	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 4, FIXTURE_ROW_BYTES));
+}
+
+/* What a view maps are these very pages, in this order. */
+static void model_as_tensor(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	u64 i;
+
+	KUNIT_EXPECT_EQ(test, f->pad->layout.nr_pages, 2);
+	for (i = 0; i < f->pad->layout.nr_pages; i++)
+		KUNIT_EXPECT_PTR_EQ(test, f->pad->pages[i],
+				    vmalloc_to_page(f->pad->base + i * PAGE_SIZE));
+	KUNIT_EXPECT_PTR_EQ(test, (void *)f->pad->status, f->pad->base + PAGE_SIZE);
+}
+
+static void model_status_page(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	const struct kvscratch_status *status = f->pad->status;
+
+	KUNIT_EXPECT_EQ(test, status->magic, KVSCRATCH_STATUS_MAGIC);
+	KUNIT_EXPECT_EQ(test, status->version, KVSCRATCH_STATUS_VERSION);
+	KUNIT_EXPECT_EQ(test, status->max_seq_len, FIXTURE_ROWS);
+	KUNIT_EXPECT_EQ(test, status->dim, FIXTURE_DIM);
+	KUNIT_EXPECT_EQ(test, status->dtype, KVSCRATCH_DTYPE_F32);
+	KUNIT_EXPECT_EQ(test, status->row_bytes, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, status->state.word, 0);
+	KUNIT_EXPECT_EQ(test, status->trunc.word, 0);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, 5 * FIXTURE_ROW_BYTES),
+			5 * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(0, 5));
+	KUNIT_EXPECT_EQ(test, status->state.half[KVSCRATCH_WORD_LEN], 5);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 2, false), 0);
+	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(1, 2));
+	KUNIT_EXPECT_EQ(test, status->state.half[KVSCRATCH_WORD_GENERATION], 1);
+	KUNIT_EXPECT_EQ(test, status->trunc.word, kvs_state(1, 2));
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(1, 3));
+	KUNIT_EXPECT_EQ(test, status->trunc.word, kvs_state(1, 2));
+	/* nothing else is on the page */
+	KUNIT_EXPECT_NULL(test, memchr_inv(status + 1, 0, PAGE_SIZE - sizeof(*status)));
+}
+
+static void model_get_token(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	u8 row[FIXTURE_ROW_BYTES];
+	u64 i;
+
+	append(f->pad, f->rows, 3 * FIXTURE_ROW_BYTES);
+	for (i = 0; i < 3; i++) {
+		KUNIT_EXPECT_EQ(test, read_at(f->pad, i * FIXTURE_ROW_BYTES, row, sizeof(row)),
+				FIXTURE_ROW_BYTES);
+		KUNIT_EXPECT_TRUE(test, rows_are(row, i, 1, FIXTURE_ROW_BYTES));
+	}
+	KUNIT_EXPECT_EQ(test, read_at(f->pad, 3 * FIXTURE_ROW_BYTES, row, sizeof(row)), 0);
+}
+
+static void model_clear(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	append(f->pad, f->rows, FIXTURE_ROWS * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).max_seq_len, FIXTURE_ROWS);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES),
+			FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 1, 1, FIXTURE_ROW_BYTES));
+}
+
+static void model_truncate(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	append(f->pad, f->rows, 6 * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 7, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, BIT_ULL(32), false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 4, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).trunc_len, 4);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 1);
+	/* dropping nothing is a generation too */
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 4, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 2);
+	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 4, FIXTURE_ROW_BYTES));
+}
+
+static void model_clone_shares(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	struct kvs_pad *clone = kvs_pad_get(f->pad);
+
+	append(clone, f->rows, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
+	kvs_pad_put(clone);
+	/* one reference is left: the pad is alive and charged */
+	KUNIT_EXPECT_GT(test, kvs_reserved(), f->reserved_before);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
+}
+
+static void model_display(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	char text[256] = "";
+	struct seq_file m = { .buf = text, .size = sizeof(text) };
+
+	append(f->pad, f->rows, 3 * FIXTURE_ROW_BYTES);
+	kvs_pad_show(f->pad, &m);
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "Scratchpad(len=3, capacity=10, dim=4)\n"));
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "dtype:\tf32\n"));
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "generation:\t0\n"));
+}
+
+/* Failures */
+
+struct snapshot {
+	struct kvscratch_info info;
+	struct kvscratch_status status;
+	u8 data[FIXTURE_ROWS * FIXTURE_ROW_BYTES];
+};
+
+static void take_snapshot(struct kvs_pad *pad, struct snapshot *snapshot)
+{
+	memset(snapshot, 0, sizeof(*snapshot));
+	kvs_pad_info(pad, &snapshot->info);
+	snapshot->status = *pad->status;
+	memcpy(snapshot->data, pad->base, sizeof(snapshot->data));
+}
+
+static void failures_change_nothing(struct kunit *test)
+{
+	/* not a user address: the copy fails at once, also without an mm */
+	struct iovec bad = { .iov_base = (void __user *)-4096L, .iov_len = FIXTURE_ROW_BYTES };
+	struct fixture *f = test->priv;
+	struct snapshot *snapshots = kunit_kzalloc(test, 2 * sizeof(*snapshots), GFP_KERNEL);
+	struct iov_iter iter;
+
+	KUNIT_ASSERT_NOT_NULL(test, snapshots);
+	append(f->pad, f->rows, 9 * FIXTURE_ROW_BYTES);
+	take_snapshot(f->pad, &snapshots[0]);
+
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, 0), 0);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, 1), -EINVAL);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES - 1), -EINVAL);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES + 1), -EINVAL);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES), -ENOSPC);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, MAX_RW_COUNT), -EINVAL);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, MAX_RW_COUNT - FIXTURE_ROW_BYTES), -ENOSPC);
+	iov_iter_init(&iter, ITER_SOURCE, &bad, 1, bad.iov_len);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, false), -EFAULT);
+	KUNIT_EXPECT_EQ(test, iov_iter_count(&iter), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 10, true), -EINVAL);
+	iov_iter_init(&iter, ITER_DEST, &bad, 1, bad.iov_len);
+	KUNIT_EXPECT_EQ(test, kvs_pad_read(f->pad, 0, &iter, false), -EFAULT);
+
+	take_snapshot(f->pad, &snapshots[1]);
+	KUNIT_EXPECT_EQ(test, memcmp(&snapshots[0], &snapshots[1], sizeof(*snapshots)), 0);
+	/* and the pad goes on working */
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + 9 * FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES),
+			FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 10, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), -ENOSPC);
+}
+
+static void nowait_does_not_wait(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	struct kvec vec = { .iov_base = f->rows, .iov_len = FIXTURE_ROW_BYTES };
+	struct iov_iter iter;
+
+	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, FIXTURE_ROW_BYTES);
+	mutex_lock(&f->pad->lock);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, true), -EAGAIN);
+	/* readers are not concerned */
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 0);
+	KUNIT_EXPECT_EQ(test, read_at(f->pad, 0, f->rows, 1), 0);
+	mutex_unlock(&f->pad->lock);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, true), FIXTURE_ROW_BYTES);
+}
+
+static void zero_scrubs_dropped_rows(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	const void *base = f->pad->base;
+
+	append(f->pad, f->rows, 8 * FIXTURE_ROW_BYTES);
+	/* dropped without ZERO: a later ZERO still knows how far rows reached */
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 2, false), 0);
+	append(f->pad, f->rows + 2 * FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_NOT_NULL(test, memchr_inv(base + 3 * FIXTURE_ROW_BYTES, 0,
+					       PAGE_SIZE - 3 * FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 3, true), 0);
+	KUNIT_EXPECT_TRUE(test, rows_are(base, 0, 3, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_NULL(test, memchr_inv(base + 3 * FIXTURE_ROW_BYTES, 0,
+					   PAGE_SIZE - 3 * FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, true), 0);
+	KUNIT_EXPECT_NULL(test, memchr_inv(base, 0, PAGE_SIZE));
+}
+
+static void generation_wraps_into_the_high_half(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+
+	append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
+	mutex_lock(&f->pad->lock);
+	f->pad->state = kvs_state(U32_MAX, 2);
+	mutex_unlock(&f->pad->lock);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, U32_MAX);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 1, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, BIT_ULL(32));
+	KUNIT_EXPECT_EQ(test, f->pad->status->state.word, kvs_state(0, 1));
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
+}
+
+#if IS_ENABLED(CONFIG_FAULT_INJECTION)
+/* fail_nth counts down at each allocation site that is reached. */
+static void append_reaches_no_allocation(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	u8 row[FIXTURE_ROW_BYTES];
+	unsigned int left;
+	ssize_t appended;
+
+	current->fail_nth = 1;
+	appended = append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
+	left = current->fail_nth;
+	current->fail_nth = 0;
+	KUNIT_EXPECT_EQ(test, appended, 2 * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, left, 1);
+
+	current->fail_nth = 1;
+	KUNIT_EXPECT_EQ(test, read_at(f->pad, 0, row, sizeof(row)), sizeof(row));
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, true), 0);
+	left = current->fail_nth;
+	current->fail_nth = 0;
+	KUNIT_EXPECT_EQ(test, left, 1);
+}
+#endif
+
+/* Geometries whose rows do and do not divide a page */
+
+struct geometry {
+	u64 max_seq_len;
+	u32 dim;
+	u32 dtype;
+	u32 row_bytes;
+};
+
+static const struct geometry geometries[] = {
+	{ 1, 1, KVSCRATCH_DTYPE_U8, 1 },
+	{ 5, 1, KVSCRATCH_DTYPE_F64, 8 },
+	{ 10, 4, KVSCRATCH_DTYPE_F32, 16 },
+	{ 300, 34, KVSCRATCH_DTYPE_U8, 34 },
+	{ 33, 17, KVSCRATCH_DTYPE_BF16, 34 },
+	{ 64, 288, KVSCRATCH_DTYPE_F32, 1152 },
+	{ 8, 512, KVSCRATCH_DTYPE_I64, 4096 },
+	{ 7, 4097, KVSCRATCH_DTYPE_I8, 4097 },
+	{ 3, 5000, KVSCRATCH_DTYPE_F16, 10000 },
+	{ 2, 1 << 20, KVSCRATCH_DTYPE_I32, 1 << 22 },
+};
+
+static void geometry_desc(const struct geometry *g, char *desc)
+{
+	snprintf(desc, KUNIT_PARAM_DESC_SIZE, "%llu rows of %u bytes", g->max_seq_len,
+		 g->row_bytes);
+}
+
+KUNIT_ARRAY_PARAM(geometry, geometries, geometry_desc);
+
+static void every_boundary(struct kunit *test)
+{
+	const struct geometry *g = test->param_value;
+	size_t capacity = g->max_seq_len * g->row_bytes;
+	struct kvs_pad *pad;
+	u8 *rows, *back;
+	u64 i;
+
+	rows = kvmalloc(capacity + g->row_bytes, GFP_KERNEL);
+	back = kvmalloc(capacity + 1, GFP_KERNEL);
+	pad = kvs_pad_create(g->max_seq_len, g->dim, g->dtype);
+	if (!rows || !back || IS_ERR(pad)) {
+		KUNIT_FAIL(test, "out of memory");
+		goto out;
+	}
+	fill_rows(rows, 0, g->max_seq_len + 1, g->row_bytes);
+	KUNIT_EXPECT_EQ(test, info_of(pad).row_bytes, g->row_bytes);
+
+	/* one row at a time, to the last, and one too many */
+	for (i = 0; i < g->max_seq_len; i++)
+		KUNIT_ASSERT_EQ(test, append(pad, rows + i * g->row_bytes, g->row_bytes),
+				g->row_bytes);
+	KUNIT_EXPECT_EQ(test, append(pad, rows, g->row_bytes), -ENOSPC);
+	KUNIT_EXPECT_EQ(test, info_of(pad).len, g->max_seq_len);
+	KUNIT_EXPECT_EQ(test, memcmp(pad->base, rows, capacity), 0);
+
+	/* one batch that fills it, after one that is a row too long */
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(pad, 0, true), 0);
+	KUNIT_EXPECT_EQ(test, append(pad, rows, capacity + g->row_bytes), -ENOSPC);
+	KUNIT_EXPECT_EQ(test, info_of(pad).len, 0);
+	KUNIT_EXPECT_NULL(test, memchr_inv(pad->base, 0, capacity));
+	KUNIT_EXPECT_EQ(test, append(pad, rows, capacity), capacity);
+	KUNIT_EXPECT_EQ(test, memcmp(pad->base, rows, capacity), 0);
+
+	/* the byte stream ends exactly with the last row */
+	KUNIT_EXPECT_EQ(test, read_at(pad, 0, back, capacity + 1), capacity);
+	KUNIT_EXPECT_EQ(test, memcmp(back, rows, capacity), 0);
+	KUNIT_EXPECT_EQ(test, read_at(pad, capacity - 1, back, 2), 1);
+	KUNIT_EXPECT_EQ(test, back[0], rows[capacity - 1]);
+	KUNIT_EXPECT_EQ(test, read_at(pad, capacity, back, 1), 0);
+	KUNIT_EXPECT_EQ(test, read_at(pad, U64_MAX, back, 1), 0);
+
+	/* what is behind the data stays untouched */
+	KUNIT_EXPECT_NULL(test, memchr_inv(pad->base + capacity, 0,
+					   pad->layout.status_offset - capacity));
+	KUNIT_EXPECT_EQ(test, pad->status->magic, KVSCRATCH_STATUS_MAGIC);
+out:
+	if (!IS_ERR_OR_NULL(pad))
+		kvs_pad_put(pad);
+	kvfree(back);
+	kvfree(rows);
+}
+
+/* Arithmetic, far beyond what can be allocated */
+
+static void layout_refuses(struct kunit *test)
+{
+	struct kvs_layout layout;
+
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 0, 1, KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 0, KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, 0), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, KVSCRATCH_DTYPE_U8 + 1), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, U32_MAX), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, BIT_ULL(32), 1, KVSCRATCH_DTYPE_U8),
+			-EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, BIT_ULL(60), 1, KVSCRATCH_DTYPE_U8),
+			-EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, U64_MAX, U32_MAX, KVSCRATCH_DTYPE_F64),
+			-EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, KVSCRATCH_MAX_ROW_BYTES + 1,
+					      KVSCRATCH_DTYPE_U8), -EINVAL);
+	/* dim * 8 is 2^32 and more: a 32-bit product would be 0 and 8 */
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1U << 29, KVSCRATCH_DTYPE_F64), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, (1U << 29) + 1, KVSCRATCH_DTYPE_F64),
+			-EINVAL);
+}
+
+static void layout_is_exact(struct kunit *test)
+{
+	static const u64 row_counts[] = {
+		1, BIT_ULL(31) - 1, BIT_ULL(31), BIT_ULL(31) + 1, U32_MAX,
+	};
+	struct kvs_layout layout;
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(row_counts); i++) {
+		u64 data = row_counts[i] * KVSCRATCH_MAX_ROW_BYTES;
+
+		KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, row_counts[i],
+						      KVSCRATCH_MAX_ROW_BYTES / 8,
+						      KVSCRATCH_DTYPE_F64), 0);
+		KUNIT_EXPECT_EQ(test, layout.status_offset, data);
+		KUNIT_EXPECT_EQ(test, layout.nr_pages, data / PAGE_SIZE + 1);
+		KUNIT_EXPECT_EQ(test, layout.charged_bytes,
+				data + PAGE_SIZE + PAGE_ALIGN((data / PAGE_SIZE + 1) * 8));
+	}
+	/* 2^32 and 2^32 + 1 bytes of data */
+	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, BIT_ULL(31), 2, KVSCRATCH_DTYPE_U8), 0);
+	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32));
+	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, 641, 6700417, KVSCRATCH_DTYPE_U8), 0);
+	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32) + PAGE_SIZE);
+}
+
+static void limits_do_not_overflow(struct kunit *test)
+{
+	static const u64 sizes[] = {
+		1, BIT_ULL(31), BIT_ULL(32), BIT_ULL(32) + 1, BIT_ULL(63) - 1, BIT_ULL(63),
+	};
+	u64 before = kvs_reserved();
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(sizes); i++) {
+		u64 size = sizes[i];
+
+		KUNIT_EXPECT_EQ(test, kvs_reserve(size, size - 1, U64_MAX), -EDQUOT);
+		KUNIT_EXPECT_EQ(test, kvs_reserve(size, U64_MAX, size - 1), -EDQUOT);
+		KUNIT_EXPECT_EQ(test, kvs_reserve(size, size, before + size - 1), -EDQUOT);
+		KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
+		KUNIT_EXPECT_EQ(test, kvs_reserve(size, size, before + size), 0);
+		KUNIT_EXPECT_EQ(test, kvs_reserved(), before + size);
+		KUNIT_EXPECT_EQ(test, kvs_reserve(1, U64_MAX, before + size), -EDQUOT);
+		kvs_unreserve(size);
+		KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
+	}
+}
+
+static void create_respects_the_total(struct kunit *test)
+{
+	u64 before = kvs_reserved();
+	u64 rest = BIT_ULL(62);
+	struct kvs_pad *pad;
+
+	KUNIT_ASSERT_EQ(test, kvs_reserve(rest, U64_MAX, U64_MAX), 0);
+	pad = kvs_pad_create(1, 1, KVSCRATCH_DTYPE_U8);
+	kvs_unreserve(rest);
+	KUNIT_EXPECT_PTR_EQ(test, pad, (struct kvs_pad *)ERR_PTR(-EDQUOT));
+	KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
+	pad = kvs_pad_create(U32_MAX, KVSCRATCH_MAX_ROW_BYTES, KVSCRATCH_DTYPE_U8);
+	KUNIT_EXPECT_PTR_EQ(test, pad, (struct kvs_pad *)ERR_PTR(-EDQUOT));
+	KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
+}
+
+static struct kunit_case kvs_pad_cases[] = {
+	KUNIT_CASE(model_new),
+	KUNIT_CASE(model_append),
+	KUNIT_CASE(model_append_tensor),
+	KUNIT_CASE(model_as_tensor),
+	KUNIT_CASE(model_status_page),
+	KUNIT_CASE(model_get_token),
+	KUNIT_CASE(model_clear),
+	KUNIT_CASE(model_truncate),
+	KUNIT_CASE(model_clone_shares),
+	KUNIT_CASE(model_display),
+	KUNIT_CASE(failures_change_nothing),
+	KUNIT_CASE(nowait_does_not_wait),
+	KUNIT_CASE(zero_scrubs_dropped_rows),
+	KUNIT_CASE(generation_wraps_into_the_high_half),
+#if IS_ENABLED(CONFIG_FAULT_INJECTION)
+	KUNIT_CASE(append_reaches_no_allocation),
+#endif
+	{}
+};
+
+static struct kunit_suite kvs_pad_suite = {
+	.name = "kvscratch_pad",
+	.init = kvs_test_init,
+	.exit = kvs_test_exit,
+	.test_cases = kvs_pad_cases,
+};
+
+static struct kunit_case kvs_bounds_cases[] = {
+	KUNIT_CASE_PARAM(every_boundary, geometry_gen_params),
+	KUNIT_CASE(layout_refuses),
+	KUNIT_CASE(layout_is_exact),
+	KUNIT_CASE(limits_do_not_overflow),
+	KUNIT_CASE(create_respects_the_total),
+	{}
+};
+
+static struct kunit_suite kvs_bounds_suite = {
+	.name = "kvscratch_bounds",
+	.test_cases = kvs_bounds_cases,
+};
+
+kunit_test_suites(&kvs_pad_suite, &kvs_bounds_suite);
+
+MODULE_AUTHOR("The kvscratch authors");
+MODULE_DESCRIPTION("KUnit suite of kvscratch");
+MODULE_LICENSE("GPL");
+MODULE_IMPORT_NS(KVS_KUNIT_NAMESPACE);
