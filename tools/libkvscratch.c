@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "libkvscratch.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+int kvscratch_open(int access)
+{
+	int fd = open(KVSCRATCH_DEVICE, access | O_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
+}
+
+static int kvscratch_ioctl(int fd, unsigned int cmd, void *arg)
+{
+	return ioctl(fd, cmd, arg) < 0 ? -errno : 0;
+}
+
+int kvscratch_create(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
+{
+	struct kvscratch_create create = {
+		.size = sizeof(create),
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+	};
+
+	return kvscratch_ioctl(fd, KVSCRATCH_IOC_CREATE, &create);
+}
+
+int kvscratch_attach(int fd, int src_fd)
+{
+	struct kvscratch_attach attach = { .size = sizeof(attach), .src_fd = src_fd };
+
+	return kvscratch_ioctl(fd, KVSCRATCH_IOC_ATTACH, &attach);
+}
+
+int kvscratch_open_reader(int src_fd)
+{
+	int fd = kvscratch_open(O_RDONLY);
+	int err;
+
+	if (fd < 0)
+		return fd;
+	err = kvscratch_attach(fd, src_fd);
+	if (err) {
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+int kvscratch_info(int fd, struct kvscratch_info *info)
+{
+	memset(info, 0, sizeof(*info));
+	info->size = sizeof(*info);
+	return kvscratch_ioctl(fd, KVSCRATCH_IOC_INFO, info);
+}
+
+int kvscratch_truncate(int fd, uint64_t len, uint32_t flags)
+{
+	struct kvscratch_truncate truncate = { .size = sizeof(truncate), .flags = flags, .len = len };
+
+	return kvscratch_ioctl(fd, KVSCRATCH_IOC_TRUNCATE, &truncate);
+}
+
+int kvscratch_append(int fd, const void *rows, size_t bytes)
+{
+	ssize_t written;
+
+	/* interrupted means nothing was committed: it is safe to try again */
+	do
+		written = write(fd, rows, bytes);
+	while (written < 0 && errno == EINTR);
+	return written < 0 ? -errno : 0;
+}
+
+int kvscratch_map(int fd, struct kvscratch_view *view)
+{
+	void *data;
+	int err = kvscratch_info(fd, &view->info);
+
+	if (err)
+		return err;
+	if (view->info.status_offset > SIZE_MAX / 2)
+		return -EOVERFLOW;
+	view->mapped_bytes = view->info.status_offset + sizeof(struct kvscratch_status);
+	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED, fd, 0);
+	if (data == MAP_FAILED)
+		return -errno;
+	view->data = data;
+	view->status = (const void *)((const char *)data + view->info.status_offset);
+	return 0;
+}
+
+void kvscratch_unmap(struct kvscratch_view *view)
+{
+	munmap((void *)view->data, view->mapped_bytes);
+}
+
+static const struct {
+	const char *name;
+	uint32_t size;
+} dtypes[] = {
+	[KVSCRATCH_DTYPE_F64] = { "f64", 8 },
+	[KVSCRATCH_DTYPE_F32] = { "f32", 4 },
+	[KVSCRATCH_DTYPE_F16] = { "f16", 2 },
+	[KVSCRATCH_DTYPE_BF16] = { "bf16", 2 },
+	[KVSCRATCH_DTYPE_I64] = { "i64", 8 },
+	[KVSCRATCH_DTYPE_I32] = { "i32", 4 },
+	[KVSCRATCH_DTYPE_I16] = { "i16", 2 },
+	[KVSCRATCH_DTYPE_I8] = { "i8", 1 },
+	[KVSCRATCH_DTYPE_U8] = { "u8", 1 },
+};
+
+const char *kvscratch_dtype_name(uint32_t dtype)
+{
+	return dtype < ARRAY_SIZE(dtypes) ? dtypes[dtype].name : NULL;
+}
+
+uint32_t kvscratch_dtype_size(uint32_t dtype)
+{
+	return dtype < ARRAY_SIZE(dtypes) ? dtypes[dtype].size : 0;
+}
+
+uint32_t kvscratch_dtype_by_name(const char *name)
+{
+	for (uint32_t dtype = 1; dtype < ARRAY_SIZE(dtypes); dtype++)
+		if (!strcasecmp(name, dtypes[dtype].name))
+			return dtype;
+	return 0;
+}
+
+/* 253 names of 15 characters: enough for k and v of 126 layers, and a bound */
+#define MAX_NAMES_BYTES 4096
+
+union handle_control {
+	struct cmsghdr align;
+	char bytes[CMSG_SPACE(sizeof(int) * KVSCRATCH_MAX_PASSED)];
+};
+
+static int send_all(int sock, const char *bytes, size_t count)
+{
+	while (count) {
+		ssize_t sent = send(sock, bytes, count, MSG_NOSIGNAL);
+
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0)
+			return -errno;
+		bytes += sent;
+		count -= sent;
+	}
+	return 0;
+}
+
+int kvscratch_send_handles(int sock, const char *const *names, const int *fds, unsigned int count)
+{
+	char text[sizeof(uint32_t) + MAX_NAMES_BYTES];
+	union handle_control control = { 0 };
+	struct iovec iov = { .iov_base = text };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = CMSG_SPACE(sizeof(int) * count),
+	};
+	struct cmsghdr *cmsg;
+	size_t end = sizeof(uint32_t);
+	uint32_t length;
+	ssize_t sent;
+
+	if (!count || count > KVSCRATCH_MAX_PASSED)
+		return -EINVAL;
+	for (unsigned int i = 0; i < count; i++) {
+		size_t name_length = strlen(names[i]);
+
+		if (name_length + 1 > sizeof(text) - end)
+			return -EMSGSIZE;
+		memcpy(text + end, names[i], name_length);
+		text[end + name_length] = '\n';
+		end += name_length + 1;
+	}
+	length = htole32(end - sizeof(length));
+	memcpy(text, &length, sizeof(length));
+
+	cmsg = CMSG_FIRSTHDR(&msg);
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(sizeof(int) * count);
+	memcpy(CMSG_DATA(cmsg), fds, sizeof(int) * count);
+	iov.iov_len = end;
+	do
+		sent = sendmsg(sock, &msg, MSG_NOSIGNAL);
+	while (sent < 0 && errno == EINTR);
+	if (sent < 0)
+		return -errno;
+	return send_all(sock, text + sent, end - sent);
+}
+
+static int receive_all(int sock, char *bytes, size_t count)
+{
+	while (count) {
+		ssize_t got = recv(sock, bytes, count, 0);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return got ? -errno : -ECONNRESET;
+		bytes += got;
+		count -= got;
+	}
+	return 0;
+}
+
+static void close_all(const int *fds, unsigned int count)
+{
+	while (count--)
+		close(fds[count]);
+}
+
+/* Take the first bytes of the length word, and the descriptors that ride on them. */
+static int receive_fds(int sock, char *length, ssize_t *got, int *fds, unsigned int max_fds)
+{
+	union handle_control control = { 0 };
+	struct iovec iov = { .iov_base = length, .iov_len = sizeof(uint32_t) };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = sizeof(control),
+	};
+	unsigned int count = 0;
+	bool fits = true;
+
+	do
+		*got = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
+	while (*got < 0 && errno == EINTR);
+	if (*got <= 0)
+		return *got ? -errno : -ECONNRESET;
+
+	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+		size_t passed = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+		if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS)
+			continue;
+		for (size_t i = 0; i < passed; i++) {
+			int fd;
+
+			memcpy(&fd, CMSG_DATA(cmsg) + i * sizeof(int), sizeof(int));
+			if (count < max_fds) {
+				fds[count++] = fd;
+			} else {
+				fits = false;
+				close(fd);
+			}
+		}
+	}
+	if (!fits || msg.msg_flags & MSG_CTRUNC) {
+		close_all(fds, count);
+		return -EPROTO;
+	}
+	return count;
+}
+
+/* Newlines become NULs; returns how many lines @length bytes of @text hold, or -EPROTO. */
+static int split_names(char *text, uint32_t length)
+{
+	int lines = 0;
+
+	if (!length || text[length - 1] != '\n' || memchr(text, '\0', length))
+		return -EPROTO;
+	for (uint32_t i = 0; i < length; i++) {
+		if (text[i] != '\n')
+			continue;
+		text[i] = '\0';
+		lines++;
+	}
+	return lines;
+}
+
+int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds, unsigned int max_fds)
+{
+	char word[sizeof(uint32_t)];
+	uint32_t length;
+	ssize_t got;
+	int err;
+	int count = receive_fds(sock, word, &got, fds, max_fds);
+
+	if (count < 0)
+		return count;
+	err = receive_all(sock, word + got, sizeof(word) - got);
+	if (err)
+		goto err_close;
+	memcpy(&length, word, sizeof(length));
+	length = le32toh(length);
+	err = -EPROTO;
+	if (length > text_size)
+		goto err_close;
+	err = receive_all(sock, text, length);
+	if (err)
+		goto err_close;
+	err = split_names(text, length);
+	if (err == count)
+		return count;
+	err = -EPROTO;
+err_close:
+	close_all(fds, count);
+	return err;
+}
+
+static int unix_address(const char *path, struct sockaddr_un *address)
+{
+	*address = (struct sockaddr_un){ .sun_family = AF_UNIX };
+	if (strlen(path) >= sizeof(address->sun_path))
+		return -ENAMETOOLONG;
+	memcpy(address->sun_path, path, strlen(path) + 1);
+	return 0;
+}
+
+int kvscratch_listen(const char *path)
+{
+	struct sockaddr_un address;
+	int sock;
+	int err = unix_address(path, &address);
+
+	if (err)
+		return err;
+	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (sock < 0)
+		return -errno;
+	if (bind(sock, (struct sockaddr *)&address, sizeof(address)) || listen(sock, SOMAXCONN)) {
+		err = -errno;
+		close(sock);
+		return err;
+	}
+	return sock;
+}
+
+int kvscratch_connect(const char *path)
+{
+	struct sockaddr_un address;
+	int sock;
+	int err = unix_address(path, &address);
+
+	if (err)
+		return err;
+	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (sock < 0)
+		return -errno;
+	while (connect(sock, (struct sockaddr *)&address, sizeof(address))) {
+		if (errno == EINTR)
+			continue;
+		err = -errno;
+		close(sock);
+		return err;
+	}
+	return sock;
+}
