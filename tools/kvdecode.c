@@ -1,0 +1,1117 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvdecode: text from a Llama-2 style model whose KV cache lives in pads.
+ *
+ * K and V of every layer have a pad each, and one more pad has the token of
+ * each position. It is the last one written in a step, so a token exists when
+ * that pad has it; whoever takes over truncates all other pads to its length.
+ * Nothing else has to survive the decoder: the random number of a position is a
+ * function of the seed and the position, and the logits come back by running
+ * the last token once more.
+ */
+#define _GNU_SOURCE
+#include "libkvscratch.h"
+#include "llama2.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+#define MAX_TEMPERATURE	1000.0f
+#define FIRST_FREE_FD	3
+
+struct options {
+	const char *model;
+	const char *checkpoint;
+	const char *tokenizer;
+	const char *prompt;
+	const char *socket;
+	uint64_t seed;
+	uint32_t steps;		/* 0: as many as the model has positions */
+	int first_handle;	/* 0: none */
+	float temperature;
+	float top_p;
+	bool heap;
+	bool wait_reader;
+	bool stats;
+	bool help;
+};
+
+/**
+ * struct store - one matrix of the cache: a pad, or an array on the heap
+ * @rows: what the model sees of it
+ * @name: "k0" and the like
+ * @dim: elements per row
+ * @dtype: their type
+ * @row_bytes: bytes per row
+ * @fd: the pad's handle, or -1
+ * @bound: whether @fd has its pad yet
+ * @view: the mapped pad
+ * @heap: the array
+ */
+struct store {
+	struct llama2_rows rows;
+	char name[16];
+	uint32_t dim;
+	uint32_t dtype;
+	size_t row_bytes;
+	int fd;
+	bool bound;
+	struct kvscratch_view view;
+	char *heap;
+};
+
+/**
+ * struct cache - K and V of every layer, and the tokens
+ * @stores: k0 v0 k1 v1 ... tokens, the order in which a step writes them
+ * @count: how many
+ * @seq_len: rows that each has room for
+ * @kv: the rows of @stores as the model takes them
+ */
+struct cache {
+	struct store *stores;
+	unsigned int count;
+	uint32_t seq_len;
+	struct llama2_rows **kv;
+};
+
+/* Entries of struct server's array that are no clients. */
+enum { POLLED_LISTENER, POLLED_SIGNALS, POLLED_CLIENTS };
+
+/**
+ * struct server - who gets handles
+ * @path: the socket, or NULL if nobody is served
+ * @polled: the listener, pending signals, and the connected clients
+ * @count: entries in use
+ * @room: entries allocated
+ * @served: clients that got their handles so far
+ * @old_mask: signals blocked before
+ */
+struct server {
+	const char *path;
+	struct pollfd *polled;
+	size_t count;
+	size_t room;
+	uint64_t served;
+	sigset_t old_mask;
+};
+
+struct decoder {
+	struct options options;
+	struct llama2_model model;
+	struct llama2_tokenizer tok;
+	struct llama2_sampler sampler;
+	struct cache cache;
+	struct server server;
+	int32_t *prompt;
+	uint32_t prompt_len;
+	uint32_t steps;
+	uint32_t forwards;
+	double seconds;
+};
+
+/* Options */
+
+static const char help_text[] =
+"Usage: kvdecode [OPTION]...\n"
+"Generate text with a Llama-2 style model. K and V of every layer are kept in\n"
+"kvscratch pads, and attention reads them through read-only mappings.\n"
+"\n"
+"Model (without one: made-up weights that speak gibberish):\n"
+"  --model DIR          the one tok*.bin and the one other *.bin of DIR\n"
+"  --checkpoint FILE    weights in llama2.c's legacy format\n"
+"  --tokenizer FILE     its vocabulary in llama2.c's format\n"
+"\n"
+"Text:\n"
+"  --prompt TEXT        begin with TEXT\n"
+"  --steps N            end after N positions, BOS included (all of the model's)\n"
+"  --temperature T      0 always takes the most likely token (0)\n"
+"  --top-p P            choose among the likeliest tokens of sum P (0.9)\n"
+"  --seed S             the same seed gives the same text (1)\n"
+"\n"
+"Cache:\n"
+"  --cache pads|heap    where K and V are kept (pads)\n"
+"  --handles FIRST      use the inherited descriptors FIRST.. as pads, in the\n"
+"                       order k0 v0 k1 v1 ... tokens, and go on where they end\n"
+"  --serve SOCKET       pass read-only handles to whoever connects to SOCKET\n"
+"  --wait-reader        with --serve: begin when the first one was served\n"
+"\n"
+"  --stats              at the end: tokens, tokens/s, bytes in the cache\n"
+"  --help               show this and exit\n"
+"\n"
+"A connection to SOCKET that hangs up says that decoding is over.\n"
+"\n"
+"Exit status: 0 ok; 1 wrong options or files; 2 the pads cannot be used: no\n"
+"device, no memory, or handles that do not fit the model, the prompt or one\n"
+"another; 3 anything else: memory, output, socket.\n";
+
+enum {
+	OPT_MODEL = 1,
+	OPT_CHECKPOINT,
+	OPT_TOKENIZER,
+	OPT_PROMPT,
+	OPT_STEPS,
+	OPT_TEMPERATURE,
+	OPT_TOP_P,
+	OPT_SEED,
+	OPT_CACHE,
+	OPT_HANDLES,
+	OPT_SERVE,
+	OPT_WAIT_READER,
+	OPT_STATS,
+	OPT_HELP,
+};
+
+static const struct option long_options[] = {
+	{ "model", required_argument, NULL, OPT_MODEL },
+	{ "checkpoint", required_argument, NULL, OPT_CHECKPOINT },
+	{ "tokenizer", required_argument, NULL, OPT_TOKENIZER },
+	{ "prompt", required_argument, NULL, OPT_PROMPT },
+	{ "steps", required_argument, NULL, OPT_STEPS },
+	{ "temperature", required_argument, NULL, OPT_TEMPERATURE },
+	{ "top-p", required_argument, NULL, OPT_TOP_P },
+	{ "seed", required_argument, NULL, OPT_SEED },
+	{ "cache", required_argument, NULL, OPT_CACHE },
+	{ "handles", required_argument, NULL, OPT_HANDLES },
+	{ "serve", required_argument, NULL, OPT_SERVE },
+	{ "wait-reader", no_argument, NULL, OPT_WAIT_READER },
+	{ "stats", no_argument, NULL, OPT_STATS },
+	{ "help", no_argument, NULL, OPT_HELP },
+	{ 0 },
+};
+
+static int parse_integer(const char *name, const char *text, uint64_t min, uint64_t max,
+			 uint64_t *value)
+{
+	char *end;
+
+	errno = 0;
+	*value = strtoull(text, &end, 10);
+	/* strtoull() takes blanks and signs, too */
+	if (*text < '0' || *text > '9' || *end || errno || *value < min || *value > max)
+		return fail(EXIT_INPUT,
+			    "--%s: expected an integer from %" PRIu64 " to %" PRIu64 ", got \"%s\"",
+			    name, min, max, text);
+	return 0;
+}
+
+static int parse_float(const char *name, const char *text, float min, float max, float *value)
+{
+	char *end;
+
+	*value = strtof(text, &end);
+	if (!*text || text[strspn(text, "0123456789.e-")] || *end ||
+	    !(*value >= min && *value <= max))
+		return fail(EXIT_INPUT, "--%s: expected a number from %g to %g, got \"%s\"", name,
+			    (double)min, (double)max, text);
+	return 0;
+}
+
+static int parse_cache(const char *text, bool *heap)
+{
+	*heap = !strcmp(text, "heap");
+	if (!*heap && strcmp(text, "pads"))
+		return fail(EXIT_INPUT, "--cache: expected pads or heap, got \"%s\"", text);
+	return 0;
+}
+
+static int parse_number(struct options *options, int option, const char *text)
+{
+	uint64_t value = 0;
+	int err = 0;
+
+	switch (option) {
+	case OPT_STEPS:
+		err = parse_integer("steps", text, 1, UINT32_MAX, &value);
+		options->steps = value;
+		break;
+	case OPT_TEMPERATURE:
+		err = parse_float("temperature", text, 0.0f, MAX_TEMPERATURE,
+				  &options->temperature);
+		break;
+	case OPT_TOP_P:
+		err = parse_float("top-p", text, 0.0f, 1.0f, &options->top_p);
+		break;
+	case OPT_SEED:
+		err = parse_integer("seed", text, 0, UINT64_MAX, &options->seed);
+		break;
+	case OPT_HANDLES:
+		err = parse_integer("handles", text, FIRST_FREE_FD, INT_MAX / 2, &value);
+		options->first_handle = value;
+		break;
+	}
+	return err;
+}
+
+static int parse_option(struct options *options, int option, const char *text)
+{
+	switch (option) {
+	case OPT_MODEL:
+		options->model = text;
+		return 0;
+	case OPT_CHECKPOINT:
+		options->checkpoint = text;
+		return 0;
+	case OPT_TOKENIZER:
+		options->tokenizer = text;
+		return 0;
+	case OPT_PROMPT:
+		options->prompt = text;
+		return 0;
+	case OPT_CACHE:
+		return parse_cache(text, &options->heap);
+	case OPT_SERVE:
+		options->socket = text;
+		return 0;
+	case OPT_WAIT_READER:
+		options->wait_reader = true;
+		return 0;
+	case OPT_STATS:
+		options->stats = true;
+		return 0;
+	case OPT_HELP:
+		options->help = true;
+		return 0;
+	case '?':
+		return fail(EXIT_INPUT, "see kvdecode --help");
+	default:
+		return parse_number(options, option, text);
+	}
+}
+
+static int check_options(const struct options *options)
+{
+	if (!options->checkpoint != !options->tokenizer)
+		return fail(EXIT_INPUT,
+			    "expected both --checkpoint and --tokenizer, got one of them");
+	if (options->model && options->checkpoint)
+		return fail(EXIT_INPUT, "expected either --model or --checkpoint, got both");
+	if (options->heap && (options->socket || options->first_handle))
+		return fail(EXIT_INPUT,
+			    "--serve and --handles: expected --cache pads, got --cache heap");
+	if (options->wait_reader && !options->socket)
+		return fail(EXIT_INPUT, "--wait-reader: expected --serve with it");
+	return 0;
+}
+
+static int parse_options(struct options *options, int argc, char **argv)
+{
+	int option;
+
+	*options = (struct options){ .prompt = "", .seed = 1, .top_p = 0.9f };
+	while ((option = getopt_long(argc, argv, "", long_options, NULL)) != -1) {
+		int err = parse_option(options, option, optarg);
+
+		if (err)
+			return err;
+	}
+	if (optind < argc)
+		return fail(EXIT_INPUT, "expected options only, got \"%s\"", argv[optind]);
+	return check_options(options);
+}
+
+/* Cache */
+
+static const char *pad_error(int err)
+{
+	switch (-err) {
+	case ENOENT:
+	case ENODEV:
+	case ENXIO:
+		return "no such device: is the module loaded? try --cache heap";
+	case EACCES:
+		return "no permission on the device or the handle; try --cache heap";
+	case EDQUOT:
+		return "larger than the module's limits allow";
+	case ENOMEM:
+		return "out of memory, or the memory cgroup is full";
+	case ENOSPC:
+		return "the pad is full";
+	case EBADFD:
+		return "the handle is not bound to a pad";
+	case EBADF:
+		return "the descriptor is not open";
+	case ENOTTY:
+		return "the descriptor is no kvscratch handle";
+	default:
+		return strerror(-err);
+	}
+}
+
+static int fail_pad(const struct store *store, const char *what, int err)
+{
+	return fail(EXIT_PADS, "%s: cannot %s: %s", store->name, what, pad_error(err));
+}
+
+static struct store *store_of(struct llama2_rows *rows)
+{
+	return (struct store *)((char *)rows - offsetof(struct store, rows));
+}
+
+static int append_heap(struct llama2_rows *rows, const void *row)
+{
+	struct store *store = store_of(rows);
+
+	memcpy(store->heap + rows->len * store->row_bytes, row, store->row_bytes);
+	rows->len++;
+	return 0;
+}
+
+static int append_pad(struct llama2_rows *rows, const void *row)
+{
+	struct store *store = store_of(rows);
+	int err = kvscratch_append(store->fd, row, store->row_bytes);
+	uint32_t len;
+
+	if (err)
+		return fail_pad(store, "append", err);
+	len = kvscratch_state_len(kvscratch_view_state(&store->view));
+	/* two names of one pad, or a predecessor that still writes */
+	if (len != rows->len + 1)
+		return fail(EXIT_PADS, "%s: expected %" PRIu32 " rows after an append, got %" PRIu32
+			    ": somebody else writes to this pad", store->name, rows->len + 1, len);
+	rows->len = len;
+	return 0;
+}
+
+static void name_store(struct store *store, unsigned int i, const struct llama2_shape *shape)
+{
+	bool tokens = i == 2 * shape->n_layers;
+
+	if (tokens)
+		strcpy(store->name, "tokens");
+	else
+		snprintf(store->name, sizeof(store->name), "%c%u", i % 2 ? 'v' : 'k', i / 2);
+	store->dim = tokens ? 1 : shape->kv_dim;
+	store->dtype = tokens ? KVSCRATCH_DTYPE_I32 : KVSCRATCH_DTYPE_F32;
+	store->row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->dtype);
+	store->fd = -1;
+}
+
+static int init_cache(struct cache *cache, const struct llama2_shape *shape)
+{
+	cache->count = 2 * shape->n_layers + 1;
+	cache->seq_len = shape->seq_len;
+	cache->stores = calloc(cache->count, sizeof(*cache->stores));
+	cache->kv = calloc(cache->count, sizeof(*cache->kv));
+	if (!cache->stores || !cache->kv)
+		return fail(EXIT_SYSTEM, "out of memory");
+	for (unsigned int i = 0; i < cache->count; i++) {
+		name_store(&cache->stores[i], i, shape);
+		cache->kv[i] = &cache->stores[i].rows;
+	}
+	return 0;
+}
+
+static void close_cache(struct cache *cache)
+{
+	for (unsigned int i = 0; cache->stores && i < cache->count; i++) {
+		struct store *store = &cache->stores[i];
+
+		if (store->view.data)
+			kvscratch_unmap(&store->view);
+		if (store->fd >= 0)
+			close(store->fd);
+		free(store->heap);
+	}
+	free(cache->stores);
+	free(cache->kv);
+}
+
+static struct store *token_store(const struct cache *cache)
+{
+	return &cache->stores[cache->count - 1];
+}
+
+static int allocate_arrays(struct cache *cache)
+{
+	for (unsigned int i = 0; i < cache->count; i++) {
+		struct store *store = &cache->stores[i];
+
+		store->heap = calloc(cache->seq_len, store->row_bytes);
+		if (!store->heap)
+			return fail(EXIT_SYSTEM, "out of memory");
+		store->rows.data = store->heap;
+		store->rows.append = append_heap;
+	}
+	return 0;
+}
+
+/* The pad has to be bound. */
+static int map_pad(struct store *store)
+{
+	struct kvscratch_view view;
+	int err = kvscratch_map(store->fd, &view);
+
+	if (err)
+		return fail_pad(store, "map", err);
+	store->view = view;
+	store->rows.data = view.data;
+	store->rows.len = view.info.len;
+	store->rows.append = append_pad;
+	return 0;
+}
+
+static int create_pad(struct cache *cache, struct store *store)
+{
+	int err = kvscratch_create(store->fd, cache->seq_len, store->dim, store->dtype);
+
+	if (err)
+		return fail(EXIT_PADS,
+			    "%s: cannot create a pad of [%" PRIu32 ", %" PRIu32 "] %s: %s",
+			    store->name, cache->seq_len, store->dim,
+			    kvscratch_dtype_name(store->dtype), pad_error(err));
+	store->bound = true;
+	return map_pad(store);
+}
+
+static int create_missing_pads(struct cache *cache)
+{
+	int err = 0;
+
+	for (unsigned int i = 0; !err && i < cache->count; i++)
+		if (!cache->stores[i].bound)
+			err = create_pad(cache, &cache->stores[i]);
+	return err;
+}
+
+static int open_pads(struct cache *cache)
+{
+	for (unsigned int i = 0; i < cache->count; i++) {
+		int fd = kvscratch_open(O_RDWR);
+
+		if (fd < 0)
+			return fail(EXIT_PADS, KVSCRATCH_DEVICE ": cannot open: %s", pad_error(fd));
+		cache->stores[i].fd = fd;
+	}
+	return create_missing_pads(cache);
+}
+
+static int truncate_pad(struct store *store, uint32_t len)
+{
+	int err = kvscratch_truncate(store->fd, len, 0);
+
+	if (err)
+		return fail_pad(store, "truncate", err);
+	store->rows.len = len;
+	return 0;
+}
+
+/*
+ * The tokens go first: should this be the last thing that we do, the next one
+ * to take over finds no pad that is shorter.
+ */
+static int truncate_pads(struct cache *cache, uint32_t len)
+{
+	int err = 0;
+
+	for (unsigned int i = cache->count; !err && i--;)
+		if (cache->stores[i].rows.len != len)
+			err = truncate_pad(&cache->stores[i], len);
+	return err;
+}
+
+/* Take-over */
+
+static int check_geometry(const struct cache *cache, const struct store *store,
+			  const struct kvscratch_info *info)
+{
+	const char *dtype = kvscratch_dtype_name(info->dtype);
+
+	if (info->max_seq_len == cache->seq_len && info->dim == store->dim &&
+	    info->dtype == store->dtype)
+		return 0;
+	return fail(EXIT_PADS, "handle %d (%s): expected a pad of [%" PRIu32 ", %" PRIu32
+		    "] %s, got [%" PRIu64 ", %" PRIu32 "] %s", store->fd, store->name,
+		    cache->seq_len, store->dim, kvscratch_dtype_name(store->dtype),
+		    (uint64_t)info->max_seq_len, (uint32_t)info->dim, dtype ? dtype : "unknown");
+}
+
+static int inherit_handle(const struct cache *cache, struct store *store, int fd)
+{
+	int flags = fcntl(fd, F_GETFL);
+	int access = flags & O_ACCMODE;
+	struct kvscratch_info info;
+	int err;
+
+	if (flags < 0)
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, pad_error(-errno));
+	store->fd = fd;
+	err = kvscratch_info(fd, &info);
+	if (err && err != -EBADFD)
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, pad_error(err));
+	if (access != O_RDWR)
+		return fail(EXIT_PADS,
+			    "handle %d (%s): expected it open for read and write, got %s only", fd,
+			    store->name, access == O_RDONLY ? "read" : "write");
+	if (err)
+		return 0;
+	err = check_geometry(cache, store, &info);
+	if (err)
+		return err;
+	store->bound = true;
+	return map_pad(store);
+}
+
+/* Pads are bound in order, so those that have a tokens pad are complete. */
+static int check_lengths(const struct cache *cache)
+{
+	uint32_t len = token_store(cache)->rows.len;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		const struct store *store = &cache->stores[i];
+
+		if (!store->bound)
+			return fail(EXIT_PADS,
+				    "handle %d (%s): expected a pad, got an unbound handle",
+				    store->fd, store->name);
+		if (store->rows.len < len)
+			return fail(EXIT_PADS, "handle %d (%s): expected at least %" PRIu32
+				    " rows, as tokens has, got %" PRIu32, store->fd, store->name,
+				    len, store->rows.len);
+	}
+	return 0;
+}
+
+static int check_tokens(const struct decoder *decoder)
+{
+	const struct store *store = token_store(&decoder->cache);
+	const int32_t *tokens = store->rows.data;
+
+	for (uint32_t i = 0; i < store->rows.len; i++) {
+		if (tokens[i] < 0 || (uint32_t)tokens[i] >= decoder->tok.vocab_size)
+			return fail(EXIT_PADS, "handle %d (tokens): expected ids from 0 to %" PRIu32
+				    ", got %" PRId32 " at position %" PRIu32, store->fd,
+				    decoder->tok.vocab_size - 1, tokens[i], i);
+		if (i < decoder->prompt_len && tokens[i] != decoder->prompt[i])
+			return fail(EXIT_PADS, "handle %d (tokens): expected token %" PRId32
+				    " of the prompt at position %" PRIu32 ", got %" PRId32,
+				    store->fd, decoder->prompt[i], i, tokens[i]);
+	}
+	return 0;
+}
+
+/* Nothing is changed until all was checked: the handles may be the wrong ones. */
+static int take_over(struct decoder *decoder)
+{
+	struct cache *cache = &decoder->cache;
+	struct store *tokens = token_store(cache);
+	int err;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		err = inherit_handle(cache, &cache->stores[i], decoder->options.first_handle + i);
+		if (err)
+			return err;
+	}
+	if (tokens->bound) {
+		err = check_lengths(cache);
+		if (!err)
+			err = check_tokens(decoder);
+		if (err)
+			return err;
+	}
+	/* a creator that was killed half-way leaves no token */
+	err = truncate_pads(cache, tokens->rows.len);
+	return err ? err : create_missing_pads(cache);
+}
+
+static int open_cache(struct decoder *decoder)
+{
+	int err = init_cache(&decoder->cache, &decoder->model.shape);
+
+	if (err)
+		return err;
+	if (decoder->options.heap)
+		return allocate_arrays(&decoder->cache);
+	if (decoder->options.first_handle)
+		return take_over(decoder);
+	return open_pads(&decoder->cache);
+}
+
+/* Readers */
+
+/* One token's worth of newcomers, so that a crowd of them cannot stop the text. */
+#define MAX_ACCEPTED 64
+
+/* Catch what would end us without a chance to remove the socket. */
+static int catch_signals(struct server *server)
+{
+	static const int signals[] = { SIGHUP, SIGINT, SIGTERM, SIGPIPE };
+	struct sigaction action;
+	sigset_t mask;
+
+	sigemptyset(&mask);
+	for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+		if (!sigaction(signals[i], NULL, &action) && action.sa_handler == SIG_DFL)
+			sigaddset(&mask, signals[i]);
+	sigprocmask(SIG_BLOCK, &mask, &server->old_mask);
+	return signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+static int add_polled(struct server *server, int fd, short events)
+{
+	if (server->count == server->room) {
+		size_t room = server->room ? 2 * server->room : 8;
+		struct pollfd *polled = reallocarray(server->polled, room, sizeof(*polled));
+
+		if (!polled)
+			return -ENOMEM;
+		server->polled = polled;
+		server->room = room;
+	}
+	server->polled[server->count++] = (struct pollfd){ .fd = fd, .events = events };
+	return 0;
+}
+
+static int listen_unblocked(const char *path)
+{
+	int listener = kvscratch_listen(path);
+
+	if (listener >= 0)
+		fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK);
+	return listener;
+}
+
+static int open_server(struct decoder *decoder)
+{
+	struct server *server = &decoder->server;
+	const char *path = decoder->options.socket;
+	int listener;
+	int signals;
+
+	if (decoder->cache.count > KVSCRATCH_MAX_PASSED)
+		return fail(EXIT_INPUT, "--serve: expected at most %d pads, got %u",
+			    KVSCRATCH_MAX_PASSED, decoder->cache.count);
+	if (add_polled(server, -1, POLLIN) || add_polled(server, -1, POLLIN))
+		return fail(EXIT_SYSTEM, "out of memory");
+	signals = catch_signals(server);
+	if (signals < 0)
+		return fail(EXIT_SYSTEM, "cannot watch signals: %s", strerror(errno));
+	server->polled[POLLED_SIGNALS].fd = signals;
+	listener = listen_unblocked(path);
+	if (listener == -EADDRINUSE)
+		return fail(EXIT_SYSTEM, "%s: exists: remove it if nobody listens there", path);
+	if (listener < 0)
+		return fail(EXIT_SYSTEM, "%s: cannot listen: %s", path, strerror(-listener));
+	server->polled[POLLED_LISTENER].fd = listener;
+	server->path = path;
+	return 0;
+}
+
+static void close_server(struct server *server)
+{
+	bool caught = server->count && server->polled[POLLED_SIGNALS].fd >= 0;
+
+	if (server->path)
+		unlink(server->path);
+	for (size_t i = 0; i < server->count; i++)
+		if (server->polled[i].fd >= 0)
+			close(server->polled[i].fd);
+	free(server->polled);
+	/* what was caught ends us now */
+	if (caught)
+		sigprocmask(SIG_SETMASK, &server->old_mask, NULL);
+}
+
+/* Returns how many were opened: all of them, or what there is to close. */
+static unsigned int open_readers(const struct cache *cache, int *fds)
+{
+	for (unsigned int i = 0; i < cache->count; i++) {
+		fds[i] = kvscratch_open_reader(cache->stores[i].fd);
+		if (fds[i] < 0) {
+			fail(EXIT_PADS, "%s: cannot open a handle for a reader: %s",
+			     cache->stores[i].name, pad_error(fds[i]));
+			return i;
+		}
+	}
+	return cache->count;
+}
+
+/* A file position is shared by all who hold an open file: each client gets files of its own. */
+static bool pass_handles(const struct cache *cache, int sock)
+{
+	const char *names[KVSCRATCH_MAX_PASSED];
+	int fds[KVSCRATCH_MAX_PASSED];
+	unsigned int opened = open_readers(cache, fds);
+	int err = -EIO;
+
+	for (unsigned int i = 0; i < cache->count; i++)
+		names[i] = cache->stores[i].name;
+	if (opened == cache->count)
+		err = kvscratch_send_handles(sock, names, fds, cache->count);
+	while (opened--)
+		close(fds[opened]);
+	return !err;
+}
+
+static void serve_client(struct server *server, const struct cache *cache, int sock)
+{
+	if (!pass_handles(cache, sock) || add_polled(server, sock, 0)) {
+		close(sock);
+		return;
+	}
+	server->served++;
+}
+
+/* Returns 0 or the negative errno of an accept that will not work next time either. */
+static int accept_clients(struct server *server, const struct cache *cache)
+{
+	for (int i = 0; i < MAX_ACCEPTED; i++) {
+		int sock = accept4(server->polled[POLLED_LISTENER].fd, NULL, NULL,
+				   SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+		if (sock >= 0)
+			serve_client(server, cache, sock);
+		else if (errno == EAGAIN)
+			return 0;
+		else if (errno != EINTR && errno != ECONNABORTED)
+			return -errno;
+	}
+	return 0;
+}
+
+static void drop_gone_clients(struct server *server)
+{
+	for (size_t i = server->count; i-- > POLLED_CLIENTS;) {
+		if (!server->polled[i].revents)
+			continue;
+		close(server->polled[i].fd);
+		server->polled[i] = server->polled[--server->count];
+	}
+}
+
+/* Serve who waits; returns an exit code when it is time to end. */
+static int serve_readers(struct server *server, const struct cache *cache, bool wait)
+{
+	if (poll(server->polled, server->count, wait ? -1 : 0) <= 0)
+		return 0;
+	if (server->polled[POLLED_SIGNALS].revents)
+		return EXIT_SYSTEM;
+	drop_gone_clients(server);
+	if (server->polled[POLLED_LISTENER].revents) {
+		int err = accept_clients(server, cache);
+
+		if (err && wait)
+			return fail(EXIT_SYSTEM, "%s: cannot accept: %s", server->path,
+				    strerror(-err));
+	}
+	return 0;
+}
+
+static int wait_for_reader(struct server *server, const struct cache *cache)
+{
+	int err = 0;
+
+	while (!err && !server->served)
+		err = serve_readers(server, cache, true);
+	return err;
+}
+
+/* Decoding */
+
+static int print_bytes(const char *bytes, size_t count)
+{
+	if (fwrite(bytes, 1, count, stdout) != count || fflush(stdout))
+		return fail(EXIT_SYSTEM, "cannot write the text: %s", strerror(errno));
+	return 0;
+}
+
+/* BOS itself, at position 0, is no text. */
+static int print_token(const struct decoder *decoder, uint32_t pos)
+{
+	const int32_t *tokens = token_store(&decoder->cache)->rows.data;
+	const char *bytes;
+	size_t count;
+	char byte;
+
+	if (!pos)
+		return 0;
+	count = llama2_decode(&decoder->tok, tokens[pos - 1], tokens[pos], &byte, &bytes);
+	return print_bytes(bytes, count);
+}
+
+/* All rows of one position; the token comes last and makes the others count. */
+static int step(struct decoder *decoder, int32_t token, uint32_t pos)
+{
+	struct llama2_rows *tokens = &token_store(&decoder->cache)->rows;
+	int err = llama2_forward(&decoder->model, decoder->cache.kv, token, pos);
+
+	decoder->forwards++;
+	return err ? err : tokens->append(tokens, &token);
+}
+
+/* Print what there is and, unless it is all that was asked for, bring the logits back. */
+static int resume(struct decoder *decoder)
+{
+	struct store *tokens = token_store(&decoder->cache);
+	uint32_t len = tokens->rows.len;
+	int32_t last;
+	int err = 0;
+
+	for (uint32_t pos = 0; !err && pos < len && pos < decoder->steps; pos++)
+		err = print_token(decoder, pos);
+	if (err || !len || len >= decoder->steps)
+		return err;
+	last = ((const int32_t *)tokens->rows.data)[len - 1];
+	err = truncate_pads(&decoder->cache, len - 1);
+	return err ? err : step(decoder, last, len - 1);
+}
+
+/* Returns the token of position @pos, or -1 at the end of the text. */
+static int32_t next_token(const struct decoder *decoder, uint32_t pos)
+{
+	int32_t token;
+
+	if (pos < decoder->prompt_len)
+		return decoder->prompt[pos];
+	token = llama2_sample(&decoder->sampler, decoder->model.logits, decoder->tok.vocab_size,
+			      pos);
+	return token == LLAMA2_BOS || token == LLAMA2_EOS ? -1 : token;
+}
+
+static int generate(struct decoder *decoder)
+{
+	int err = resume(decoder);
+
+	for (uint32_t pos = token_store(&decoder->cache)->rows.len; !err && pos < decoder->steps;
+	     pos++) {
+		int32_t token;
+
+		if (decoder->server.path)
+			err = serve_readers(&decoder->server, &decoder->cache, false);
+		if (err)
+			break;
+		token = next_token(decoder, pos);
+		if (token < 0)
+			break;
+		err = step(decoder, token, pos);
+		if (!err)
+			err = print_token(decoder, pos);
+	}
+	return err ? err : print_bytes("\n", 1);
+}
+
+static double seconds_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static void print_stats(const struct decoder *decoder)
+{
+	const struct cache *cache = &decoder->cache;
+	uint64_t used = 0;
+	uint64_t room = 0;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		used += (uint64_t)cache->stores[i].rows.len * cache->stores[i].row_bytes;
+		room += (uint64_t)cache->seq_len * cache->stores[i].row_bytes;
+	}
+	fprintf(stderr, "%" PRIu32 " tokens, %" PRIu32 " computed, %.1f tokens/s, %" PRIu64 " of %"
+		PRIu64 " bytes in %u %s\n", token_store(cache)->rows.len, decoder->forwards,
+		decoder->seconds > 0.0 ? decoder->forwards / decoder->seconds : 0.0, used, room,
+		cache->count, decoder->options.heap ? "arrays" : "pads");
+}
+
+static int decode(struct decoder *decoder)
+{
+	double start;
+	int err = 0;
+
+	if (decoder->options.wait_reader)
+		err = wait_for_reader(&decoder->server, &decoder->cache);
+	if (err)
+		return err;
+	start = seconds_now();
+	err = generate(decoder);
+	decoder->seconds = seconds_now() - start;
+	if (!err && decoder->options.stats)
+		print_stats(decoder);
+	return err;
+}
+
+/* Setting up */
+
+#define SAY_WHICH "say which with --checkpoint FILE --tokenizer FILE"
+
+/* Keep the path of @name in @dir; a second one is too many. */
+static int keep_path(char **path, const char *dir, const char *name, const char *what)
+{
+	if (*path)
+		return fail(EXIT_INPUT, "%s: expected one %s, got more: " SAY_WHICH, dir, what);
+	if (asprintf(path, "%s/%s", dir, name) < 0) {
+		*path = NULL;
+		return fail(EXIT_SYSTEM, "out of memory");
+	}
+	return 0;
+}
+
+static int scan_directory(DIR *stream, const char *dir, char **checkpoint, char **tokenizer)
+{
+	const struct dirent *entry;
+	int err = 0;
+
+	while (!err && (entry = readdir(stream))) {
+		const char *dot = strrchr(entry->d_name, '.');
+
+		if (!dot || dot == entry->d_name || strcmp(dot, ".bin"))
+			continue;
+		if (!strncmp(entry->d_name, "tok", 3))
+			err = keep_path(tokenizer, dir, entry->d_name, "tok*.bin");
+		else
+			err = keep_path(checkpoint, dir, entry->d_name, "*.bin beside tok*.bin");
+	}
+	if (!err && (!*tokenizer || !*checkpoint))
+		err = fail(EXIT_INPUT, "%s: expected one %s, got none: " SAY_WHICH, dir,
+			   *tokenizer ? "*.bin beside tok*.bin" : "tok*.bin");
+	return err;
+}
+
+static int find_files(const char *dir, char **checkpoint, char **tokenizer)
+{
+	DIR *stream = opendir(dir);
+	int err;
+
+	if (!stream)
+		return fail(EXIT_INPUT, "%s: %s", dir, strerror(errno));
+	err = scan_directory(stream, dir, checkpoint, tokenizer);
+	closedir(stream);
+	return err;
+}
+
+static int open_files(struct decoder *decoder, const char *checkpoint, const char *tokenizer)
+{
+	int err = llama2_open(&decoder->model, checkpoint);
+
+	if (err)
+		return err;
+	return llama2_tokenizer_open(&decoder->tok, tokenizer, decoder->model.shape.vocab_size);
+}
+
+static int open_directory(struct decoder *decoder, const char *dir)
+{
+	char *checkpoint = NULL;
+	char *tokenizer = NULL;
+	int err = find_files(dir, &checkpoint, &tokenizer);
+
+	if (!err)
+		err = open_files(decoder, checkpoint, tokenizer);
+	free(checkpoint);
+	free(tokenizer);
+	return err;
+}
+
+static int open_model(struct decoder *decoder)
+{
+	const struct options *options = &decoder->options;
+	int err;
+
+	if (options->model)
+		return open_directory(decoder, options->model);
+	if (options->checkpoint)
+		return open_files(decoder, options->checkpoint, options->tokenizer);
+	err = llama2_make_up(&decoder->model);
+	return err ? err : llama2_tokenizer_make_up(&decoder->tok);
+}
+
+static int set_steps(struct decoder *decoder)
+{
+	uint32_t seq_len = decoder->model.shape.seq_len;
+
+	decoder->steps = decoder->options.steps ? decoder->options.steps : seq_len;
+	if (decoder->steps > seq_len)
+		return fail(EXIT_INPUT, "--steps: expected 1 to %" PRIu32
+			    ", the positions of the model, got %" PRIu32, seq_len, decoder->steps);
+	return 0;
+}
+
+static int encode_prompt(struct decoder *decoder)
+{
+	uint64_t longest = (uint64_t)decoder->steps * decoder->tok.max_length;
+	size_t bytes = strlen(decoder->options.prompt);
+	int err;
+
+	/* merging takes quadratic time: do not begin what cannot end well */
+	if (bytes > longest)
+		return fail(EXIT_INPUT, "--prompt: expected at most %" PRIu64 " bytes for %" PRIu32
+			    " positions, got %zu", longest, decoder->steps, bytes);
+	err = llama2_encode(&decoder->tok, decoder->options.prompt, &decoder->prompt,
+			    &decoder->prompt_len);
+	if (err)
+		return err;
+	if (decoder->prompt_len > decoder->steps)
+		return fail(EXIT_INPUT, "--prompt: expected at most %" PRIu32
+			    " tokens, BOS included, got %" PRIu32, decoder->steps,
+			    decoder->prompt_len);
+	return 0;
+}
+
+static int open_sampler(struct decoder *decoder)
+{
+	decoder->sampler = (struct llama2_sampler){
+		.temperature = decoder->options.temperature,
+		.top_p = decoder->options.top_p,
+		.seed = decoder->options.seed,
+	};
+	return llama2_sampler_open(&decoder->sampler, decoder->tok.vocab_size);
+}
+
+static int run(struct decoder *decoder)
+{
+	int err = open_model(decoder);
+
+	if (!err)
+		err = set_steps(decoder);
+	if (!err)
+		err = encode_prompt(decoder);
+	if (!err)
+		err = open_sampler(decoder);
+	if (!err)
+		err = open_cache(decoder);
+	if (!err && decoder->options.socket)
+		err = open_server(decoder);
+	return err ? err : decode(decoder);
+}
+
+static void clean_up(struct decoder *decoder)
+{
+	close_cache(&decoder->cache);
+	free(decoder->prompt);
+	llama2_sampler_close(&decoder->sampler);
+	llama2_tokenizer_close(&decoder->tok);
+	llama2_close(&decoder->model);
+	close_server(&decoder->server);
+}
+
+int main(int argc, char **argv)
+{
+	struct decoder decoder = { 0 };
+	int err = parse_options(&decoder.options, argc, argv);
+
+	if (err)
+		return err;
+	if (decoder.options.help) {
+		fputs(help_text, stdout);
+		return fflush(stdout) ? EXIT_SYSTEM : EXIT_DONE;
+	}
+	err = run(&decoder);
+	clean_up(&decoder);
+	return err;
+}

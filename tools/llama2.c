@@ -1,0 +1,1092 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "llama2.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+int fail(enum exit_code code, const char *format, ...)
+{
+	va_list args;
+
+	fflush(stdout);
+	fputs("kvdecode: ", stderr);
+	va_start(args, format);
+	vfprintf(stderr, format, args);
+	va_end(args);
+	fputc('\n', stderr);
+	return code;
+}
+
+static int no_memory(void)
+{
+	return fail(EXIT_SYSTEM, "out of memory");
+}
+
+/* Files */
+
+static int map_descriptor(struct llama2_blob *blob, int fd, const char *path)
+{
+	struct stat status;
+	void *data;
+
+	if (fstat(fd, &status))
+		return fail(EXIT_INPUT, "%s: %s", path, strerror(errno));
+	if (!S_ISREG(status.st_mode))
+		return fail(EXIT_INPUT, "%s: expected a regular file, got something else", path);
+	*blob = (struct llama2_blob){ .size = status.st_size, .mapped = true };
+	if (blob->size != (uint64_t)status.st_size)
+		return fail(EXIT_INPUT,
+			    "%s: expected a file that fits the address space, got %llu bytes",
+			    path, (unsigned long long)status.st_size);
+	if (!blob->size)
+		return 0;
+	data = mmap(NULL, blob->size, PROT_READ, MAP_PRIVATE, fd, 0);
+	if (data == MAP_FAILED)
+		return fail(EXIT_INPUT, "%s: cannot map: %s", path, strerror(errno));
+	blob->data = data;
+	return 0;
+}
+
+static int blob_map(struct llama2_blob *blob, const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int err;
+
+	if (fd < 0)
+		return fail(EXIT_INPUT, "%s: %s", path, strerror(errno));
+	err = map_descriptor(blob, fd, path);
+	close(fd);
+	return err;
+}
+
+static int blob_alloc(struct llama2_blob *blob, size_t size)
+{
+	*blob = (struct llama2_blob){ .data = calloc(1, size), .size = size };
+	return blob->data ? 0 : no_memory();
+}
+
+static void blob_free(struct llama2_blob *blob)
+{
+	if (!blob->mapped)
+		free(blob->data);
+	else if (blob->data)
+		munmap(blob->data, blob->size);
+	*blob = (struct llama2_blob){ 0 };
+}
+
+static int32_t read_i32(const char *bytes)
+{
+	uint32_t word;
+
+	memcpy(&word, bytes, sizeof(word));
+	return (int32_t)le32toh(word);
+}
+
+static float read_f32(const char *bytes)
+{
+	int32_t word = read_i32(bytes);
+	float value;
+
+	memcpy(&value, &word, sizeof(value));
+	return value;
+}
+
+static void write_i32(char *bytes, int32_t value)
+{
+	uint32_t word = htole32((uint32_t)value);
+
+	memcpy(bytes, &word, sizeof(word));
+}
+
+static void write_f32(char *bytes, float value)
+{
+	int32_t word;
+
+	memcpy(&word, &value, sizeof(word));
+	write_i32(bytes, word);
+}
+
+/* Checkpoint */
+
+/*
+ * Upper bounds far above any real model, and low enough that no product of a
+ * tensor's dimensions, nor the sum of all tensors, comes near 2^63.
+ */
+static const struct {
+	const char *name;
+	int64_t min;
+	int64_t max;
+} header_fields[] = {
+	{ "dim", 2, 1 << 16 },
+	{ "hidden_dim", 1, 1 << 20 },
+	{ "n_layers", 1, 1 << 10 },
+	{ "n_heads", 1, 1 << 15 },
+	{ "n_kv_heads", 1, 1 << 15 },
+	{ "vocab_size", LLAMA2_FIRST_PIECE, 1 << 20 },
+	{ "seq_len", 1, 1 << 20 },
+};
+
+#define HEADER_BYTES (sizeof(int32_t) * ARRAY_SIZE(header_fields))
+#define HEADER_VOCAB_SIZE 5
+
+static int check_header(const char *header, uint32_t *values, bool *shared, const char *path)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(header_fields); i++) {
+		int64_t value = read_i32(header + i * sizeof(int32_t));
+		bool negative = i == HEADER_VOCAB_SIZE && value < 0;
+
+		if (i == HEADER_VOCAB_SIZE)
+			*shared = !negative;
+		if (negative)
+			value = -value;
+		if (value < header_fields[i].min || value > header_fields[i].max)
+			return fail(EXIT_INPUT, "%s: expected %s from %lld to %lld, got %lld", path,
+				    header_fields[i].name, (long long)header_fields[i].min,
+				    (long long)header_fields[i].max, (long long)value);
+		values[i] = value;
+	}
+	return 0;
+}
+
+static int derive_shape(struct llama2_shape *shape, const char *path)
+{
+	if (shape->dim % shape->n_heads)
+		return fail(EXIT_INPUT, "%s: expected n_heads that divides dim %u, got %u", path,
+			    shape->dim, shape->n_heads);
+	if (shape->n_heads % shape->n_kv_heads)
+		return fail(EXIT_INPUT, "%s: expected n_kv_heads that divides n_heads %u, got %u",
+			    path, shape->n_heads, shape->n_kv_heads);
+	shape->head_size = shape->dim / shape->n_heads;
+	if (shape->head_size % 2)
+		return fail(EXIT_INPUT, "%s: expected an even head size, got %u", path,
+			    shape->head_size);
+	shape->kv_dim = shape->head_size * shape->n_kv_heads;
+	return 0;
+}
+
+static int read_shape(struct llama2_shape *shape, const struct llama2_blob *blob, const char *path)
+{
+	uint32_t values[ARRAY_SIZE(header_fields)];
+	bool shared = true;
+	int err;
+
+	if (blob->size < HEADER_BYTES)
+		return fail(EXIT_INPUT,
+			    "%s: expected a header of %zu bytes, got a file of %zu bytes", path,
+			    HEADER_BYTES, blob->size);
+	err = check_header(blob->data, values, &shared, path);
+	if (err)
+		return err;
+	*shape = (struct llama2_shape){
+		.dim = values[0],
+		.hidden_dim = values[1],
+		.n_layers = values[2],
+		.n_heads = values[3],
+		.n_kv_heads = values[4],
+		.vocab_size = values[HEADER_VOCAB_SIZE],
+		.seq_len = values[6],
+		.shared_classifier = shared,
+	};
+	return derive_shape(shape, path);
+}
+
+/* Fill in the number of elements of each tensor and return their sum. */
+static uint64_t tensor_counts(const struct llama2_shape *shape, uint64_t *counts)
+{
+	uint64_t dim = shape->dim;
+	uint64_t square = shape->n_layers * dim * dim;
+	uint64_t narrow = shape->n_layers * dim * shape->kv_dim;
+	uint64_t wide = shape->n_layers * dim * shape->hidden_dim;
+	uint64_t angles = (uint64_t)shape->seq_len * (shape->head_size / 2);
+	uint64_t total = 0;
+
+	counts[LLAMA2_EMBEDDING] = shape->vocab_size * dim;
+	counts[LLAMA2_RMS_ATT] = shape->n_layers * dim;
+	counts[LLAMA2_WQ] = square;
+	counts[LLAMA2_WK] = narrow;
+	counts[LLAMA2_WV] = narrow;
+	counts[LLAMA2_WO] = square;
+	counts[LLAMA2_RMS_FFN] = shape->n_layers * dim;
+	counts[LLAMA2_W1] = wide;
+	counts[LLAMA2_W2] = wide;
+	counts[LLAMA2_W3] = wide;
+	counts[LLAMA2_RMS_FINAL] = dim;
+	counts[LLAMA2_FREQ_REAL] = angles;
+	counts[LLAMA2_FREQ_IMAG] = angles;
+	counts[LLAMA2_CLASSIFIER] = shape->shared_classifier ? 0 : shape->vocab_size * dim;
+	for (int t = 0; t < LLAMA2_NR_TENSORS; t++)
+		total += counts[t];
+	return total;
+}
+
+static uint64_t checkpoint_bytes(const struct llama2_shape *shape)
+{
+	uint64_t counts[LLAMA2_NR_TENSORS];
+
+	return HEADER_BYTES + sizeof(float) * tensor_counts(shape, counts);
+}
+
+static void locate_tensors(struct llama2_model *model)
+{
+	const float *next = (const float *)model->blob.data + HEADER_BYTES / sizeof(float);
+	uint64_t counts[LLAMA2_NR_TENSORS];
+
+	tensor_counts(&model->shape, counts);
+	for (int t = 0; t < LLAMA2_NR_TENSORS; t++) {
+		model->tensor[t] = next;
+		next += counts[t];
+	}
+	if (model->shape.shared_classifier)
+		model->tensor[LLAMA2_CLASSIFIER] = model->tensor[LLAMA2_EMBEDDING];
+}
+
+static int alloc_activations(struct llama2_model *model)
+{
+	const struct llama2_shape *shape = &model->shape;
+	const struct {
+		float **where;
+		size_t count;
+	} parts[] = {
+		{ &model->x, shape->dim },
+		{ &model->normed, shape->dim },
+		{ &model->q, shape->dim },
+		{ &model->k, shape->kv_dim },
+		{ &model->v, shape->kv_dim },
+		{ &model->attended, shape->dim },
+		{ &model->gate, shape->hidden_dim },
+		{ &model->up, shape->hidden_dim },
+		{ &model->scores, shape->seq_len },
+		{ &model->cosines, shape->head_size / 2 },
+		{ &model->sines, shape->head_size / 2 },
+		{ &model->logits, shape->vocab_size },
+	};
+	size_t total = 0;
+	float *next;
+
+	for (size_t i = 0; i < ARRAY_SIZE(parts); i++)
+		total += parts[i].count;
+	model->scratch = calloc(total, sizeof(float));
+	if (!model->scratch)
+		return no_memory();
+	next = model->scratch;
+	for (size_t i = 0; i < ARRAY_SIZE(parts); i++) {
+		*parts[i].where = next;
+		next += parts[i].count;
+	}
+	return 0;
+}
+
+static int load_checkpoint(struct llama2_model *model, const char *path)
+{
+	uint64_t expected;
+	int err = read_shape(&model->shape, &model->blob, path);
+
+	if (err)
+		return err;
+	expected = checkpoint_bytes(&model->shape);
+	if (model->blob.size != expected)
+		return fail(EXIT_INPUT, "%s: expected %llu bytes by its header, got %zu", path,
+			    (unsigned long long)expected, model->blob.size);
+	/* the weights are used where they lie in the file */
+	if (le32toh(1) != 1)
+		return fail(EXIT_INPUT, "%s: expected a little-endian machine", path);
+	locate_tensors(model);
+	return alloc_activations(model);
+}
+
+int llama2_open(struct llama2_model *model, const char *path)
+{
+	int err;
+
+	*model = (struct llama2_model){ 0 };
+	err = blob_map(&model->blob, path);
+	if (!err)
+		err = load_checkpoint(model, path);
+	if (err)
+		llama2_close(model);
+	return err;
+}
+
+void llama2_close(struct llama2_model *model)
+{
+	free(model->scratch);
+	model->scratch = NULL;
+	blob_free(&model->blob);
+}
+
+/* Made-up model */
+
+static uint64_t splitmix64(uint64_t state)
+{
+	state = (state ^ state >> 30) * 0xbf58476d1ce4e5b9u;
+	state = (state ^ state >> 27) * 0x94d049bb133111ebu;
+	return state ^ state >> 31;
+}
+
+/* Number @index of stream @stream, as 24 bits, which a float holds exactly. */
+static uint32_t hash24(uint64_t stream, uint64_t index)
+{
+	uint64_t start = splitmix64(stream * 0x9e3779b97f4a7c15u);
+
+	return splitmix64(start + (index + 1) * 0x9e3779b97f4a7c15u) >> 40;
+}
+
+/*
+ * The syllables, with and without a space before them, end the vocabulary: the
+ * only tokens that the made-up model says. All others are there to encode
+ * prompts.
+ */
+static const char *const onsets[] = {
+	"b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p",
+	"r", "s", "t", "v", "w", "y", "z", "ch", "sh", "th",
+};
+
+static const char vowels[] = { 'a', 'e', 'i', 'o', 'u' };
+static const char characters[] = " abcdefghijklmnopqrstuvwxyz.,!?'-";
+
+#define NR_CHARACTERS	(sizeof(characters) - 1)
+#define FIRST_SYLLABLE	(LLAMA2_FIRST_PIECE + NR_CHARACTERS)
+#define NR_SYLLABLES	(2 * ARRAY_SIZE(onsets) * ARRAY_SIZE(vowels))
+
+static const struct llama2_shape made_up_shape = {
+	.dim = 64,
+	.hidden_dim = 172,
+	.n_layers = 4,
+	.n_heads = 8,
+	.n_kv_heads = 4,
+	.vocab_size = FIRST_SYLLABLE + NR_SYLLABLES,
+	.seq_len = 256,
+	.shared_classifier = false,
+	.head_size = 8,
+	.kv_dim = 32,
+};
+
+/*
+ * Sharp attention (large WQ and WK) and a strong residual update keep the next
+ * token dependent on all of the history; with smaller ones the text soon
+ * repeats itself.
+ */
+static const float made_up_scale[LLAMA2_NR_TENSORS] = {
+	[LLAMA2_EMBEDDING] = 1.0f,
+	[LLAMA2_WQ] = 0.5f,
+	[LLAMA2_WK] = 0.5f,
+	[LLAMA2_WV] = 0.25f,
+	[LLAMA2_WO] = 0.5f,
+	[LLAMA2_W1] = 0.25f,
+	[LLAMA2_W2] = 0.25f,
+	[LLAMA2_W3] = 0.25f,
+	[LLAMA2_CLASSIFIER] = 0.5f,
+};
+
+static void fill_tensor(float *weights, uint64_t count, enum llama2_tensor tensor)
+{
+	float scale = made_up_scale[tensor];
+
+	for (uint64_t i = 0; i < count; i++) {
+		int32_t number = (int32_t)hash24(tensor, i) - (1 << 23);
+
+		weights[i] = scale * ((float)number / (1 << 23));
+	}
+}
+
+static void fill_ones(float *weights, uint64_t count)
+{
+	for (uint64_t i = 0; i < count; i++)
+		weights[i] = 1.0f;
+}
+
+/*
+ * There is no bias in such a model. So element 0 of the residual stream is made
+ * a constant that no layer changes, and the classifier uses it to keep silent
+ * what is not a syllable.
+ */
+static void mute_non_syllables(struct llama2_model *model, float *const *weights)
+{
+	const struct llama2_shape *shape = &model->shape;
+	size_t dim = shape->dim;
+
+	for (size_t id = 0; id < shape->vocab_size; id++) {
+		weights[LLAMA2_EMBEDDING][id * dim] = 1.0f;
+		weights[LLAMA2_CLASSIFIER][id * dim] = id < FIRST_SYLLABLE ? -1000.0f : 0.0f;
+	}
+	for (size_t layer = 0; layer < shape->n_layers; layer++) {
+		memset(weights[LLAMA2_WO] + layer * dim * dim, 0, dim * sizeof(float));
+		memset(weights[LLAMA2_W2] + layer * dim * shape->hidden_dim, 0,
+		       shape->hidden_dim * sizeof(float));
+	}
+}
+
+static void make_up_weights(struct llama2_model *model)
+{
+	float *base = (float *)model->blob.data + HEADER_BYTES / sizeof(float);
+	float *weights[LLAMA2_NR_TENSORS];
+	uint64_t counts[LLAMA2_NR_TENSORS];
+
+	tensor_counts(&model->shape, counts);
+	for (int t = 0; t < LLAMA2_NR_TENSORS; t++) {
+		weights[t] = base + (model->tensor[t] - base);
+		fill_tensor(weights[t], counts[t], t);
+	}
+	fill_ones(weights[LLAMA2_RMS_ATT], counts[LLAMA2_RMS_ATT]);
+	fill_ones(weights[LLAMA2_RMS_FFN], counts[LLAMA2_RMS_FFN]);
+	fill_ones(weights[LLAMA2_RMS_FINAL], counts[LLAMA2_RMS_FINAL]);
+	mute_non_syllables(model, weights);
+}
+
+int llama2_make_up(struct llama2_model *model)
+{
+	int err;
+
+	*model = (struct llama2_model){ .shape = made_up_shape };
+	err = blob_alloc(&model->blob, checkpoint_bytes(&model->shape));
+	if (err)
+		return err;
+	locate_tensors(model);
+	make_up_weights(model);
+	err = alloc_activations(model);
+	if (err)
+		llama2_close(model);
+	return err;
+}
+
+/* Forward pass */
+
+static float dot(const float *a, const float *b, size_t n)
+{
+	float sum = 0.0f;
+
+	for (size_t i = 0; i < n; i++)
+		sum += a[i] * b[i];
+	return sum;
+}
+
+/* out[rows] = weights[rows, columns] x in[columns] */
+static void multiply(float *out, const float *weights, const float *in, size_t rows, size_t columns)
+{
+	for (size_t row = 0; row < rows; row++)
+		out[row] = dot(weights + row * columns, in, columns);
+}
+
+static void add(float *x, const float *more, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		x[i] += more[i];
+}
+
+static void rms_norm(float *out, const float *x, const float *weights, size_t n)
+{
+	float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + 1e-5f);
+
+	for (size_t i = 0; i < n; i++)
+		out[i] = weights[i] * (scale * x[i]);
+}
+
+static float largest(const float *x, size_t n)
+{
+	float max = -INFINITY;
+
+	for (size_t i = 0; i < n; i++)
+		if (x[i] > max)
+			max = x[i];
+	return max;
+}
+
+static void softmax(float *x, size_t n)
+{
+	float max = largest(x, n);
+	float sum = 0.0f;
+
+	for (size_t i = 0; i < n; i++) {
+		x[i] = expf(x[i] - max);
+		sum += x[i];
+	}
+	for (size_t i = 0; i < n; i++)
+		x[i] /= sum;
+}
+
+static void set_angles(struct llama2_model *model, uint32_t pos)
+{
+	uint32_t head_size = model->shape.head_size;
+
+	for (uint32_t pair = 0; pair < head_size / 2; pair++) {
+		float exponent = (float)(2 * pair) / (float)head_size;
+		float angle = (float)pos * (1.0f / powf(10000.0f, exponent));
+
+		model->cosines[pair] = cosf(angle);
+		model->sines[pair] = sinf(angle);
+	}
+}
+
+/* RoPE on @n elements: neighbours are the two coordinates that are rotated. */
+static void rotate(const struct llama2_model *model, float *x, size_t n)
+{
+	size_t pairs = model->shape.head_size / 2;
+
+	for (size_t i = 0; i < n / 2; i++) {
+		float c = model->cosines[i % pairs];
+		float s = model->sines[i % pairs];
+		float a = x[2 * i];
+		float b = x[2 * i + 1];
+
+		x[2 * i] = a * c - b * s;
+		x[2 * i + 1] = a * s + b * c;
+	}
+}
+
+static void attend_head(struct llama2_model *model, const float *keys, const float *values,
+			uint32_t len, uint32_t head)
+{
+	const struct llama2_shape *shape = &model->shape;
+	size_t head_size = shape->head_size;
+	size_t shared = head / (shape->n_heads / shape->n_kv_heads) * head_size;
+	const float *q = model->q + head * head_size;
+	float *out = model->attended + head * head_size;
+	float scale = sqrtf((float)head_size);
+
+	for (size_t row = 0; row < len; row++)
+		model->scores[row] = dot(q, keys + row * shape->kv_dim + shared, head_size) / scale;
+	softmax(model->scores, len);
+	memset(out, 0, head_size * sizeof(float));
+	for (size_t row = 0; row < len; row++) {
+		const float *v = values + row * shape->kv_dim + shared;
+
+		for (size_t i = 0; i < head_size; i++)
+			out[i] += model->scores[row] * v[i];
+	}
+}
+
+static int attention(struct llama2_model *model, struct llama2_rows *const *cache, size_t layer)
+{
+	const struct llama2_shape *shape = &model->shape;
+	struct llama2_rows *keys = cache[2 * layer];
+	struct llama2_rows *values = cache[2 * layer + 1];
+	size_t dim = shape->dim;
+	size_t kv_dim = shape->kv_dim;
+	float *normed = model->normed;
+	int err;
+
+	rms_norm(normed, model->x, model->tensor[LLAMA2_RMS_ATT] + layer * dim, dim);
+	multiply(model->q, model->tensor[LLAMA2_WQ] + layer * dim * dim, normed, dim, dim);
+	multiply(model->k, model->tensor[LLAMA2_WK] + layer * dim * kv_dim, normed, kv_dim, dim);
+	multiply(model->v, model->tensor[LLAMA2_WV] + layer * dim * kv_dim, normed, kv_dim, dim);
+	rotate(model, model->q, dim);
+	rotate(model, model->k, kv_dim);
+	err = keys->append(keys, model->k);
+	if (!err)
+		err = values->append(values, model->v);
+	if (err)
+		return err;
+	for (uint32_t head = 0; head < shape->n_heads; head++)
+		attend_head(model, keys->data, values->data, keys->len, head);
+	multiply(normed, model->tensor[LLAMA2_WO] + layer * dim * dim, model->attended, dim, dim);
+	add(model->x, normed, dim);
+	return 0;
+}
+
+/* SwiGLU */
+static void feed_forward(struct llama2_model *model, size_t layer)
+{
+	size_t dim = model->shape.dim;
+	size_t hidden = model->shape.hidden_dim;
+	size_t weights = layer * dim * hidden;
+
+	rms_norm(model->normed, model->x, model->tensor[LLAMA2_RMS_FFN] + layer * dim, dim);
+	multiply(model->gate, model->tensor[LLAMA2_W1] + weights, model->normed, hidden, dim);
+	multiply(model->up, model->tensor[LLAMA2_W3] + weights, model->normed, hidden, dim);
+	for (size_t i = 0; i < hidden; i++)
+		model->gate[i] *= model->up[i] / (1.0f + expf(-model->gate[i]));
+	multiply(model->normed, model->tensor[LLAMA2_W2] + weights, model->gate, dim, hidden);
+	add(model->x, model->normed, dim);
+}
+
+int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache, int32_t token,
+		   uint32_t pos)
+{
+	const struct llama2_shape *shape = &model->shape;
+	size_t dim = shape->dim;
+
+	memcpy(model->x, model->tensor[LLAMA2_EMBEDDING] + token * dim, dim * sizeof(float));
+	set_angles(model, pos);
+	for (size_t layer = 0; layer < shape->n_layers; layer++) {
+		int err = attention(model, cache, layer);
+
+		if (err)
+			return err;
+		feed_forward(model, layer);
+	}
+	rms_norm(model->x, model->x, model->tensor[LLAMA2_RMS_FINAL], dim);
+	multiply(model->logits, model->tensor[LLAMA2_CLASSIFIER], model->x, shape->vocab_size, dim);
+	return 0;
+}
+
+/* Tokenizer */
+
+static int compare_bytes(const struct llama2_piece *a, const struct llama2_piece *b)
+{
+	uint32_t shorter = a->length < b->length ? a->length : b->length;
+	int order = memcmp(a->bytes, b->bytes, shorter);
+
+	if (order)
+		return order;
+	return (a->length > b->length) - (a->length < b->length);
+}
+
+static int compare_pieces(const void *a, const void *b)
+{
+	const struct llama2_piece *left = a;
+	const struct llama2_piece *right = b;
+	int order = compare_bytes(left, right);
+
+	return order ? order : (left->id > right->id) - (left->id < right->id);
+}
+
+static int read_piece(const struct llama2_tokenizer *tok, struct llama2_piece *piece,
+		      size_t *offset, const char *path)
+{
+	const char *bytes = tok->blob.data;
+	size_t left = tok->blob.size - *offset;
+	int32_t length;
+
+	if (left < 8)
+		return fail(EXIT_INPUT, "%s: expected %u tokens, got %d and %zu bytes", path,
+			    tok->vocab_size, piece->id, left);
+	piece->score = read_f32(bytes + *offset);
+	if (!isfinite(piece->score))
+		return fail(EXIT_INPUT, "%s: expected a finite score of token %d, got %f", path,
+			    piece->id, (double)piece->score);
+	length = read_i32(bytes + *offset + 4);
+	if (length < 0 || (uint32_t)length > tok->max_length || (size_t)length > left - 8)
+		return fail(EXIT_INPUT,
+			    "%s: expected token %d of 0 to %u bytes in %zu bytes of file, got %d",
+			    path, piece->id, tok->max_length, left - 8, length);
+	piece->bytes = bytes + *offset + 8;
+	piece->length = length;
+	*offset += 8 + (size_t)length;
+	return 0;
+}
+
+static int check_byte_piece(const struct llama2_piece *piece, const char *path)
+{
+	char expected[8];
+	char got[17] = "";
+
+	snprintf(expected, sizeof(expected), "<0x%02X>",
+		 (unsigned int)(piece->id - LLAMA2_FIRST_BYTE) & 0xff);
+	if (piece->length == strlen(expected) && !memcmp(piece->bytes, expected, piece->length))
+		return 0;
+	/* whatever the file holds, the message is one line */
+	for (uint32_t i = 0; i < piece->length && i < sizeof(got) - 1; i++)
+		got[i] = piece->bytes[i] >= ' ' && piece->bytes[i] <= '~' ? piece->bytes[i] : '?';
+	return fail(EXIT_INPUT, "%s: expected token %d to be %s, got \"%s\"", path, piece->id,
+		    expected, got);
+}
+
+static int read_pieces(struct llama2_tokenizer *tok, const char *path)
+{
+	size_t offset = sizeof(int32_t);
+	uint32_t longest = 0;
+
+	for (uint32_t id = 0; id < tok->vocab_size; id++) {
+		struct llama2_piece *piece = &tok->pieces[id];
+		int err;
+
+		piece->id = id;
+		err = read_piece(tok, piece, &offset, path);
+		if (!err && id >= LLAMA2_FIRST_BYTE && id < LLAMA2_FIRST_PIECE)
+			err = check_byte_piece(piece, path);
+		if (err)
+			return err;
+		if (piece->length > longest)
+			longest = piece->length;
+	}
+	/* what the file promises may be anything; merging wants a bound that holds */
+	tok->max_length = longest;
+	if (offset != tok->blob.size)
+		return fail(EXIT_INPUT, "%s: expected %u tokens in %zu bytes, got %zu bytes", path,
+			    tok->vocab_size, offset, tok->blob.size);
+	return 0;
+}
+
+static int parse_tokenizer(struct llama2_tokenizer *tok, const char *path)
+{
+	uint32_t sorted = tok->vocab_size - LLAMA2_FIRST_PIECE;
+	int32_t max_length;
+	int err;
+
+	if (tok->blob.size < sizeof(int32_t))
+		return fail(EXIT_INPUT, "%s: expected at least 4 bytes, got %zu", path,
+			    tok->blob.size);
+	max_length = read_i32(tok->blob.data);
+	if (max_length < 1)
+		return fail(EXIT_INPUT, "%s: expected a maximum token length of at least 1, got %d",
+			    path, max_length);
+	tok->max_length = max_length;
+	tok->pieces = calloc(tok->vocab_size, sizeof(*tok->pieces));
+	tok->sorted = calloc(sorted + 1, sizeof(*tok->sorted));
+	if (!tok->pieces || !tok->sorted)
+		return no_memory();
+	err = read_pieces(tok, path);
+	if (err)
+		return err;
+	memcpy(tok->sorted, tok->pieces + LLAMA2_FIRST_PIECE, sorted * sizeof(*tok->sorted));
+	qsort(tok->sorted, sorted, sizeof(*tok->sorted), compare_pieces);
+	return 0;
+}
+
+int llama2_tokenizer_open(struct llama2_tokenizer *tok, const char *path, uint32_t vocab_size)
+{
+	int err;
+
+	*tok = (struct llama2_tokenizer){ .vocab_size = vocab_size };
+	err = blob_map(&tok->blob, path);
+	if (!err)
+		err = parse_tokenizer(tok, path);
+	if (err)
+		llama2_tokenizer_close(tok);
+	return err;
+}
+
+void llama2_tokenizer_close(struct llama2_tokenizer *tok)
+{
+	free(tok->pieces);
+	free(tok->sorted);
+	tok->pieces = NULL;
+	tok->sorted = NULL;
+	blob_free(&tok->blob);
+}
+
+#define MADE_UP_MAX_LENGTH 6
+
+static size_t put_piece(char *bytes, size_t offset, float score, const char *piece)
+{
+	size_t length = strlen(piece);
+
+	write_f32(bytes + offset, score);
+	write_i32(bytes + offset + 4, (int32_t)length);
+	memcpy(bytes + offset + 8, piece, length);
+	return offset + 8 + length;
+}
+
+static size_t put_syllables(char *bytes, size_t offset, const char *prefix, float score)
+{
+	char piece[MADE_UP_MAX_LENGTH + 1];
+
+	for (size_t onset = 0; onset < ARRAY_SIZE(onsets); onset++) {
+		for (size_t vowel = 0; vowel < ARRAY_SIZE(vowels); vowel++) {
+			snprintf(piece, sizeof(piece), "%s%s%c", prefix, onsets[onset],
+				 vowels[vowel]);
+			offset = put_piece(bytes, offset, score, piece);
+		}
+	}
+	return offset;
+}
+
+/* Write a tokenizer file to @bytes, which has room for it, and return its size. */
+static size_t write_tokenizer(char *bytes)
+{
+	static const char *const specials[] = { "<unk>", "<s>", "</s>" };
+	size_t offset = sizeof(int32_t);
+	char piece[MADE_UP_MAX_LENGTH + 1];
+
+	write_i32(bytes, MADE_UP_MAX_LENGTH);
+	for (size_t i = 0; i < ARRAY_SIZE(specials); i++)
+		offset = put_piece(bytes, offset, 0.0f, specials[i]);
+	for (unsigned int byte = 0; byte < 256; byte++) {
+		snprintf(piece, sizeof(piece), "<0x%02X>", byte & 0xff);
+		offset = put_piece(bytes, offset, 0.0f, piece);
+	}
+	for (size_t i = 0; i < NR_CHARACTERS; i++) {
+		snprintf(piece, sizeof(piece), "%c", characters[i]);
+		offset = put_piece(bytes, offset, -3.0f, piece);
+	}
+	offset = put_syllables(bytes, offset, " ", -1.0f);
+	return put_syllables(bytes, offset, "", -2.0f);
+}
+
+int llama2_tokenizer_make_up(struct llama2_tokenizer *tok)
+{
+	int err;
+
+	*tok = (struct llama2_tokenizer){ .vocab_size = made_up_shape.vocab_size };
+	err = blob_alloc(&tok->blob, 4 + tok->vocab_size * (8 + MADE_UP_MAX_LENGTH));
+	if (err)
+		return err;
+	tok->blob.size = write_tokenizer(tok->blob.data);
+	err = parse_tokenizer(tok, "made-up vocabulary");
+	if (err)
+		llama2_tokenizer_close(tok);
+	return err;
+}
+
+/* The first of the equal pieces, so that a vocabulary with doubles is no riddle; -1 if none. */
+static int32_t look_up(const struct llama2_tokenizer *tok, const char *bytes, size_t length)
+{
+	struct llama2_piece key = { .bytes = bytes, .length = length };
+	uint32_t low = 0;
+	uint32_t count = tok->vocab_size - LLAMA2_FIRST_PIECE;
+	uint32_t high = count;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+
+		if (compare_bytes(&tok->sorted[middle], &key) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	if (low == count || compare_bytes(&tok->sorted[low], &key))
+		return -1;
+	return tok->sorted[low].id;
+}
+
+/* A piece of the text, and the piece that it becomes together with the next one, or -1. */
+struct symbol {
+	int32_t id;
+	int32_t merged;
+};
+
+static int32_t look_up_pair(const struct llama2_tokenizer *tok, char *buffer, int32_t a, int32_t b)
+{
+	const struct llama2_piece *left = &tok->pieces[a];
+	const struct llama2_piece *right = &tok->pieces[b];
+	size_t length = (size_t)left->length + right->length;
+
+	/* single bytes stand for what no piece spells */
+	if (a < LLAMA2_FIRST_PIECE || b < LLAMA2_FIRST_PIECE || length > tok->max_length)
+		return -1;
+	memcpy(buffer, left->bytes, left->length);
+	memcpy(buffer + left->length, right->bytes, right->length);
+	return look_up(tok, buffer, length);
+}
+
+static void pair_up(const struct llama2_tokenizer *tok, char *buffer, struct symbol *symbols,
+		    size_t count, size_t i)
+{
+	symbols[i].merged = -1;
+	if (i + 1 < count)
+		symbols[i].merged = look_up_pair(tok, buffer, symbols[i].id, symbols[i + 1].id);
+}
+
+static size_t best_merge(const struct llama2_tokenizer *tok, const struct symbol *symbols,
+			 size_t count)
+{
+	size_t best = count;
+
+	for (size_t i = 0; i < count; i++) {
+		if (symbols[i].merged < 0)
+			continue;
+		if (best == count || tok->pieces[symbols[i].merged].score >
+				     tok->pieces[symbols[best].merged].score)
+			best = i;
+	}
+	return best;
+}
+
+static size_t merge_symbols(const struct llama2_tokenizer *tok, char *buffer,
+			    struct symbol *symbols, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		pair_up(tok, buffer, symbols, count, i);
+	for (;;) {
+		size_t best = best_merge(tok, symbols, count);
+
+		if (best == count)
+			return count;
+		symbols[best].id = symbols[best].merged;
+		count--;
+		memmove(symbols + best + 1, symbols + best + 2,
+			(count - best - 1) * sizeof(*symbols));
+		pair_up(tok, buffer, symbols, count, best);
+		if (best)
+			pair_up(tok, buffer, symbols, count, best - 1);
+	}
+}
+
+/* Bytes of the UTF-8 sequence at @text; a stray byte is one of its own. */
+static size_t sequence_length(const char *text)
+{
+	size_t length = 1;
+
+	if (((unsigned char)text[0] & 0xc0) != 0xc0)
+		return 1;
+	while (length < 4 && ((unsigned char)text[length] & 0xc0) == 0x80)
+		length++;
+	return length;
+}
+
+static size_t split_text(const struct llama2_tokenizer *tok, const char *text,
+			 struct symbol *symbols)
+{
+	size_t count = 0;
+
+	while (*text) {
+		size_t length = sequence_length(text);
+		int32_t id = look_up(tok, text, length);
+
+		if (id >= 0)
+			symbols[count++].id = id;
+		for (size_t i = 0; id < 0 && i < length; i++)
+			symbols[count++].id = LLAMA2_FIRST_BYTE + (unsigned char)text[i];
+		text += length;
+	}
+	return count;
+}
+
+/* Encode without BOS; returns the number of symbols. */
+static size_t encode_text(const struct llama2_tokenizer *tok, const char *text, char *buffer,
+			  struct symbol *symbols)
+{
+	size_t count;
+
+	/* a text begins like a word within one */
+	if (!*text)
+		return 0;
+	count = split_text(tok, " ", symbols);
+	count += split_text(tok, text, symbols + count);
+	return merge_symbols(tok, buffer, symbols, count);
+}
+
+int llama2_encode(const struct llama2_tokenizer *tok, const char *text, int32_t **ids,
+		  uint32_t *count)
+{
+	size_t room = strlen(text) + 2;
+	struct symbol *symbols = calloc(room, sizeof(*symbols));
+	char *buffer = malloc(tok->max_length + 1);
+	int err = 0;
+
+	*ids = calloc(room, sizeof(**ids));
+	if (!symbols || !buffer || !*ids) {
+		free(*ids);
+		*ids = NULL;
+		err = no_memory();
+		goto out;
+	}
+	*count = 1 + encode_text(tok, text, buffer, symbols);
+	(*ids)[0] = LLAMA2_BOS;
+	for (uint32_t i = 1; i < *count; i++)
+		(*ids)[i] = symbols[i - 1].id;
+out:
+	free(buffer);
+	free(symbols);
+	return err;
+}
+
+size_t llama2_decode(const struct llama2_tokenizer *tok, int32_t previous, int32_t id, char *byte,
+		     const char **bytes)
+{
+	const struct llama2_piece *piece = &tok->pieces[id];
+	bool strip;
+
+	if (id >= LLAMA2_FIRST_BYTE && id < LLAMA2_FIRST_PIECE) {
+		*byte = (char)(id - LLAMA2_FIRST_BYTE);
+		*bytes = byte;
+		return 1;
+	}
+	strip = previous == LLAMA2_BOS && piece->length && piece->bytes[0] == ' ';
+	*bytes = piece->bytes + strip;
+	return piece->length - strip;
+}
+
+/* Sampler */
+
+int llama2_sampler_open(struct llama2_sampler *sampler, uint32_t vocab_size)
+{
+	sampler->candidates = calloc(vocab_size, sizeof(*sampler->candidates));
+	return sampler->candidates ? 0 : no_memory();
+}
+
+void llama2_sampler_close(struct llama2_sampler *sampler)
+{
+	free(sampler->candidates);
+	sampler->candidates = NULL;
+}
+
+static int32_t most_likely(const float *logits, uint32_t vocab_size)
+{
+	float max = -INFINITY;
+	uint32_t best = 0;
+
+	for (uint32_t id = 0; id < vocab_size; id++) {
+		if (logits[id] > max) {
+			max = logits[id];
+			best = id;
+		}
+	}
+	return best;
+}
+
+static int compare_candidates(const void *a, const void *b)
+{
+	const struct llama2_candidate *left = a;
+	const struct llama2_candidate *right = b;
+
+	if (left->probability != right->probability)
+		return left->probability < right->probability ? 1 : -1;
+	return (left->id > right->id) - (left->id < right->id);
+}
+
+/* Not normalized; what is not a number gets 0, so that sorting stays well-defined. */
+static float weigh_candidates(const struct llama2_sampler *sampler, const float *logits,
+			      uint32_t vocab_size)
+{
+	float max = largest(logits, vocab_size);
+	float sum = 0.0f;
+
+	for (uint32_t id = 0; id < vocab_size; id++) {
+		float weight = expf((logits[id] - max) / sampler->temperature);
+
+		if (!(weight > 0.0f))
+			weight = 0.0f;
+		sampler->candidates[id] = (struct llama2_candidate){ weight, (int32_t)id };
+		sum += weight;
+	}
+	return sum;
+}
+
+/* The fewest of the sorted candidates that reach @goal; their sum is left in @sum. */
+static uint32_t nucleus(const struct llama2_candidate *candidates, uint32_t count, float goal,
+			float *sum)
+{
+	uint32_t used = 0;
+
+	*sum = 0.0f;
+	while (used < count && candidates[used].probability > 0.0f && (!used || *sum < goal))
+		*sum += candidates[used++].probability;
+	return used;
+}
+
+int32_t llama2_sample(const struct llama2_sampler *sampler, const float *logits,
+		      uint32_t vocab_size, uint32_t pos)
+{
+	const struct llama2_candidate *candidates = sampler->candidates;
+	float sum;
+	float point;
+	uint32_t used;
+
+	if (sampler->temperature <= 0.0f)
+		return most_likely(logits, vocab_size);
+	sum = weigh_candidates(sampler, logits, vocab_size);
+	if (!(sum > 0.0f))
+		return most_likely(logits, vocab_size);
+	qsort(sampler->candidates, vocab_size, sizeof(*candidates), compare_candidates);
+	used = nucleus(candidates, vocab_size, sampler->top_p * sum, &sum);
+	point = (float)hash24(sampler->seed, pos) / (1 << 24) * sum;
+	for (uint32_t i = 0; i < used; i++) {
+		point -= candidates[i].probability;
+		if (point < 0.0f)
+			return candidates[i].id;
+	}
+	/* rounding, or the most likely one if nothing has a weight */
+	return candidates[used ? used - 1 : 0].id;
+}

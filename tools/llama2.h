@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A Llama-2 style transformer: checkpoint, tokenizer, forward pass, sampler.
+ *
+ * It owns the weights and the activations, but not the KV cache: that is
+ * handed in row by row through struct llama2_rows, so that the model cannot
+ * know what kind of memory it attends to.
+ */
+#ifndef LLAMA2_H
+#define LLAMA2_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum exit_code {
+	EXIT_DONE = 0,
+	EXIT_INPUT = 1,
+	EXIT_PADS = 2,
+	EXIT_SYSTEM = 3,
+};
+
+/* Print one line about an error and return @code, to be passed up to main(). */
+int fail(enum exit_code code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Ids that every vocabulary begins with; 256 single bytes follow. */
+#define LLAMA2_BOS		1
+#define LLAMA2_EOS		2
+#define LLAMA2_FIRST_BYTE	3
+#define LLAMA2_FIRST_PIECE	(LLAMA2_FIRST_BYTE + 256)
+
+/* Bytes of a file, or of something made up in its format. */
+struct llama2_blob {
+	void *data;
+	size_t size;
+	bool mapped;
+};
+
+struct llama2_shape {
+	uint32_t dim;
+	uint32_t hidden_dim;
+	uint32_t n_layers;
+	uint32_t n_heads;
+	uint32_t n_kv_heads;
+	uint32_t vocab_size;
+	uint32_t seq_len;
+	bool shared_classifier;
+	/* derived */
+	uint32_t head_size;
+	uint32_t kv_dim;
+};
+
+/* The tensors in the order of the file. */
+enum llama2_tensor {
+	LLAMA2_EMBEDDING,
+	LLAMA2_RMS_ATT,
+	LLAMA2_WQ,
+	LLAMA2_WK,
+	LLAMA2_WV,
+	LLAMA2_WO,
+	LLAMA2_RMS_FFN,
+	LLAMA2_W1,
+	LLAMA2_W2,
+	LLAMA2_W3,
+	LLAMA2_RMS_FINAL,
+	LLAMA2_FREQ_REAL,
+	LLAMA2_FREQ_IMAG,
+	LLAMA2_CLASSIFIER,
+	LLAMA2_NR_TENSORS
+};
+
+/**
+ * struct llama2_model - weights and activations
+ * @logits: what llama2_forward() leaves: one per token of the vocabulary
+ * @scratch: the one allocation that the activations are cut from
+ */
+struct llama2_model {
+	struct llama2_shape shape;
+	struct llama2_blob blob;
+	const float *tensor[LLAMA2_NR_TENSORS];
+	float *scratch;
+	float *x;
+	float *normed;
+	float *q;
+	float *k;
+	float *v;
+	float *attended;
+	float *gate;
+	float *up;
+	float *scores;
+	float *cosines;
+	float *sines;
+	float *logits;
+};
+
+/**
+ * struct llama2_rows - K or V of one layer
+ * @data: the [len, kv_dim] array
+ * @len: rows in it
+ * @append: add one row; returns 0 or an exit code after fail()
+ */
+struct llama2_rows {
+	const void *data;
+	uint32_t len;
+	int (*append)(struct llama2_rows *rows, const void *row);
+};
+
+int llama2_open(struct llama2_model *model, const char *path);
+int llama2_make_up(struct llama2_model *model);
+void llama2_close(struct llama2_model *model);
+
+/**
+ * llama2_forward() - run one token through the model
+ * @model: the model
+ * @cache: K and V rows in the order k0 v0 k1 v1 ...; each holds @pos rows and
+ *	gets one more
+ * @token: its id
+ * @pos: its position
+ *
+ * Returns 0, or what an append returned.
+ */
+int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache, int32_t token,
+		   uint32_t pos);
+
+struct llama2_piece {
+	const char *bytes;
+	uint32_t length;
+	int32_t id;
+	float score;
+};
+
+/**
+ * struct llama2_tokenizer - a vocabulary
+ * @max_length: bytes of the longest piece
+ * @pieces: by id
+ * @sorted: the pieces that text can become, by bytes and then by id
+ */
+struct llama2_tokenizer {
+	struct llama2_blob blob;
+	uint32_t vocab_size;
+	uint32_t max_length;
+	struct llama2_piece *pieces;
+	struct llama2_piece *sorted;
+};
+
+int llama2_tokenizer_open(struct llama2_tokenizer *tok, const char *path, uint32_t vocab_size);
+int llama2_tokenizer_make_up(struct llama2_tokenizer *tok);
+void llama2_tokenizer_close(struct llama2_tokenizer *tok);
+
+/* Encode @text with BOS in front; returns 0 and @ids, which the caller frees, or an exit code. */
+int llama2_encode(const struct llama2_tokenizer *tok, const char *text, int32_t **ids,
+		  uint32_t *count);
+
+/* The bytes that token @id after @previous stands for; @byte holds them if it is a single byte. */
+size_t llama2_decode(const struct llama2_tokenizer *tok, int32_t previous, int32_t id, char *byte,
+		     const char **bytes);
+
+struct llama2_candidate {
+	float probability;
+	int32_t id;
+};
+
+struct llama2_sampler {
+	float temperature;
+	float top_p;
+	uint64_t seed;
+	struct llama2_candidate *candidates;
+};
+
+int llama2_sampler_open(struct llama2_sampler *sampler, uint32_t vocab_size);
+void llama2_sampler_close(struct llama2_sampler *sampler);
+
+/* Choose the token of position @pos; the same logits, seed and position give the same token. */
+int32_t llama2_sample(const struct llama2_sampler *sampler, const float *logits,
+		      uint32_t vocab_size, uint32_t pos);
+
+#endif
