@@ -327,35 +327,9 @@ static int parse_options(struct options *options, int argc, char **argv)
 
 /* Cache */
 
-static const char *pad_error(int err)
-{
-	switch (-err) {
-	case ENOENT:
-	case ENODEV:
-	case ENXIO:
-		return "no such device: is the module loaded? try --cache heap";
-	case EACCES:
-		return "no permission on the device or the handle; try --cache heap";
-	case EDQUOT:
-		return "larger than the module's limits allow";
-	case ENOMEM:
-		return "out of memory, or the memory cgroup is full";
-	case ENOSPC:
-		return "the pad is full";
-	case EBADFD:
-		return "the handle is not bound to a pad";
-	case EBADF:
-		return "the descriptor is not open";
-	case ENOTTY:
-		return "the descriptor is no kvscratch handle";
-	default:
-		return strerror(-err);
-	}
-}
-
 static int fail_pad(const struct store *store, const char *what, int err)
 {
-	return fail(EXIT_PADS, "%s: cannot %s: %s", store->name, what, pad_error(err));
+	return fail(EXIT_PADS, "%s: cannot %s: %s", store->name, what, kvscratch_strerror(err));
 }
 
 static struct store *store_of(struct llama2_rows *rows)
@@ -475,7 +449,7 @@ static int create_pad(struct cache *cache, struct store *store)
 		return fail(EXIT_PADS,
 			    "%s: cannot create a pad of [%" PRIu32 ", %" PRIu32 "] %s: %s",
 			    store->name, cache->seq_len, store->dim,
-			    kvscratch_dtype_name(store->dtype), pad_error(err));
+			    kvscratch_dtype_name(store->dtype), kvscratch_strerror(err));
 	store->bound = true;
 	return map_pad(store);
 }
@@ -496,7 +470,9 @@ static int open_pads(struct cache *cache)
 		int fd = kvscratch_open(O_RDWR);
 
 		if (fd < 0)
-			return fail(EXIT_PADS, KVSCRATCH_DEVICE ": cannot open: %s", pad_error(fd));
+			return fail(EXIT_PADS, KVSCRATCH_DEVICE
+				    ": cannot open: %s; --cache heap works without",
+				    kvscratch_strerror(fd));
 		cache->stores[i].fd = fd;
 	}
 	return create_missing_pads(cache);
@@ -550,11 +526,11 @@ static int inherit_handle(const struct cache *cache, struct store *store, int fd
 	int err;
 
 	if (flags < 0)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, pad_error(-errno));
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, kvscratch_strerror(-errno));
 	store->fd = fd;
 	err = kvscratch_info(fd, &info);
 	if (err && err != -EBADFD)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, pad_error(err));
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, kvscratch_strerror(err));
 	if (access != O_RDWR)
 		return fail(EXIT_PADS,
 			    "handle %d (%s): expected it open for read and write, got %s only", fd,
@@ -735,7 +711,7 @@ static unsigned int open_readers(const struct cache *cache, int *fds)
 		fds[i] = kvscratch_open_reader(cache->stores[i].fd);
 		if (fds[i] < 0) {
 			fail(EXIT_PADS, "%s: cannot open a handle for a reader: %s",
-			     cache->stores[i].name, pad_error(fds[i]));
+			     cache->stores[i].name, kvscratch_strerror(fds[i]));
 			return i;
 		}
 	}

@@ -141,6 +141,36 @@ uint32_t kvscratch_dtype_by_name(const char *name)
 	return 0;
 }
 
+const char *kvscratch_strerror(int err)
+{
+	switch (-err) {
+	case ENOENT:
+	case ENODEV:
+	case ENXIO:
+		return "no such device: is the module loaded?";
+	case EACCES:
+		return "no permission on the device, or not with this handle";
+	case EBADF:
+		return "not open, or not for this";
+	case EBADFD:
+		return "the handle is not bound to a pad yet";
+	case EBUSY:
+		return "the handle is bound to a pad already";
+	case EDQUOT:
+		return "larger than the module's limits allow";
+	case EINVAL:
+		return "a value that the pad or the format does not allow";
+	case ENOMEM:
+		return "out of memory, or the memory cgroup is full";
+	case ENOSPC:
+		return "the pad is full";
+	case ENOTTY:
+		return "not a handle of /dev/kvscratch";
+	default:
+		return strerror(-err);
+	}
+}
+
 /* 253 names of 15 characters: enough for k and v of 126 layers, and a bound */
 #define MAX_NAMES_BYTES 4096
 

@@ -131,6 +131,9 @@ uint32_t kvscratch_dtype_by_name(const char *name);
 /* Bytes per element; 0 for what is no dtype. */
 uint32_t kvscratch_dtype_size(uint32_t dtype);
 
+/* What a negative errno of any function here means, without a full stop */
+const char *kvscratch_strerror(int err);
+
 /* The most handles that fit one message (the kernel's SCM_MAX_FD). */
 #define KVSCRATCH_MAX_PASSED 253
 

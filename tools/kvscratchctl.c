@@ -1,0 +1,1105 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvscratchctl: drive a pad from the shell.
+ *
+ * The shell holds the handle (exec 3<>/dev/kvscratch), each verb works on the
+ * descriptor that it inherits. watch can also take its handle from a socket.
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#include "libkvscratch.h"
+#include "npy.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+#define DEFAULT_FD 3
+
+enum exit_code {
+	EXIT_DONE = 0,
+	EXIT_INPUT = 1,
+	EXIT_SYSTEM = 2,
+};
+
+static const char *verb_name;
+
+/* Print one line about an error and return @code, to be passed up to main(). */
+static int __attribute__((format(printf, 2, 3)))
+fail(enum exit_code code, const char *format, ...)
+{
+	va_list args;
+
+	fflush(stdout);
+	fprintf(stderr, "kvscratchctl%s%s: ", verb_name ? " " : "", verb_name ? verb_name : "");
+	va_start(args, format);
+	vfprintf(stderr, format, args);
+	va_end(args);
+	fputc('\n', stderr);
+	return code;
+}
+
+static int fail_handle(int fd, const char *what, int err)
+{
+	return fail(EXIT_SYSTEM, "descriptor %d: cannot %s: %s", fd, what, kvscratch_strerror(err));
+}
+
+/* Nothing that was printed counts until it is out. */
+static int finish_output(void)
+{
+	if (fflush(stdout) || ferror(stdout))
+		return fail(EXIT_SYSTEM, "cannot write the output: %s", strerror(errno));
+	return 0;
+}
+
+/* Options: one set for all verbs, each verb takes some of them */
+
+enum option_id {
+	OPT_HELP = 1,
+	OPT_FD,
+	OPT_MAX_SEQ_LEN,
+	OPT_DIM,
+	OPT_DTYPE,
+	OPT_LEN,
+	OPT_ZERO,
+	OPT_SRC_FD,
+	OPT_JSON,
+	OPT_FORMAT,
+	OPT_OUTPUT,
+	OPT_SOCKET,
+	OPT_PAD,
+	OPT_ROWS,
+	OPT_UNTIL,
+	OPT_TIMEOUT,
+};
+
+enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY };
+
+struct arguments {
+	uint32_t given;		/* bit per option */
+	int fd;
+	uint64_t max_seq_len;
+	uint64_t dim;
+	uint32_t dtype;
+	uint64_t len;
+	uint64_t src_fd;
+	enum format format;
+	const char *output;
+	const char *socket;
+	const char *pad;
+	uint64_t until;
+	uint64_t timeout;
+	const char *file;
+};
+
+static bool given(const struct arguments *args, enum option_id id)
+{
+	return args->given >> id & 1;
+}
+
+static int parse_integer(const char *name, const char *text, uint64_t min, uint64_t max,
+			 uint64_t *value)
+{
+	char *end;
+
+	errno = 0;
+	*value = strtoull(text, &end, 10);
+	/* strtoull() takes blanks and signs, too */
+	if (*text < '0' || *text > '9' || *end || errno || *value < min || *value > max)
+		return fail(EXIT_INPUT,
+			    "--%s: expected an integer from %" PRIu64 " to %" PRIu64 ", got \"%s\"",
+			    name, min, max, text);
+	return 0;
+}
+
+static int parse_dtype(const char *text, uint32_t *dtype)
+{
+	*dtype = kvscratch_dtype_by_name(text);
+	if (*dtype)
+		return 0;
+	return fail(EXIT_INPUT,
+		    "--dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 or u8, got \"%s\"", text);
+}
+
+static int parse_format(const char *text, enum format *format)
+{
+	static const char *const names[] = {
+		[FORMAT_TEXT] = "text",
+		[FORMAT_RAW] = "raw",
+		[FORMAT_NPY] = "npy",
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+		if (names[i] && !strcmp(text, names[i])) {
+			*format = i;
+			return 0;
+		}
+	}
+	return fail(EXIT_INPUT, "--format: expected text, raw or npy, got \"%s\"", text);
+}
+
+static int parse_option(struct arguments *args, int option, const char *text)
+{
+	uint64_t value;
+	int err;
+
+	switch (option) {
+	case OPT_FD:
+		err = parse_integer("fd", text, 0, INT_MAX, &value);
+		args->fd = value;
+		return err;
+	case OPT_MAX_SEQ_LEN:
+		return parse_integer("max-seq-len", text, 1, KVSCRATCH_MAX_SEQ_LEN,
+				     &args->max_seq_len);
+	case OPT_DIM:
+		return parse_integer("dim", text, 1, KVSCRATCH_MAX_ROW_BYTES, &args->dim);
+	case OPT_DTYPE:
+		return parse_dtype(text, &args->dtype);
+	case OPT_LEN:
+		return parse_integer("len", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->len);
+	case OPT_SRC_FD:
+		return parse_integer("src-fd", text, 0, INT_MAX, &args->src_fd);
+	case OPT_FORMAT:
+		return parse_format(text, &args->format);
+	case OPT_OUTPUT:
+		args->output = text;
+		return 0;
+	case OPT_SOCKET:
+		args->socket = text;
+		return 0;
+	case OPT_PAD:
+		args->pad = text;
+		return 0;
+	case OPT_UNTIL:
+		return parse_integer("until", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->until);
+	case OPT_TIMEOUT:
+		return parse_integer("timeout", text, 0, INT_MAX / 1000, &args->timeout);
+	default:
+		return 0;
+	}
+}
+
+/* create, truncate, clear, attach */
+
+static int run_create(const struct arguments *args)
+{
+	uint64_t most;
+	int err;
+
+	if (!given(args, OPT_MAX_SEQ_LEN) || !given(args, OPT_DIM))
+		return fail(EXIT_INPUT, "expected --max-seq-len and --dim");
+	most = KVSCRATCH_MAX_ROW_BYTES / kvscratch_dtype_size(args->dtype);
+	if (args->dim > most)
+		return fail(EXIT_INPUT, "--dim: expected at most %" PRIu64 " of %s, got %" PRIu64,
+			    most, kvscratch_dtype_name(args->dtype), args->dim);
+	err = kvscratch_create(args->fd, args->max_seq_len, args->dim, args->dtype);
+	return err ? fail_handle(args->fd, "create a pad", err) : 0;
+}
+
+static int run_truncate(const struct arguments *args)
+{
+	struct kvscratch_info info;
+	int err;
+
+	if (!given(args, OPT_LEN))
+		return fail(EXIT_INPUT, "expected --len");
+	err = kvscratch_info(args->fd, &info);
+	if (!err)
+		err = kvscratch_truncate(args->fd, args->len,
+					 given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	if (err == -EINVAL)
+		return fail(EXIT_INPUT, "--len: expected at most %" PRIu64 ", the committed rows, "
+			    "got %" PRIu64, (uint64_t)info.len, args->len);
+	return err ? fail_handle(args->fd, "truncate", err) : 0;
+}
+
+static int run_clear(const struct arguments *args)
+{
+	int err = kvscratch_truncate(args->fd, 0,
+				     given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
+
+	return err ? fail_handle(args->fd, "clear", err) : 0;
+}
+
+static int run_attach(const struct arguments *args)
+{
+	int err;
+
+	if (!given(args, OPT_SRC_FD))
+		return fail(EXIT_INPUT, "expected --src-fd");
+	err = kvscratch_attach(args->fd, args->src_fd);
+	if (err)
+		return fail(EXIT_SYSTEM, "descriptor %d: cannot attach to %" PRIu64 ": %s",
+			    args->fd, args->src_fd, kvscratch_strerror(err));
+	return 0;
+}
+
+/* info */
+
+static void print_display_line(uint64_t len, const struct kvscratch_info *info)
+{
+	printf("Scratchpad(len=%" PRIu64 ", capacity=%" PRIu64 ", dim=%" PRIu32 ")\n", len,
+	       (uint64_t)info->max_seq_len, (uint32_t)info->dim);
+}
+
+static void print_json(const struct kvscratch_info *info)
+{
+	printf("{\"len\": %" PRIu64 ", \"max_seq_len\": %" PRIu64 ", \"dim\": %" PRIu32
+	       ", \"dtype\": \"%s\", \"row_bytes\": %" PRIu32 ", \"generation\": %" PRIu64
+	       ", \"trunc_len\": %" PRIu64 ", \"data_bytes\": %" PRIu64
+	       ", \"status_offset\": %" PRIu64 "}\n",
+	       (uint64_t)info->len, (uint64_t)info->max_seq_len, (uint32_t)info->dim,
+	       kvscratch_dtype_name(info->dtype), (uint32_t)info->row_bytes,
+	       (uint64_t)info->generation, (uint64_t)info->trunc_len, (uint64_t)info->data_bytes,
+	       (uint64_t)info->status_offset);
+}
+
+static int run_info(const struct arguments *args)
+{
+	struct kvscratch_info info;
+	int err = kvscratch_info(args->fd, &info);
+
+	if (err)
+		return fail_handle(args->fd, "describe the pad", err);
+	if (given(args, OPT_JSON))
+		print_json(&info);
+	else
+		print_display_line(info.len, &info);
+	return finish_output();
+}
+
+/* append */
+
+/**
+ * struct input - what is to be appended, all of it in memory
+ * @name: where it came from
+ * @bytes: its beginning, header included
+ * @kept: how much of it that is
+ * @size: how much there was; what cannot fit is counted, not kept
+ * @offset: where the rows begin
+ */
+struct input {
+	const char *name;
+	char *bytes;
+	size_t kept;
+	uint64_t size;
+	size_t offset;
+};
+
+/* A .npy header is at most 64 KiB long in version 1 and hardly ever longer. */
+#define HEADER_ROOM (1 << 20)
+
+static int grow_input(struct input *input, size_t *room, uint64_t limit)
+{
+	size_t more = *room ? *room : 65536;
+	char *bytes;
+
+	if (more > limit - *room)
+		more = limit - *room;
+	bytes = *room > SIZE_MAX - more ? NULL : realloc(input->bytes, *room + more);
+	if (!bytes)
+		return fail(EXIT_SYSTEM, "%s: out of memory", input->name);
+	input->bytes = bytes;
+	*room += more;
+	return 0;
+}
+
+/* Keep at most @limit bytes: an endless input must not take all memory. */
+static int read_input(struct input *input, int fd, uint64_t limit)
+{
+	char rest[65536];
+	size_t room = 0;
+
+	for (;;) {
+		bool keep = input->kept < limit;
+		ssize_t got;
+
+		if (keep && input->kept == room && grow_input(input, &room, limit))
+			return EXIT_SYSTEM;
+		got = read(fd, keep ? input->bytes + input->kept : rest,
+			   keep ? room - input->kept : sizeof(rest));
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return fail(EXIT_INPUT, "%s: cannot read: %s", input->name, strerror(errno));
+		if (!got)
+			return 0;
+		if (keep)
+			input->kept += got;
+		input->size += got;
+	}
+}
+
+static int open_input(struct input *input, const char *file, uint64_t limit)
+{
+	int fd = STDIN_FILENO;
+	int err;
+
+	*input = (struct input){ .name = "stdin" };
+	if (file && strcmp(file, "-")) {
+		input->name = file;
+		fd = open(file, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			return fail(EXIT_INPUT, "%s: cannot open: %s", file, strerror(errno));
+	}
+	err = read_input(input, fd, limit);
+	if (fd != STDIN_FILENO)
+		close(fd);
+	return err;
+}
+
+static bool looks_like_npy(const struct input *input)
+{
+	return input->kept >= NPY_MAGIC_BYTES && !memcmp(input->bytes, NPY_MAGIC, NPY_MAGIC_BYTES);
+}
+
+static int fail_shape(const struct input *input, uint64_t expected, uint64_t got)
+{
+	return fail(EXIT_INPUT, "%s: shape mismatch: expected %" PRIu64 " elements, got %" PRIu64,
+		    input->name, expected, got);
+}
+
+static int check_npy_shape(const struct input *input, const struct kvscratch_info *info,
+			   const struct npy_array *array, uint64_t *rows)
+{
+	uint64_t dim = array->ndim ? array->shape[array->ndim - 1] : 0;
+
+	if (array->ndim != 1 && array->ndim != 2)
+		return fail(EXIT_INPUT, "%s: expected an array of [rows, %" PRIu32
+			    "], got %u dimensions", input->name, (uint32_t)info->dim, array->ndim);
+	if (dim != info->dim)
+		return fail_shape(input, info->dim, dim);
+	*rows = array->ndim == 2 ? array->shape[0] : 1;
+	if (array->fortran_order && *rows > 1 && dim > 1)
+		return fail(EXIT_INPUT, "%s: expected rows in C order, got Fortran order",
+			    input->name);
+	return 0;
+}
+
+static int check_npy(struct input *input, const struct kvscratch_info *info)
+{
+	struct npy_array array;
+	const char *error = npy_parse_header(input->bytes, input->kept, &array);
+	uint64_t rows = 0, bytes;
+	int err;
+
+	if (error)
+		return fail(EXIT_INPUT, "%s: %s", input->name, error);
+	if (array.dtype != info->dtype)
+		return fail(EXIT_INPUT, "%s: dtype mismatch: expected %s, got \"%s\"%s%s",
+			    input->name, kvscratch_dtype_name(info->dtype), array.descr,
+			    array.dtype ? " = " : "",
+			    array.dtype ? kvscratch_dtype_name(array.dtype) : "");
+	err = check_npy_shape(input, info, &array, &rows);
+	if (err)
+		return err;
+	input->offset = array.data_offset;
+	bytes = input->size - input->offset;
+	if (bytes % info->input_row_bytes || bytes / info->input_row_bytes != rows)
+		return fail(EXIT_INPUT, "%s: expected %" PRIu64 " rows of %" PRIu32
+			    " bytes behind the header, got %" PRIu64 " bytes", input->name, rows,
+			    (uint32_t)info->input_row_bytes, bytes);
+	return 0;
+}
+
+static int check_raw(const struct input *input, const struct kvscratch_info *info)
+{
+	uint64_t rest = input->size % info->input_row_bytes;
+	uint32_t element = info->input_row_bytes / info->dim;
+
+	if (!rest)
+		return 0;
+	if (!(rest % element))
+		return fail_shape(input, info->dim, rest / element);
+	return fail(EXIT_INPUT, "%s: expected rows of %" PRIu32 " bytes, got %" PRIu64
+		    " rows and %" PRIu64 " bytes", input->name, (uint32_t)info->input_row_bytes,
+		    input->size / info->input_row_bytes, rest);
+}
+
+/* In the words of the model */
+static int fail_room(const struct kvscratch_info *info, uint64_t rows)
+{
+	if (info->len == info->max_seq_len && rows == 1)
+		return fail(EXIT_INPUT, "Scratchpad full: %" PRIu64 " / %" PRIu64 " tokens",
+			    (uint64_t)info->len, (uint64_t)info->max_seq_len);
+	return fail(EXIT_INPUT, "Scratchpad overflow: %" PRIu64 " + %" PRIu64 " > %" PRIu64 " max",
+		    (uint64_t)info->len, rows, (uint64_t)info->max_seq_len);
+}
+
+/* One write where the kernel takes that many bytes; else as few as can be. */
+static int append_input(const struct arguments *args, const struct input *input,
+			struct kvscratch_info *info)
+{
+	const uint64_t most = KVSCRATCH_MAX_WRITE / info->input_row_bytes;
+	uint64_t rows = (input->size - input->offset) / info->input_row_bytes;
+	const char *at = input->bytes + input->offset;
+
+	if (rows > info->max_seq_len - info->len)
+		return fail_room(info, rows);
+	while (rows) {
+		uint64_t batch = rows < most ? rows : most;
+		int err = kvscratch_append(args->fd, at, batch * info->input_row_bytes);
+
+		if (err == -ENOSPC && !kvscratch_info(args->fd, info))
+			return fail_room(info, rows);
+		if (err)
+			return fail_handle(args->fd, "append", err);
+		at += batch * info->input_row_bytes;
+		rows -= batch;
+	}
+	return 0;
+}
+
+static int run_append(const struct arguments *args)
+{
+	struct kvscratch_info info;
+	struct input input;
+	int err = kvscratch_info(args->fd, &info);
+
+	if (err)
+		return fail_handle(args->fd, "describe the pad", err);
+	if (args->format == FORMAT_TEXT)
+		return fail(EXIT_INPUT, "--format: expected raw or npy, got \"text\"");
+	err = open_input(&input, args->file,
+			 (info.max_seq_len - info.len) * info.input_row_bytes + HEADER_ROOM);
+	if (!err) {
+		if (args->format == FORMAT_NPY ||
+		    (args->format == FORMAT_AUTO && looks_like_npy(&input)))
+			err = check_npy(&input, &info);
+		else
+			err = check_raw(&input, &info);
+	}
+	if (!err)
+		err = append_input(args, &input, &info);
+	free(input.bytes);
+	return err;
+}
+
+/* Elements as text, with as many digits as tell two values apart */
+
+static double half_value(uint16_t bits)
+{
+	int exponent = bits >> 10 & 0x1f;
+	double fraction = bits & 0x3ff;
+	double value;
+
+	if (exponent == 0x1f)
+		value = fraction ? __builtin_nan("") : __builtin_inf();
+	else if (exponent)
+		value = __builtin_ldexp(fraction + 1024, exponent - 25);
+	else
+		value = __builtin_ldexp(fraction, -24);
+	return bits & 0x8000 ? -value : value;
+}
+
+static double bfloat_value(uint16_t bits)
+{
+	uint32_t wide = (uint32_t)bits << 16;
+	float value;
+
+	memcpy(&value, &wide, sizeof(value));
+	return (double)value;
+}
+
+#define LOAD(type, at) ({ type _value; memcpy(&_value, at, sizeof(_value)); _value; })
+
+static void print_element(uint32_t dtype, const char *at)
+{
+	switch (dtype) {
+	case KVSCRATCH_DTYPE_F64:
+		printf("%.17g", LOAD(double, at));
+		break;
+	case KVSCRATCH_DTYPE_F32:
+		printf("%.9g", (double)LOAD(float, at));
+		break;
+	case KVSCRATCH_DTYPE_F16:
+		printf("%.5g", half_value(LOAD(uint16_t, at)));
+		break;
+	case KVSCRATCH_DTYPE_BF16:
+		printf("%.4g", bfloat_value(LOAD(uint16_t, at)));
+		break;
+	case KVSCRATCH_DTYPE_I64:
+		printf("%" PRId64, LOAD(int64_t, at));
+		break;
+	case KVSCRATCH_DTYPE_I32:
+		printf("%" PRId32, LOAD(int32_t, at));
+		break;
+	case KVSCRATCH_DTYPE_I16:
+		printf("%d", LOAD(int16_t, at));
+		break;
+	case KVSCRATCH_DTYPE_I8:
+		printf("%d", LOAD(int8_t, at));
+		break;
+	default:
+		printf("%u", LOAD(uint8_t, at));
+		break;
+	}
+}
+
+static void print_row(const struct kvscratch_info *info, const char *row)
+{
+	uint32_t element = info->row_bytes / info->dim;
+
+	for (uint32_t i = 0; i < info->dim; i++) {
+		if (i)
+			putchar(' ');
+		print_element(info->dtype, row + (size_t)i * element);
+	}
+	putchar('\n');
+}
+
+/* dump */
+
+/* A copy of all committed rows that no truncate came in between; *len says how many. */
+static int copy_rows(const struct kvscratch_view *view, char **rows, uint32_t *len)
+{
+	*rows = NULL;
+	for (;;) {
+		uint64_t state = kvscratch_view_state(view);
+		size_t bytes;
+		char *copy;
+
+		*len = kvscratch_state_len(state);
+		bytes = (size_t)*len * view->info.row_bytes;
+		copy = realloc(*rows, bytes ? bytes : 1);
+		if (!copy) {
+			free(*rows);
+			return fail(EXIT_SYSTEM, "out of memory for %zu bytes", bytes);
+		}
+		*rows = copy;
+		memcpy(copy, view->data, bytes);
+		if (kvscratch_view_valid_rows(view, state) == *len)
+			return 0;
+	}
+}
+
+static int write_dump(const struct arguments *args, const struct kvscratch_info *info,
+		      const char *rows, uint32_t len)
+{
+	char header[NPY_HEADER_BYTES];
+
+	switch (args->format) {
+	case FORMAT_NPY:
+		fwrite(header, 1, npy_write_header(header, len, info->dim, info->dtype), stdout);
+		/* fall through */
+	case FORMAT_RAW:
+		fwrite(rows, info->row_bytes, len, stdout);
+		break;
+	default:
+		for (uint32_t row = 0; row < len; row++)
+			print_row(info, rows + (size_t)row * info->row_bytes);
+	}
+	return finish_output();
+}
+
+static int check_dump(const struct arguments *args, const struct kvscratch_info *info)
+{
+	char header[NPY_HEADER_BYTES];
+
+	if (args->format == FORMAT_NPY && !npy_write_header(header, 0, info->dim, info->dtype))
+		return fail(EXIT_INPUT, "--format: .npy has no type for %s; expected text or raw",
+			    kvscratch_dtype_name(info->dtype));
+	return 0;
+}
+
+static int run_dump(const struct arguments *args)
+{
+	struct kvscratch_view view;
+	uint32_t len;
+	char *rows;
+	int err = kvscratch_map(args->fd, &view);
+
+	if (err)
+		return fail_handle(args->fd, "map the pad", err);
+	err = check_dump(args, &view.info);
+	if (!err)
+		err = copy_rows(&view, &rows, &len);
+	if (err)
+		goto out;
+	/* Only now: what was in the file is not lost to an error before this. */
+	if (args->output && !freopen(args->output, "w", stdout))
+		err = fail(EXIT_SYSTEM, "%s: cannot open: %s", args->output, strerror(errno));
+	if (!err)
+		err = write_dump(args, &view.info, rows, len);
+	free(rows);
+out:
+	kvscratch_unmap(&view);
+	return err;
+}
+
+/* watch */
+
+/**
+ * struct watch - a view that is followed
+ * @args: what was asked for
+ * @fd: a handle of our own, whose position says what was seen
+ * @sock: whose end ends the watch, or -1
+ * @view: the mapped pad
+ * @row: room for one row
+ * @generation: of the last look
+ * @seen: rows printed
+ */
+struct watch {
+	const struct arguments *args;
+	int fd;
+	int sock;
+	struct kvscratch_view view;
+	char *row;
+	uint32_t generation;
+	uint32_t seen;
+};
+
+/* How often a socket that is not there yet is tried */
+#define RETRY_MS 20
+
+static int64_t milliseconds_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* The other side may just be starting. */
+static int connect_in_time(const struct arguments *args)
+{
+	int64_t end = milliseconds_now() + (int64_t)args->timeout * 1000;
+	int sock;
+
+	for (;;) {
+		sock = kvscratch_connect(args->socket);
+		if (sock != -ENOENT && sock != -ECONNREFUSED)
+			return sock;
+		if (milliseconds_now() >= end)
+			return sock;
+		poll(NULL, 0, RETRY_MS);
+	}
+}
+
+/* Keep the handle of the name that was asked for, by default the last one. */
+static int choose_handle(const struct arguments *args, const char *names, const int *fds, int count)
+{
+	const char *name = names;
+	int chosen = -1;
+
+	for (int i = 0; i < count; i++) {
+		if (args->pad ? !strcmp(args->pad, name) : i == count - 1)
+			chosen = i;
+		name += strlen(name) + 1;
+	}
+	for (int i = 0; i < count; i++)
+		if (i != chosen)
+			close(fds[i]);
+	return chosen < 0 ? -1 : fds[chosen];
+}
+
+static int receive_handle(struct watch *watch)
+{
+	static char names[KVSCRATCH_MAX_PASSED * 16];
+	static int fds[KVSCRATCH_MAX_PASSED];
+	int count;
+
+	watch->sock = connect_in_time(watch->args);
+	if (watch->sock < 0)
+		return fail(EXIT_SYSTEM, "%s: cannot connect: %s", watch->args->socket,
+			    strerror(-watch->sock));
+	count = kvscratch_receive_handles(watch->sock, names, sizeof(names), fds, ARRAY_SIZE(fds));
+	if (count < 0)
+		return fail(EXIT_SYSTEM, "%s: no handles came: %s", watch->args->socket,
+			    strerror(-count));
+	watch->fd = choose_handle(watch->args, names, fds, count);
+	if (watch->fd < 0)
+		return fail(EXIT_INPUT, "--pad: expected one of the %d pads served, got \"%s\"",
+			    count, watch->args->pad);
+	return 0;
+}
+
+static int open_watch(struct watch *watch)
+{
+	int err;
+
+	if (watch->args->socket) {
+		err = receive_handle(watch);
+		if (err)
+			return err;
+	} else {
+		/* the inherited one shares its position with the shell */
+		watch->fd = kvscratch_open_reader(watch->args->fd);
+		if (watch->fd < 0)
+			return fail_handle(watch->args->fd, "open a reader of the pad", watch->fd);
+	}
+	err = kvscratch_map(watch->fd, &watch->view);
+	if (err)
+		return fail_handle(watch->fd, "map the pad", err);
+	watch->row = malloc(watch->view.info.row_bytes);
+	return watch->row ? 0 : fail(EXIT_SYSTEM, "out of memory");
+}
+
+static void close_watch(struct watch *watch)
+{
+	free(watch->row);
+	if (watch->view.data)
+		kvscratch_unmap(&watch->view);
+	if (watch->fd >= 0)
+		close(watch->fd);
+	if (watch->sock >= 0)
+		close(watch->sock);
+}
+
+static void report_len(const struct watch *watch, uint32_t len)
+{
+	if (given(watch->args, OPT_JSON))
+		printf("{\"len\": %" PRIu32 ", \"generation\": %" PRIu32 "}\n", len,
+		       watch->generation);
+	else
+		print_display_line(len, &watch->view.info);
+}
+
+/* Returns true when all rows of @state were still there when they were copied. */
+static bool report_rows(struct watch *watch, uint64_t state)
+{
+	const struct kvscratch_info *info = &watch->view.info;
+
+	while (watch->seen < kvscratch_state_len(state)) {
+		memcpy(watch->row, (const char *)watch->view.data +
+		       (size_t)watch->seen * info->row_bytes, info->row_bytes);
+		if (kvscratch_view_valid_rows(&watch->view, state) <= watch->seen)
+			return false;
+		printf("%" PRIu32 ": ", watch->seen);
+		print_row(info, watch->row);
+		watch->seen++;
+	}
+	return true;
+}
+
+/* After a truncate: the rows that are the same as when they were seen */
+static void forget_dropped_rows(struct watch *watch, uint64_t state)
+{
+	uint64_t before = (uint64_t)watch->generation << 32 | watch->seen;
+
+	watch->seen = kvscratch_view_valid_rows(&watch->view, before);
+	if (watch->seen > kvscratch_state_len(state))
+		watch->seen = kvscratch_state_len(state);
+	watch->generation = kvscratch_state_generation(state);
+	if (!given(watch->args, OPT_JSON))
+		printf("truncated, generation %" PRIu32 ", kept %" PRIu32 "\n", watch->generation,
+		       watch->seen);
+}
+
+/* Print what changed since the last look, the first time in any case. */
+static void look(struct watch *watch, bool first)
+{
+	uint64_t state;
+	bool changed;
+
+	for (;;) {
+		/* Acknowledge, then look, then sleep: see <linux/kvscratch.h>. */
+		lseek(watch->fd, (off_t)watch->seen * watch->view.info.row_bytes, SEEK_SET);
+		state = kvscratch_view_state(&watch->view);
+		changed = first || kvscratch_state_len(state) > watch->seen;
+		if (first)
+			watch->generation = kvscratch_state_generation(state);
+		first = false;
+		if (kvscratch_state_generation(state) != watch->generation) {
+			forget_dropped_rows(watch, state);
+			changed = true;
+		}
+		if (!changed)
+			return;
+		if (given(watch->args, OPT_ROWS) && !report_rows(watch, state))
+			continue;
+		watch->seen = kvscratch_state_len(state);
+		report_len(watch, watch->seen);
+	}
+}
+
+static int follow(struct watch *watch)
+{
+	struct pollfd polled[] = {
+		{ .fd = watch->fd, .events = POLLIN | POLLPRI },
+		{ .fd = watch->sock, .events = POLLIN },
+	};
+	bool first = true;
+	bool ended = false;
+
+	for (;;) {
+		int err;
+
+		look(watch, first);
+		first = false;
+		err = finish_output();
+		if (err)
+			return err;
+		/* what came before the other side hung up was seen by this look */
+		if (ended || (given(watch->args, OPT_UNTIL) && watch->seen >= watch->args->until))
+			return 0;
+		if (poll(polled, ARRAY_SIZE(polled), -1) < 0 && errno != EINTR)
+			return fail(EXIT_SYSTEM, "cannot wait: %s", strerror(errno));
+		ended = polled[1].revents;
+	}
+}
+
+static int run_watch(const struct arguments *args)
+{
+	struct watch watch = { .args = args, .fd = -1, .sock = -1 };
+	int err;
+
+	if (given(args, OPT_PAD) && !given(args, OPT_SOCKET))
+		return fail(EXIT_INPUT, "--pad: expected --socket with it");
+	if (given(args, OPT_ROWS) && given(args, OPT_JSON))
+		return fail(EXIT_INPUT, "expected either --rows or --json, got both");
+	err = open_watch(&watch);
+	if (!err)
+		err = follow(&watch);
+	close_watch(&watch);
+	return err;
+}
+
+/* Verbs */
+
+#define OPTION(name, argument, id) { name, argument, NULL, id }
+#define HELP OPTION("help", no_argument, OPT_HELP)
+#define END { 0 }
+
+/**
+ * struct verb - what the tool can do
+ * @name: how it is called
+ * @summary: one line for the list
+ * @help: the rest of its help
+ * @run: does it, returns an exit code
+ * @takes_file: whether it may have an argument that is no option
+ * @options: those that it takes
+ */
+struct verb {
+	const char *name;
+	const char *summary;
+	const char *help;
+	int (*run)(const struct arguments *args);
+	bool takes_file;
+	struct option options[9];
+};
+
+static const struct verb verbs[] = {
+	{
+		.name = "create",
+		.summary = "bind the handle to a new pad",
+		.help =
+"Usage: kvscratchctl [--fd N] create --max-seq-len N --dim N [--dtype TYPE]\n"
+"Bind the handle to a new, zero-filled pad. All its memory is taken here.\n"
+"\n"
+"  --max-seq-len N  rows (tokens) that fit\n"
+"  --dim N          elements per row\n"
+"  --dtype TYPE     f64 f32 f16 bf16 i64 i32 i16 i8 u8 (f32)\n",
+		.run = run_create,
+		.options = {
+			OPTION("max-seq-len", required_argument, OPT_MAX_SEQ_LEN),
+			OPTION("dim", required_argument, OPT_DIM),
+			OPTION("dtype", required_argument, OPT_DTYPE),
+			HELP, END
+		},
+	}, {
+		.name = "info",
+		.summary = "describe the pad",
+		.help =
+"Usage: kvscratchctl [--fd N] info [--json]\n"
+"Print one line: Scratchpad(len=3, capacity=10, dim=4)\n"
+"\n"
+"  --json  all there is to know, as one JSON object\n",
+		.run = run_info,
+		.options = { OPTION("json", no_argument, OPT_JSON), HELP, END },
+	}, {
+		.name = "append",
+		.summary = "append rows from a file or stdin",
+		.help =
+"Usage: kvscratchctl [--fd N] append [--format FORMAT] [FILE]\n"
+"Append whole rows from FILE or, without one or with -, from stdin. All of the\n"
+"input is read and checked before the first row is appended; up to 2 GiB go in\n"
+"as one batch that other processes see at once.\n"
+"\n"
+"  --format FORMAT  raw (elements in this machine's byte order) or npy;\n"
+"                   otherwise npy if the input begins as such a file does\n",
+		.run = run_append,
+		.takes_file = true,
+		.options = { OPTION("format", required_argument, OPT_FORMAT), HELP, END },
+	}, {
+		.name = "dump",
+		.summary = "write the rows to a file or stdout",
+		.help =
+"Usage: kvscratchctl [--fd N] dump [--format FORMAT] [--output FILE]\n"
+"Write all committed rows, as they are at one moment.\n"
+"\n"
+"  --format FORMAT    text (a row per line), raw or npy (text)\n"
+"  -o, --output FILE  instead of stdout\n",
+		.run = run_dump,
+		.options = {
+			OPTION("format", required_argument, OPT_FORMAT),
+			OPTION("output", required_argument, OPT_OUTPUT),
+			HELP, END
+		},
+	}, {
+		.name = "truncate",
+		.summary = "drop the last rows",
+		.help =
+"Usage: kvscratchctl [--fd N] truncate --len N [--zero]\n"
+"Keep the first N rows. Readers learn of it through a new generation.\n"
+"\n"
+"  --len N  rows to keep\n"
+"  --zero   overwrite with zeros all that was ever written beyond\n",
+		.run = run_truncate,
+		.options = {
+			OPTION("len", required_argument, OPT_LEN),
+			OPTION("zero", no_argument, OPT_ZERO),
+			HELP, END
+		},
+	}, {
+		.name = "clear",
+		.summary = "drop all rows",
+		.help =
+"Usage: kvscratchctl [--fd N] clear [--zero]\n"
+"The same as truncate --len 0.\n"
+"\n"
+"  --zero  overwrite with zeros all that was ever written\n",
+		.run = run_clear,
+		.options = { OPTION("zero", no_argument, OPT_ZERO), HELP, END },
+	}, {
+		.name = "attach",
+		.summary = "bind the handle to the pad of another",
+		.help =
+"Usage: kvscratchctl [--fd N] attach --src-fd N\n"
+"Bind the handle to the pad of the handle --src-fd. It gets a file position of\n"
+"its own and must not be open for more than that one is.\n",
+		.run = run_attach,
+		.options = { OPTION("src-fd", required_argument, OPT_SRC_FD), HELP, END },
+	}, {
+		.name = "watch",
+		.summary = "follow the length of the pad",
+		.help =
+"Usage: kvscratchctl [--fd N] watch [OPTION]...\n"
+"Map the pad and print a line whenever rows were appended or dropped. Reads the\n"
+"status page and sleeps in poll(). Ends when interrupted.\n"
+"\n"
+"  --socket PATH  take the handle from a server on this Unix socket, as\n"
+"                 kvdecode --serve is one, and end when it hangs up\n"
+"  --pad NAME     which of the pads served (the last one)\n"
+"  --timeout S    how long to wait for the socket to exist (10)\n"
+"  --rows         print each row before the line with the length\n"
+"  --until LEN    end when there are LEN rows\n"
+"  --json         a JSON object per line\n",
+		.run = run_watch,
+		.options = {
+			OPTION("socket", required_argument, OPT_SOCKET),
+			OPTION("pad", required_argument, OPT_PAD),
+			OPTION("timeout", required_argument, OPT_TIMEOUT),
+			OPTION("rows", no_argument, OPT_ROWS),
+			OPTION("until", required_argument, OPT_UNTIL),
+			OPTION("json", no_argument, OPT_JSON),
+			HELP, END
+		},
+	},
+};
+
+static const struct option global_options[] = {
+	OPTION("fd", required_argument, OPT_FD), HELP, END
+};
+
+static const char help_head[] =
+"Usage: kvscratchctl [--fd N] VERB [OPTION]...\n"
+"Work on the kvscratch pad whose handle is the inherited descriptor N (3):\n"
+"\n"
+"  exec 3<>/dev/kvscratch\n"
+"  kvscratchctl create --max-seq-len 512 --dim 64 --dtype f32\n"
+"\n";
+
+static const char help_tail[] =
+"\n"
+"Each verb has --help.\n"
+"\n"
+"Exit status: 0 done; 1 wrong options or input, the pad is as it was; 2 refused\n"
+"by the system: no device, no pad, no permission, no memory, no output.\n";
+
+static int print_help(void)
+{
+	fputs(help_head, stdout);
+	for (size_t i = 0; i < ARRAY_SIZE(verbs); i++)
+		printf("  %-9s %s\n", verbs[i].name, verbs[i].summary);
+	fputs(help_tail, stdout);
+	return finish_output();
+}
+
+/* Returns 0, an exit code, or -1 when only help was asked for. */
+static int parse_options(struct arguments *args, int argc, char **argv, const char *short_options,
+			 const struct option *options)
+{
+	int option;
+
+	while ((option = getopt_long(argc, argv, short_options, options, NULL)) != -1) {
+		int err;
+
+		if (option == '?')
+			return fail(EXIT_INPUT, "see kvscratchctl %s%s--help",
+				    verb_name ? verb_name : "", verb_name ? " " : "");
+		if (option == 'o')
+			option = OPT_OUTPUT;
+		if (option == OPT_HELP)
+			return -1;
+		err = parse_option(args, option, optarg);
+		if (err)
+			return err;
+		args->given |= 1u << option;
+	}
+	return 0;
+}
+
+static int run_verb(const struct verb *verb, struct arguments *args, int argc, char **argv)
+{
+	int err;
+
+	verb_name = verb->name;
+	/* 0: getopt() starts over, behind the verb */
+	optind = 0;
+	err = parse_options(args, argc, argv, verb->run == run_dump ? "o:" : "", verb->options);
+	if (err < 0) {
+		fputs(verb->help, stdout);
+		return finish_output();
+	}
+	if (err)
+		return err;
+	if (argc - optind > verb->takes_file)
+		return fail(EXIT_INPUT, "unexpected argument \"%s\"",
+			    argv[optind + verb->takes_file]);
+	args->file = argv[optind];
+	return verb->run(args);
+}
+
+int main(int argc, char **argv)
+{
+	struct arguments args = {
+		.fd = DEFAULT_FD,
+		.dtype = KVSCRATCH_DTYPE_F32,
+		.timeout = 10,
+	};
+	int err = parse_options(&args, argc, argv, "+", global_options);
+
+	if (err)
+		return err < 0 ? print_help() : err;
+	if (optind == argc)
+		return fail(EXIT_INPUT, "expected a verb, see kvscratchctl --help");
+	for (size_t i = 0; i < ARRAY_SIZE(verbs); i++)
+		if (!strcmp(argv[optind], verbs[i].name))
+			return run_verb(&verbs[i], &args, argc - optind, argv + optind);
+	return fail(EXIT_INPUT, "expected a verb, got \"%s\", see kvscratchctl --help",
+		    argv[optind]);
+}
