@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# make                builds kvscratch.ko for the running kernel
+# make help           lists everything else
+
+KDIR ?= /lib/modules/$(shell uname -r)/build
+
+# Programs are static: they run on any kernel's initramfs as they are.
+CFLAGS ?= -O2 -g
+override CFLAGS += -std=gnu11 -Wall -Wextra -Wshadow
+override CPPFLAGS += -Iuapi
+LIBKVSCRATCH := tools/libkvscratch.c
+TOOLS := kvscratchctl kvdecode
+kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c
+kvdecode-sources := tools/kvdecode.c tools/llama2.c
+
+USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
+HEADERS := $(wildcard uapi/linux/*.h tools/*.h tests/user/*.h)
+
+.DELETE_ON_ERROR:
+.PHONY: all modules_install clean help tools tests demo test check mutants sanitized
+
+all:
+	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
+	$(MAKE) -C $(KDIR) M=$(CURDIR) modules
+
+modules_install: all
+	$(MAKE) -C $(KDIR) M=$(CURDIR) modules_install
+
+clean:
+	rm -rf build *.o *.ko *.mod *.mod.c .*.cmd .*.d tests/*.o tests/.*.cmd tests/.*.d
+	rm -f Module.symvers modules.order .Module.symvers.cmd .modules.order.cmd
+
+help:
+	@echo 'make               build kvscratch.ko for the running kernel, or for KDIR='
+	@echo 'make modules_install'
+	@echo '                   install it into /lib/modules'
+	@echo 'make tools         build kvscratchctl and kvdecode into build/'
+	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
+	@echo 'make test          run every suite in QEMU; MODEL=DIR adds the story test'
+	@echo 'make check         checkpatch, sparse, W=1 on three kernels, kernel-doc, cppcheck'
+	@echo 'make mutants       break the module in known ways; each has to turn a test red'
+	@echo 'make clean         remove what was built, but not the cached kernels'
+
+tools: $(TOOLS:%=build/%)
+tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32)
+sanitized: $(TOOLS:%=build/%-sanitized)
+
+build:
+	mkdir -p $@
+
+# Same source, two word sizes; and with sanitizers, which need shared libraries
+define program
+build/$(1): $(2) $(LIBKVSCRATCH) $(HEADERS) | build
+	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBKVSCRATCH) -lm
+build/$(1)-32: $(2) $(LIBKVSCRATCH) $(HEADERS) | build
+	$$(CC) -m32 $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBKVSCRATCH) -lm
+build/$(1)-sanitized: $(2) $(LIBKVSCRATCH) $(HEADERS) | build
+	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-o $$@ $(2) $(LIBKVSCRATCH) -lm
+endef
+
+# kselftest_harness.h comes from the Linux source that the test kernel is made of
+HARNESS = -isystem $(shell tests/qemu/kernel source)/tools/testing/selftests
+$(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
+$(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
+
+demo:
+	tests/demo $(MODEL)
+
+test:
+	tests/run $(MODEL)
+
+check:
+	tests/check
+
+mutants:
+	tests/mutants
