@@ -10,6 +10,7 @@
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/atomic.h>
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
@@ -17,6 +18,7 @@
 #include <linux/module.h>
 #include <linux/nospec.h>
 #include <linux/poll.h>
+#include <linux/preempt.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
@@ -48,11 +50,9 @@
  * interruptible. Order: pad->lock, then mmap_lock. ->mmap runs under mmap_lock
  * and therefore never takes pad->lock.
  *
- * pad->trunc_lock nests inside pad->lock and guards a few stores only. The wait
- * queue's lock nests inside both.
- *
- * read, poll, mmap and fdinfo take neither, INFO takes only trunc_lock: no
- * reader ever waits for a writer.
+ * pad->trunc_lock nests inside pad->lock and guards a few stores only. INFO,
+ * fdinfo and lseek take it; read, poll and mmap take neither: no reader ever
+ * waits for a writer. The wait queue's lock nests inside pad->lock.
  */
 
 /**
@@ -101,10 +101,12 @@ static atomic64_t kvs_reserved_bytes;
  * struct kvs_handle - what one open file owns
  * @pad: NULL until CREATE or ATTACH binds it, constant from then on
  * @seen_generation: the generation that lseek(SEEK_SET) last took note of
+ * @refused: appends that got EAGAIN and may come again, see kvs_poll()
  */
 struct kvs_handle {
 	struct kvs_pad *pad;
 	u32 seen_generation;
+	atomic_t refused;
 };
 
 static const struct {
@@ -236,26 +238,49 @@ static void kvs_status_init(struct kvs_pad *pad)
 	pad->status->row_bytes = pad->layout.row_bytes;
 }
 
+static void kvs_free_pages(struct page **pages, u64 nr_pages)
+{
+	while (nr_pages--) {
+		__free_page(pages[nr_pages]);
+		cond_resched();
+	}
+	kvfree(pages);
+}
+
+/*
+ * Page by page, not by vmalloc(), which on newer kernels takes blocks in a loop
+ * that neither a fatal signal nor the scheduler gets into, and which would keep
+ * an array of the pages of its own.
+ */
 static int kvs_pad_alloc_memory(struct kvs_pad *pad)
 {
-	const struct kvs_layout *layout = &pad->layout;
+	u64 nr_pages = pad->layout.nr_pages;
+	struct page **pages;
 	u64 i;
 
-	pad->pages = kvmalloc_array(layout->nr_pages, sizeof(*pad->pages), KVS_GFP);
-	if (!pad->pages)
+	if (nr_pages > totalram_pages())
 		return -ENOMEM;
-	pad->base = __vmalloc(layout->nr_pages << PAGE_SHIFT, KVS_GFP | __GFP_ZERO);
-	if (!pad->base) {
-		kvfree(pad->pages);
-		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	pages = kvmalloc_array(nr_pages, sizeof(*pages), KVS_GFP);
+	if (!pages)
+		return -ENOMEM;
+	for (i = 0; i < nr_pages; i++) {
+		if (fatal_signal_pending(current))
+			goto err_free;
+		pages[i] = alloc_page(KVS_GFP | __GFP_ZERO);
+		if (!pages[i])
+			goto err_free;
+		cond_resched();
 	}
-	for (i = 0; i < layout->nr_pages; i++) {
-		pad->pages[i] = vmalloc_to_page(pad->base + (i << PAGE_SHIFT));
-		if (!(i % KVS_MAP_BATCH_PAGES))
-			cond_resched();
-	}
-	pad->status = pad->base + layout->status_offset;
+	pad->base = vmap(pages, nr_pages, VM_MAP, PAGE_KERNEL);
+	if (!pad->base)
+		goto err_free;
+	pad->pages = pages;
+	pad->status = pad->base + pad->layout.status_offset;
 	return 0;
+
+err_free:
+	kvs_free_pages(pages, i);
+	return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
 }
 
 /**
@@ -282,7 +307,7 @@ struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype)
 			  READ_ONCE(max_bytes_total));
 	if (err)
 		return ERR_PTR(err);
-	pad = kzalloc(sizeof(*pad), GFP_KERNEL_ACCOUNT);
+	pad = kzalloc(sizeof(*pad), KVS_GFP);
 	if (!pad) {
 		err = -ENOMEM;
 		goto err_unreserve;
@@ -327,8 +352,8 @@ void kvs_pad_put(struct kvs_pad *pad)
 {
 	if (!refcount_dec_and_test(&pad->refs))
 		return;
-	vfree(pad->base);
-	kvfree(pad->pages);
+	vunmap(pad->base);
+	kvs_free_pages(pad->pages, pad->layout.nr_pages);
 	kvs_unreserve(pad->layout.charged_bytes);
 	mutex_destroy(&pad->lock);
 	kfree(pad);
@@ -342,15 +367,23 @@ EXPORT_SYMBOL_IF_KUNIT(kvs_pad_put);
 /*
  * The one place that changes what readers see. The private state comes first:
  * whoever is told by the status page finds read() and INFO at least as far.
+ * Between the two stores poll() reports what a view does not show yet, and a
+ * reader looks again and again; so nobody may be scheduled in between.
  */
-static void kvs_publish(struct kvs_pad *pad, u64 state, __poll_t events)
+static void kvs_publish(struct kvs_pad *pad, u64 state)
 {
 	lockdep_assert_held(&pad->lock);
 
+	preempt_disable();
 	/* (B) in "Memory ordering", pairs with (A) */
 	smp_store_release(&pad->state, state);
 	/* the same for views */
 	smp_store_release(&pad->status->state.word, state);
+	preempt_enable();
+}
+
+static void kvs_wake(struct kvs_pad *pad, __poll_t events)
+{
 	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll() */
 	if (wq_has_sleeper(&pad->wait))
 		wake_up_interruptible_poll(&pad->wait, events);
@@ -396,7 +429,8 @@ static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 row
 	err = kvs_copy_in(kvs_plane_row(pad, 0, len), from);
 	if (err)
 		return err;
-	kvs_publish(pad, state + rows, EPOLLIN | EPOLLRDNORM);
+	kvs_publish(pad, state + rows);
+	kvs_wake(pad, EPOLLIN | EPOLLRDNORM);
 	return 0;
 }
 
@@ -433,10 +467,11 @@ ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 EXPORT_SYMBOL_IF_KUNIT(kvs_pad_append);
 
 /*
- * Copy out what may change underneath; the caller checks the generation.
- * Returns the bytes copied, short when user memory is bad or the task dies.
+ * Copy out what may change underneath, until a truncate comes in. Returns the
+ * bytes that are of @generation, or -EAGAIN, or -EFAULT, when there are none.
  */
-static size_t kvs_copy_out(const void *from, size_t total, struct iov_iter *to)
+static ssize_t kvs_copy_out(struct kvs_pad *pad, const void *from, size_t total,
+			    struct iov_iter *to, u32 generation)
 {
 	size_t done = 0;
 
@@ -446,8 +481,16 @@ static size_t kvs_copy_out(const void *from, size_t total, struct iov_iter *to)
 
 		/* a truncate and an append may overwrite it meanwhile */
 		copied = data_race(copy_to_iter(from + done, piece, to));
+		/* (C) in "Memory ordering", pairs with (D) */
+		smp_rmb();
+		if (kvs_state_generation(READ_ONCE(pad->state)) != generation) {
+			iov_iter_revert(to, copied);
+			return done ? done : -EAGAIN;
+		}
 		done += copied;
-		if (copied < piece || fatal_signal_pending(current))
+		if (copied < piece)
+			return done ? done : -EFAULT;
+		if (fatal_signal_pending(current))
 			break;
 		cond_resched();
 	}
@@ -461,7 +504,8 @@ static size_t kvs_copy_out(const void *from, size_t total, struct iov_iter *to)
  * @to: receives the bytes
  * @nowait: do not start over when a truncate comes in between
  *
- * Takes no lock. What it returns is what was committed in one generation.
+ * Takes no lock. What it returns is what was committed in one generation; a
+ * truncate may make it shorter than what there was.
  *
  * Return: bytes read, 0 at or beyond the last row, or -EFAULT, -EAGAIN with
  * @nowait, -ERESTARTSYS when truncates and a signal come in between.
@@ -472,20 +516,15 @@ ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool now
 		/* (A) in "Memory ordering" */
 		u64 state = smp_load_acquire(&pad->state);
 		u64 end = (u64)kvs_state_len(state) * pad->layout.row_bytes;
-		size_t wanted, copied;
+		ssize_t copied;
 
 		if (pos >= end || !iov_iter_count(to))
 			return 0;
-		wanted = min_t(u64, end - pos, iov_iter_count(to));
-		copied = kvs_copy_out(kvs_plane_row(pad, 0, 0) + pos, wanted, to);
-		/* (C) in "Memory ordering", pairs with (D) */
-		smp_rmb();
-		if (kvs_state_generation(READ_ONCE(pad->state)) == kvs_state_generation(state))
-			return copied ? copied : -EFAULT;
-
-		iov_iter_revert(to, copied);
-		if (nowait)
-			return -EAGAIN;
+		copied = kvs_copy_out(pad, kvs_plane_row(pad, 0, 0) + pos,
+				      min_t(u64, end - pos, iov_iter_count(to)), to,
+				      kvs_state_generation(state));
+		if (copied != -EAGAIN || nowait)
+			return copied;
 		if (signal_pending(current))
 			return -ERESTARTSYS;
 		cond_resched();
@@ -528,10 +567,11 @@ static void kvs_publish_truncate(struct kvs_pad *pad, u32 len)
 	pad->trunc_len = len;
 	/* before the state of the same generation, which releases it */
 	WRITE_ONCE(pad->status->trunc.word, state);
-	kvs_publish(pad, state, EPOLLPRI | EPOLLOUT | EPOLLWRNORM);
+	kvs_publish(pad, state);
 	spin_unlock(&pad->trunc_lock);
 	/* (D) in "Memory ordering", pairs with (C) */
 	smp_mb();
+	kvs_wake(pad, EPOLLPRI | EPOLLOUT | EPOLLWRNORM);
 }
 
 /**
@@ -853,11 +893,18 @@ static int kvs_release(struct inode *inode, struct file *file)
 /* An append has one place: ki_pos is neither looked at nor moved. */
 static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
 {
+	struct kvs_handle *handle = iocb->ki_filp->private_data;
 	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
+	ssize_t appended;
 
 	if (!pad)
 		return -EBADFD;
-	return kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
+	appended = kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
+	if (appended == -EAGAIN)
+		atomic_inc(&handle->refused);
+	else if (appended > 0 || appended == -ENOSPC)
+		atomic_dec_if_positive(&handle->refused);
+	return appended;
 }
 
 static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
@@ -882,8 +929,12 @@ static loff_t kvs_llseek(struct file *file, loff_t offset, int whence)
 
 	if (!pad)
 		return -EBADFD;
-	/* (A) in "Memory ordering" */
-	state = smp_load_acquire(&pad->state);
+	if (whence != SEEK_SET && whence != SEEK_CUR && whence != SEEK_END)
+		return -EINVAL;
+	/* What is acknowledged here the status page shows already. */
+	spin_lock(&pad->trunc_lock);
+	state = READ_ONCE(pad->state);
+	spin_unlock(&pad->trunc_lock);
 	pos = generic_file_llseek_size(file, offset, whence,
 				       pad->layout.max_seq_len * pad->layout.row_bytes,
 				       (u64)kvs_state_len(state) * pad->layout.row_bytes);
@@ -912,7 +963,11 @@ static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 
 	if (pos < (u64)kvs_state_len(state) * pad->layout.row_bytes)
 		events |= EPOLLIN | EPOLLRDNORM;
-	if (kvs_state_len(state) < pad->layout.max_seq_len)
+	/*
+	 * io_uring meets EAGAIN by polling for room. If the append that was in
+	 * its way took the last row, it has to come again to find ENOSPC.
+	 */
+	if (kvs_state_len(state) < pad->layout.max_seq_len || atomic_read(&handle->refused))
 		events |= EPOLLOUT | EPOLLWRNORM;
 	if (kvs_state_generation(state) != READ_ONCE(handle->seen_generation))
 		events |= EPOLLPRI;
@@ -929,8 +984,9 @@ static int kvs_map_pages(struct vm_area_struct *vma, struct page **pages)
 		unsigned long remaining = batch;
 		int err = vm_insert_pages(vma, addr, pages, &remaining);
 
+		/* -EFAULT: there was no memory for the upper page tables */
 		if (err)
-			return err;
+			return err == -EFAULT ? -ENOMEM : err;
 		if (fatal_signal_pending(current))
 			return -EINTR;
 		cond_resched();

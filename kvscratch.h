@@ -61,8 +61,8 @@ struct kvs_layout {
  *	loaded with acquire by everyone else
  * @dirty_rows: protected by @lock: end of the rows ever touched since they
  *	were last known to be zero
- * @trunc_lock: makes a truncate's changes to @state, @generation_high and
- *	@trunc_len one change for kvs_pad_info()
+ * @trunc_lock: makes a truncate's changes to @state, @generation_high, @trunc_len
+ *	and the status page one change for kvs_pad_info() and lseek()
  * @generation_high: protected by @trunc_lock: upper half of the generation
  * @trunc_len: protected by @trunc_lock: rows that the latest truncate kept
  */

@@ -356,31 +356,6 @@ static void generation_wraps_into_the_high_half(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
 }
 
-#if IS_ENABLED(CONFIG_FAULT_INJECTION)
-/* fail_nth counts down at each allocation site that is reached. */
-static void append_reaches_no_allocation(struct kunit *test)
-{
-	struct fixture *f = test->priv;
-	u8 row[FIXTURE_ROW_BYTES];
-	unsigned int left;
-	ssize_t appended;
-
-	current->fail_nth = 1;
-	appended = append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
-	left = current->fail_nth;
-	current->fail_nth = 0;
-	KUNIT_EXPECT_EQ(test, appended, 2 * FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_EQ(test, left, 1);
-
-	current->fail_nth = 1;
-	KUNIT_EXPECT_EQ(test, read_at(f->pad, 0, row, sizeof(row)), sizeof(row));
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, true), 0);
-	left = current->fail_nth;
-	current->fail_nth = 0;
-	KUNIT_EXPECT_EQ(test, left, 1);
-}
-#endif
-
 /* Geometries whose rows do and do not divide a page */
 
 struct geometry {
@@ -569,9 +544,6 @@ static struct kunit_case kvs_pad_cases[] = {
 	KUNIT_CASE(nowait_does_not_wait),
 	KUNIT_CASE(zero_scrubs_dropped_rows),
 	KUNIT_CASE(generation_wraps_into_the_high_half),
-#if IS_ENABLED(CONFIG_FAULT_INJECTION)
-	KUNIT_CASE(append_reaches_no_allocation),
-#endif
 	{}
 };
 

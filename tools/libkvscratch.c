@@ -76,13 +76,12 @@ int kvscratch_truncate(int fd, uint64_t len, uint32_t flags)
 
 int kvscratch_append(int fd, const void *rows, size_t bytes)
 {
-	ssize_t written;
+	ssize_t written = write(fd, rows, bytes);
 
-	/* interrupted means nothing was committed: it is safe to try again */
-	do
-		written = write(fd, rows, bytes);
-	while (written < 0 && errno == EINTR);
-	return written < 0 ? -errno : 0;
+	if (written < 0)
+		return -errno;
+	/* a pad takes all or nothing */
+	return (size_t)written == bytes ? 0 : -EIO;
 }
 
 int kvscratch_map(int fd, struct kvscratch_view *view)

@@ -40,7 +40,10 @@ int kvscratch_info(int fd, struct kvscratch_info *info);
 /* Keep the first @len rows; @flags is 0 or KVSCRATCH_TRUNCATE_ZERO. */
 int kvscratch_truncate(int fd, uint64_t len, uint32_t flags);
 
-/* Append @bytes bytes, a whole number of rows: all of them or none. */
+/*
+ * Append @bytes bytes, a whole number of rows: all of them or none. EINTR, after
+ * a signal whose handler does not restart calls, is none.
+ */
 int kvscratch_append(int fd, const void *rows, size_t bytes);
 
 /**

@@ -26,10 +26,11 @@
  * stays mapped; bytes at or beyond row len are unspecified. The pad is freed
  * when the last handle and the last view of it are gone.
  *
- * The file position belongs to the open file, which dup(), fork() and
- * SCM_RIGHTS share. A reader that uses read(), lseek() or poll() therefore
- * wants a handle of its own: open the device O_RDONLY and
- * KVSCRATCH_IOC_ATTACH.
+ * The file position belongs to the open file, which threads, dup(), fork() and
+ * SCM_RIGHTS share. An append does not use it, but a write() that returns puts
+ * it back to where it was when the call began. A reader that uses read(),
+ * lseek() or poll() therefore wants a handle of its own: open the device
+ * O_RDONLY and KVSCRATCH_IOC_ATTACH.
  */
 
 /**
@@ -52,17 +53,21 @@
  *   max_seq_len zero or above the format's bounds, a write that is not a whole
  *   number of rows or so long that the kernel may have cut it (see
  *   KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a position
- *   outside the pad, a src_fd that is not a kvscratch handle
+ *   outside the pad, a src_fd that is not a kvscratch handle, an operation that
+ *   pads do not have (splice, sendfile, SEEK_DATA)
  * - E2BIG: size is above a page, or a tail unknown to this kernel is not zero
  * - EDQUOT: the pad is larger than the module's limits allow
  * - ENOMEM: no memory, or the memory cgroup is full: open, CREATE, page tables
- *   of mmap
+ *   of mmap, and what Linux itself allocates before a call reaches the pad: its
+ *   copy of more than 8 segments of a writev() or readv(), the bookkeeping of
+ *   io_uring
  * - ENOSPC: the rows do not fit; nothing was committed
  * - EFAULT: bad user memory; nothing was committed
  * - EACCES: CREATE or TRUNCATE on a handle that is not open for write, ATTACH
  *   with more rights than its source, mmap of a handle that is not open for
  *   read
- * - EPERM: the mapping would be writable, executable or private
+ * - EPERM: the mapping would be writable, executable (as any is of a process
+ *   with READ_IMPLIES_EXEC) or private
  * - ENXIO: the mapping reaches outside the pad's regions
  * - ESPIPE: a positional write
  * - EAGAIN: the call must not wait and the pad is busy
@@ -71,7 +76,7 @@
  * - ENOTTY: unknown ioctl
  *
  * When several apply, the order is: binding, struct, rights, values, limits,
- * memory.
+ * memory. ATTACH looks at its own fields before it looks at src_fd.
  */
 
 #define KVSCRATCH_IOC_MAGIC	0xD5
@@ -300,7 +305,9 @@ union kvscratch_word {
  * To wait, acknowledge first, then look, then sleep: lseek(fd, n * row_bytes,
  * SEEK_SET) tells poll() that n rows and the present generation were seen;
  * load @state after it; poll() then reports EPOLLIN for rows beyond n and
- * EPOLLPRI for a truncate, both also for what happened before the call.
+ * EPOLLPRI for a truncate, both also for what happened before the call. A new
+ * handle has acknowledged generation 0. EPOLLOUT means room for a row, or that
+ * an append which got EAGAIN may come again.
  */
 struct kvscratch_status {
 	__u32 magic;
