@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * PID 1 of the test guest.
+ *
+ * ttyS0 is the kernel's console, ttyS1 the program's terminal, ttyS2 takes the
+ * verdict: one line "exit N" or "signal N", one "kernel TEXT" for each
+ * suspicious line of the kernel log, and a last line "end". A guest that dies
+ * writes no "end".
+ *
+ * /modules names the modules to load, /command holds the NUL-separated program
+ * and arguments, and /interactive is there if a person sits at ttyS1.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <regex.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/klog.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <unistd.h>
+
+#define KERNEL_LOG_BYTES (8 << 20)
+#define KLOG_READ_ALL 3
+#define KLOG_CONSOLE_LEVEL 8
+#define MAX_MODULES 8
+
+/*
+ * What the kernel says when something is wrong with it. Lockdep, "sleeping
+ * function" and kmemleak reports do not panic, so panic_on_warn misses them.
+ */
+#define SUSPICIOUS \
+	"BUG[: ]|WARNING: |UBSAN|KASAN|KCSAN|Oops|INFO: |general protection fault[,:]|" \
+	"possible (circular|recursive)|inconsistent lock|lock held when returning|" \
+	"suspicious RCU|kmemleak: [0-9]+ new|leaked|cut here"
+
+static int verdict_fd = STDERR_FILENO;
+
+static void verdict(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	vdprintf(verdict_fd, format, args);
+	va_end(args);
+}
+
+/* The guest has nowhere else to complain; without "end" the run has failed. */
+static void die(const char *what)
+{
+	verdict("kernel init: %s: %s\n", what, strerror(errno));
+	tcdrain(verdict_fd);
+	reboot(RB_AUTOBOOT);
+	_exit(1);
+}
+
+static void mount_at(const char *type, const char *path)
+{
+	mkdir(path, 0755);
+	if (mount(type, path, type, 0, NULL) && errno != EBUSY)
+		die(path);
+}
+
+static void mount_all(void)
+{
+	mount_at("proc", "/proc");
+	mount_at("sysfs", "/sys");
+	mount_at("devtmpfs", "/dev");
+	mount_at("tmpfs", "/dev/shm");
+	mount_at("tmpfs", "/tmp");
+	mount_at("cgroup2", "/sys/fs/cgroup");
+	/* not in every kernel */
+	mkdir("/dev/pts", 0755);
+	mount("devpts", "/dev/pts", "devpts", 0, NULL);
+	mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL);
+	mount("tracefs", "/sys/kernel/tracing", "tracefs", 0, NULL);
+}
+
+static void write_to(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		die(path);
+	close(fd);
+}
+
+static int open_serial(const char *path, bool raw)
+{
+	struct termios mode;
+	int fd = open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
+
+	if (fd < 0 || tcgetattr(fd, &mode))
+		die(path);
+	/* passes bytes through as they are */
+	if (raw)
+		cfmakeraw(&mode);
+	cfsetspeed(&mode, B115200);
+	if (tcsetattr(fd, TCSANOW, &mode))
+		die(path);
+	return fd;
+}
+
+static char *read_file(const char *path, size_t *bytes)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	struct stat st;
+	char *text;
+
+	if (fd < 0 || fstat(fd, &st))
+		die(path);
+	text = malloc(st.st_size + 1);
+	if (!text || read(fd, text, st.st_size) != st.st_size)
+		die(path);
+	text[st.st_size] = '\0';
+	*bytes = st.st_size;
+	close(fd);
+	return text;
+}
+
+static char *modules[MAX_MODULES];
+static int nr_modules;
+
+static void load_modules(void)
+{
+	size_t bytes;
+	char *names = read_file("/modules", &bytes);
+
+	for (char *name = strtok(names, "\n"); name; name = strtok(NULL, "\n")) {
+		int fd = open(name, O_RDONLY | O_CLOEXEC);
+
+		if (nr_modules == MAX_MODULES || fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+			die(name);
+		close(fd);
+		modules[nr_modules++] = name;
+	}
+}
+
+static bool remove_module(const char *name)
+{
+	/*
+	 * The kernel drops the last files of a dead process late when a ring
+	 * or a socket's queue held them; what stays busy has leaked.
+	 */
+	for (int tries = 0; tries < 500; tries++) {
+		/* a test may have removed it already */
+		if (!syscall(SYS_delete_module, name, O_NONBLOCK) || errno == ENOENT)
+			return true;
+		if (errno != EAGAIN && errno != EBUSY)
+			return false;
+		usleep(10000);
+	}
+	return false;
+}
+
+static void unload_modules(void)
+{
+	while (nr_modules--) {
+		char *name = basename(modules[nr_modules]);
+
+		name[strcspn(name, ".")] = '\0';
+		if (!remove_module(name))
+			verdict("kernel module %s cannot be removed: %s\n", name, strerror(errno));
+	}
+}
+
+static void run_command(int terminal, bool interactive)
+{
+	size_t bytes, argc = 0;
+	char *command = read_file("/command", &bytes);
+	char **argv = calloc(bytes + 1, sizeof(*argv));
+	int input = terminal, status;
+
+	if (!argv)
+		die("calloc");
+	for (char *word = command; word < command + bytes; word += strlen(word) + 1)
+		argv[argc++] = word;
+	if (interactive) {
+		setpgid(0, 0);
+		signal(SIGTTOU, SIG_IGN);
+		tcsetpgrp(terminal, getpid());
+		signal(SIGTTOU, SIG_DFL);
+	} else {
+		setsid();
+		input = open("/dev/null", O_RDWR | O_CLOEXEC);
+	}
+	dup2(input, STDIN_FILENO);
+	dup2(terminal, STDOUT_FILENO);
+	dup2(terminal, STDERR_FILENO);
+	setenv("PATH", "/bin", 1);
+	setenv("HOME", "/tmp", 1);
+	execvp(argv[0], argv);
+	/* as a shell would say it */
+	status = errno == ENOENT ? 127 : 126;
+	dprintf(STDERR_FILENO, "%s: %s\n", argv[0], strerror(errno));
+	_exit(status);
+}
+
+static void run_program(void)
+{
+	bool interactive = access("/interactive", F_OK) == 0;
+	int terminal = open_serial("/dev/ttyS1", !interactive);
+	pid_t program, pid;
+	int status;
+
+	/*
+	 * The session is ours and not the program's: the kernel hangs a
+	 * terminal up when its session's leader ends, and drops what is left
+	 * to be sent.
+	 */
+	if (interactive) {
+		setsid();
+		ioctl(terminal, TIOCSCTTY, 0);
+	}
+	program = fork();
+	if (program < 0)
+		die("fork");
+	if (!program)
+		run_command(terminal, interactive);
+	do
+		pid = wait(&status);
+	while (pid != program);
+	/* what the program left behind would keep the module busy */
+	kill(-1, SIGKILL);
+	while (wait(NULL) > 0)
+		;
+	tcdrain(terminal);
+	if (WIFEXITED(status))
+		verdict("exit %d\n", WEXITSTATUS(status));
+	else
+		verdict("signal %d\n", WTERMSIG(status));
+}
+
+static void judge_kernel_log(void)
+{
+	char *log = malloc(KERNEL_LOG_BYTES + 1);
+	regex_t suspicious;
+	int bytes;
+
+	if (!log || regcomp(&suspicious, SUSPICIOUS, REG_EXTENDED | REG_NOSUB))
+		die("regcomp");
+	bytes = klogctl(KLOG_READ_ALL, log, KERNEL_LOG_BYTES);
+	if (bytes < 0)
+		die("klogctl");
+	log[bytes] = '\0';
+	for (char *line = strtok(log, "\n"); line; line = strtok(NULL, "\n"))
+		if (!regexec(&suspicious, line, 0, NULL, 0))
+			verdict("kernel %s\n", line);
+}
+
+int main(void)
+{
+	const struct rlimit files = { 8192, 8192 };
+
+	mount_all();
+	verdict_fd = open_serial("/dev/ttyS2", true);
+	setrlimit(RLIMIT_NOFILE, &files);
+	write_to("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	if (system("/bin/busybox --install -s /bin"))
+		die("busybox");
+	/* the boot is of no interest on the console, everything later is */
+	klogctl(KLOG_CONSOLE_LEVEL, NULL, 8);
+	load_modules();
+	run_program();
+	unload_modules();
+	judge_kernel_log();
+	verdict("end\n");
+	tcdrain(verdict_fd);
+	reboot(RB_AUTOBOOT);
+	return 1;
+}
