@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The main job: a transformer decodes with its cache in pads, others read along,
+ * and whoever finds the pads of a dead decoder goes on.
+ *
+ * Runs the program kvdecode in /bin, and kvscratchctl beside it. A checkpoint
+ * and a tokenizer in / are the real model.
+ */
+#include "common.h"
+
+#include <glob.h>
+
+/* Where the pads of a decoder that takes over lie; more than any model here has */
+#define FIRST_HANDLE 100
+#define NR_HANDLES 64
+
+#define SOCKET_PATH "/tmp/decode_test.sock"
+
+#define STORY "Once upon a time"
+
+/**
+ * struct program - a program that runs, and what it printed
+ * @pid: it
+ * @out: its stdout
+ * @text: what came, NUL-terminated
+ * @bytes: how much
+ */
+struct program {
+	pid_t pid;
+	int out;
+	char text[65536];
+	size_t bytes;
+};
+
+#define MAX_ARGUMENTS 24
+
+static void start(struct program *program, const char *const *argv)
+{
+	int pipes[2];
+
+	if (pipe2(pipes, O_CLOEXEC))
+		abort();
+	*program = (struct program){ .out = pipes[0] };
+	program->pid = fork_child();
+	if (program->pid < 0)
+		abort();
+	if (!program->pid) {
+		dup2(pipes[1], STDOUT_FILENO);
+		execv(argv[0], (char *const *)argv);
+		_exit(127);
+	}
+	close(pipes[1]);
+}
+
+/* Take what it still prints; returns its exit status */
+static int finish(struct program *program)
+{
+	for (;;) {
+		ssize_t got = read(program->out, program->text + program->bytes,
+				   sizeof(program->text) - 1 - program->bytes);
+
+		if (got <= 0)
+			break;
+		program->bytes += got;
+	}
+	program->text[program->bytes] = '\0';
+	close(program->out);
+	return wait_for(program->pid);
+}
+
+FIXTURE(decode) { };
+
+FIXTURE_SETUP(decode) { }
+
+/* A decoder that was killed leaves its socket. */
+FIXTURE_TEARDOWN(decode) {
+	unlink(SOCKET_PATH);
+}
+
+#define KVDECODE(...) ((const char *const[MAX_ARGUMENTS]){ "/bin/kvdecode", __VA_ARGS__ })
+#define KVSCRATCHCTL(...) ((const char *const[MAX_ARGUMENTS]){ "/bin/kvscratchctl", __VA_ARGS__ })
+
+/* kvdecode with @options and more: with the cache in pads, and on the heap */
+static void expect_same_text(struct __test_metadata *_metadata, const char *const *options)
+{
+	const char *heap[MAX_ARGUMENTS + 2] = { "/bin/kvdecode", "--cache", "heap" };
+	static struct program pads_run, heap_run;
+
+	for (size_t i = 1; i < MAX_ARGUMENTS && options[i]; i++)
+		heap[i + 2] = options[i];
+	start(&pads_run, options);
+	EXPECT_EQ(0, finish(&pads_run));
+	start(&heap_run, heap);
+	EXPECT_EQ(0, finish(&heap_run));
+	EXPECT_LT(20, heap_run.bytes);
+	EXPECT_STREQ(heap_run.text, pads_run.text);
+}
+
+TEST_F_TIMEOUT(decode, pads_and_heap_give_the_same_text, TEST_SECONDS)
+{
+	expect_same_text(_metadata, KVDECODE("--steps", "200"));
+	expect_same_text(_metadata, KVDECODE("--prompt", "Hello", "--steps", "100"));
+	expect_same_text(_metadata, KVDECODE("--temperature", "1", "--seed", "1"));
+	expect_same_text(_metadata, KVDECODE("--temperature", "0.8", "--top-p", "0.5", "--seed",
+					     "2", "--steps", "150"));
+}
+
+static bool have_model(void)
+{
+	glob_t found;
+	bool have = !glob("/tok*.bin", 0, NULL, &found);
+
+	if (have)
+		globfree(&found);
+	return have;
+}
+
+TEST_F_TIMEOUT(decode, story_is_the_same_on_pads_and_heap, TEST_SECONDS)
+{
+	if (!have_model())
+		SKIP(return, "no MODEL= given");
+	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY));
+	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--temperature",
+					     "0.9", "--seed", "11"));
+}
+
+/* Handles for a decoder to work on, which outlive it */
+
+static void open_handles(void)
+{
+	for (int i = 0; i < NR_HANDLES; i++) {
+		int fd = kvscratch_open(O_RDWR);
+
+		/* dup2() leaves them open across exec */
+		if (fd < 0 || dup2(fd, FIRST_HANDLE + i) < 0)
+			abort();
+		close(fd);
+	}
+}
+
+static void close_handles(void)
+{
+	for (int i = 0; i < NR_HANDLES; i++)
+		close(FIRST_HANDLE + i);
+}
+
+/* The last of the pads, with one id per position; -1 as long as there is none */
+static int tokens_handle(void)
+{
+	struct kvscratch_info info;
+
+	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + NR_HANDLES; fd++) {
+		if (kvscratch_info(fd, &info))
+			return -1;
+		if (info.dtype == KVSCRATCH_DTYPE_I32)
+			return fd;
+	}
+	return -1;
+}
+
+static void await_tokens(uint64_t len)
+{
+	while (tokens_handle() < 0 || len_of(tokens_handle()) < len)
+		sched_yield();
+}
+
+TEST_F_TIMEOUT(decode, next_decoder_goes_on_where_a_killed_one_ended, TEST_SECONDS)
+{
+	/* in several lives; the last one ends by itself */
+	static const uint64_t deaths[] = { 1, 7, 30, 31, 90 };
+	static struct program whole, life;
+
+	start(&whole, KVDECODE("--cache", "heap", "--steps", "200"));
+	ASSERT_EQ(0, finish(&whole));
+	open_handles();
+	for (size_t i = 0; i < ARRAY_SIZE(deaths); i++) {
+		start(&life, KVDECODE("--handles", "100", "--steps", "200"));
+		await_tokens(deaths[i]);
+		kill(life.pid, SIGKILL);
+		ASSERT_EQ(128 + SIGKILL, finish(&life));
+		/* what it printed is the beginning of the whole */
+		EXPECT_EQ(0, strncmp(whole.text, life.text, life.bytes));
+	}
+	start(&life, KVDECODE("--handles", "100", "--steps", "200"));
+	EXPECT_EQ(0, finish(&life));
+	EXPECT_STREQ(whole.text, life.text);
+	close_handles();
+}
+
+/* Without luck: pads as a death in the middle of a step leaves them */
+TEST_F_TIMEOUT(decode, half_a_step_is_cut_back, TEST_SECONDS)
+{
+	static struct program whole, life;
+	uint8_t row[4096] = { 0xff };
+	struct kvscratch_info info;
+
+	start(&whole, KVDECODE("--cache", "heap", "--steps", "60"));
+	ASSERT_EQ(0, finish(&whole));
+	open_handles();
+	start(&life, KVDECODE("--handles", "100", "--steps", "40"));
+	ASSERT_EQ(0, finish(&life));
+	ASSERT_EQ(40, len_of(tokens_handle()));
+	/* k0, v0 and k1 have the next position, and no other pad has */
+	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + 3; fd++) {
+		ASSERT_EQ(0, kvscratch_info(fd, &info));
+		ASSERT_GE(sizeof(row), info.row_bytes);
+		ASSERT_EQ(0, kvscratch_append(fd, row, info.row_bytes));
+	}
+	start(&life, KVDECODE("--handles", "100", "--steps", "60"));
+	EXPECT_EQ(0, finish(&life));
+	EXPECT_STREQ(whole.text, life.text);
+	for (int fd = FIRST_HANDLE; fd <= tokens_handle(); fd++)
+		EXPECT_EQ(60, len_of(fd));
+	close_handles();
+}
+
+TEST_F_TIMEOUT(decode, pads_of_another_model_are_refused, TEST_SECONDS)
+{
+	static struct program life;
+
+	open_handles();
+	ASSERT_EQ(0, kvscratch_create(FIRST_HANDLE, 7, 3, KVSCRATCH_DTYPE_F32));
+	ASSERT_EQ(0, append_rows(FIRST_HANDLE, 12, 0, 2));
+	start(&life, KVDECODE("--handles", "100"));
+	EXPECT_EQ(2, finish(&life));
+	EXPECT_EQ(0, life.bytes);
+	/* and left as they were */
+	EXPECT_EQ(2, len_of(FIRST_HANDLE));
+	EXPECT_EQ(0, generation_of(FIRST_HANDLE));
+	close_handles();
+}
+
+static int connect_when_it_listens(void)
+{
+	int sock;
+
+	do
+		sock = kvscratch_connect(SOCKET_PATH);
+	while ((sock == -ENOENT || sock == -ECONNREFUSED) && !sched_yield());
+	return sock;
+}
+
+/* A reader with nothing but what came over the socket, while the decoder works */
+TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
+{
+	static char names[KVSCRATCH_MAX_PASSED * 16];
+	static struct program decoder;
+	int fds[NR_HANDLES], count, sock;
+	struct kvscratch_view k0, owned;
+	struct kvscratch_view tokens;
+	uint8_t row[16];
+	uint32_t looks = 0, len = 0;
+
+	open_handles();
+	start(&decoder, KVDECODE("--handles", "100", "--serve", SOCKET_PATH, "--wait-reader",
+				 "--steps", "150"));
+	sock = connect_when_it_listens();
+	ASSERT_LE(0, sock);
+	count = kvscratch_receive_handles(sock, names, sizeof(names), fds, NR_HANDLES);
+	ASSERT_LT(2, count);
+	EXPECT_STREQ("k0", names);
+	ASSERT_EQ(0, kvscratch_map(fds[0], &k0));
+	ASSERT_EQ(0, kvscratch_map(fds[count - 1], &tokens));
+	EXPECT_EQ(KVSCRATCH_DTYPE_I32, tokens.info.dtype);
+
+	/* each token that exists has its row in every other pad */
+	while (len < 150) {
+		uint32_t now = kvscratch_state_len(kvscratch_view_state(&tokens));
+
+		ASSERT_LE(len, now);
+		if (now == len)
+			continue;
+		len = now;
+		looks++;
+		ASSERT_LE(len, kvscratch_state_len(kvscratch_view_state(&k0)));
+		for (int i = 0; i < count; i++) {
+			ASSERT_LE(len, len_of(fds[i]));
+		}
+	}
+	EXPECT_LT(1, looks);
+	/* the end of the stream is the end of the text */
+	EXPECT_EQ(0, read(sock, row, 1));
+	EXPECT_EQ(0, finish(&decoder));
+
+	/* the same memory as that of the handles that we kept, and read-only */
+	ASSERT_EQ(0, kvscratch_map(FIRST_HANDLE, &owned));
+	EXPECT_EQ(0, memcmp(owned.data, k0.data, k0.info.status_offset));
+	EXPECT_FALSE(all_zero(k0.data, 150 * (size_t)k0.info.row_bytes));
+	for (int i = 0; i < count; i++) {
+		EXPECT_ERRNO(EBADF, write(fds[i], row, sizeof(row)));
+		EXPECT_EQ(-EACCES, kvscratch_truncate(fds[i], 0, 0));
+		close(fds[i]);
+	}
+	kvscratch_unmap(&owned);
+	kvscratch_unmap(&tokens);
+	kvscratch_unmap(&k0);
+	close(sock);
+	close_handles();
+}
+
+/* The tool as the reader; it may come before there is a socket. */
+TEST_F_TIMEOUT(decode, watch_follows_until_the_decoder_ends, TEST_SECONDS)
+{
+	static const char last[] = "{\"len\": 120, \"generation\": 0}\n";
+	static struct program decoder, watcher, rows;
+
+	start(&watcher, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--json"));
+	start(&decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader", "--steps", "120"));
+	EXPECT_EQ(0, finish(&decoder));
+	EXPECT_EQ(0, finish(&watcher));
+	ASSERT_LT(sizeof(last), watcher.bytes);
+	EXPECT_STREQ(last, watcher.text + watcher.bytes - strlen(last));
+
+	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--pad", "tokens", "--rows"));
+	start(&decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader", "--steps", "20"));
+	EXPECT_EQ(0, finish(&decoder));
+	EXPECT_EQ(0, finish(&rows));
+	/* BOS and the last one */
+	EXPECT_NE(NULL, strstr(rows.text, "0: 1\n"));
+	EXPECT_NE(NULL, strstr(rows.text, "\n19: "));
+	EXPECT_EQ(NULL, strstr(rows.text, "\n20: "));
+
+	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--pad", "k99"));
+	start(&decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader", "--steps", "20"));
+	EXPECT_EQ(1, finish(&rows));
+	EXPECT_EQ(0, finish(&decoder));
+	/* it is gone with the server */
+	EXPECT_ERRNO(ENOENT, access(SOCKET_PATH, F_OK));
+}
+
+TEST_HARNESS_MAIN

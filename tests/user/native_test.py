@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the tools do without the device: run natively, built with sanitizers.
+
+usage: native_test.py BUILD-DIRECTORY [MODEL-DIRECTORY]; prints TAP.
+"""
+
+import math
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+
+BUILD = pathlib.Path(sys.argv[1])
+MODEL = sys.argv[2] if len(sys.argv) > 2 else None
+TESTS = []
+
+
+class Failed(Exception):
+    pass
+
+
+def test(function):
+    TESTS.append(function)
+    return function
+
+
+def expect(condition, what):
+    if not condition:
+        raise Failed(what)
+
+
+def run(program, *arguments):
+    """Returns (exit status, stdout, stderr); a sanitizer's report is a failure."""
+    done = subprocess.run([BUILD / f"{program}-sanitized", *map(str, arguments)],
+                          stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    expect(b"Sanitizer" not in done.stderr and b"runtime error" not in done.stderr,
+           done.stderr.decode(errors="replace"))
+    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+
+
+def expect_error(status, words, program, *arguments):
+    got, out, err = run(program, *arguments)
+    what = f"{program} {' '.join(map(str, arguments))}: exit {got}, {out[:80]!r}, {err!r}"
+    expect(got == status and words in err and err.count("\n") == 1, what)
+
+
+def text_of(*arguments):
+    status, out, err = run("kvdecode", "--cache", "heap", *arguments)
+    expect(status == 0 and not err, f"exit {status}: {err}")
+    return out
+
+
+class Model:
+    """A small random model, its two files, and its forward pass written a second time.
+
+    The formats are those of llama2.c: seven int32, then float32 tensors; and for
+    the tokenizer the length of the longest piece, then score, length and bytes
+    of each.
+    """
+
+    def __init__(self, directory, shared):
+        self.dim, self.hidden, self.layers, self.heads, self.kv_heads = 8, 12, 2, 4, 2
+        self.vocab, self.seq_len, self.shared = 262, 12, shared
+        self.head = self.dim // self.heads
+        self.kv_dim = self.head * self.kv_heads
+        self.random = random.Random(5 + shared)
+        d, h, n = self.dim, self.hidden, self.layers
+        sizes = [("embedding", self.vocab * d), ("rms_att", n * d), ("wq", n * d * d),
+                 ("wk", n * d * self.kv_dim), ("wv", n * d * self.kv_dim), ("wo", n * d * d),
+                 ("rms_ffn", n * d), ("w1", n * d * h), ("w2", n * d * h), ("w3", n * d * h),
+                 ("rms_final", d), ("freq_real", self.seq_len * self.head // 2),
+                 ("freq_imag", self.seq_len * self.head // 2)]
+        if not shared:
+            sizes.append(("classifier", self.vocab * d))
+        self.tensor = {}
+        weights = b""
+        for name, size in sizes:
+            values = struct.pack(f"<{size}f", *(self.random.uniform(-2, 2) for _ in range(size)))
+            self.tensor[name] = struct.unpack(f"<{size}f", values)
+            weights += values
+        if shared:
+            self.tensor["classifier"] = self.tensor["embedding"]
+        vocab = self.vocab if shared else -self.vocab
+        self.checkpoint_bytes = struct.pack("<7i", d, h, n, self.heads, self.kv_heads, vocab,
+                                            self.seq_len) + weights
+        self.pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+        self.pieces += [b"<0x%02X>" % byte for byte in range(256)] + [b"a", b"b", b"ab"]
+        self.tokenizer_bytes = struct.pack("<i", max(map(len, self.pieces)))
+        for piece in self.pieces:
+            self.tokenizer_bytes += struct.pack("<fi", 0.0, len(piece)) + piece
+        self.checkpoint = pathlib.Path(directory) / "model.bin"
+        self.tokenizer = pathlib.Path(directory) / "tok.bin"
+        self.checkpoint.write_bytes(self.checkpoint_bytes)
+        self.tokenizer.write_bytes(self.tokenizer_bytes)
+
+    def rows(self, name, layer, out, columns):
+        start = layer * out * columns
+        return [self.tensor[name][start + i * columns:start + (i + 1) * columns]
+                for i in range(out)]
+
+    @staticmethod
+    def multiply(matrix, vector):
+        return [sum(w * x for w, x in zip(row, vector)) for row in matrix]
+
+    @staticmethod
+    def norm(x, weights):
+        scale = 1 / math.sqrt(sum(v * v for v in x) / len(x) + 1e-5)
+        return [w * v * scale for w, v in zip(weights, x)]
+
+    def rotate(self, vector, pos):
+        out = list(vector)
+        for i in range(0, len(vector), 2):
+            angle = pos / 10000 ** ((i % self.head) / self.head)
+            a, b = vector[i], vector[i + 1]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    def attend(self, q, keys, values):
+        out = []
+        for head in range(self.heads):
+            at = head // (self.heads // self.kv_heads) * self.head
+            mine = q[head * self.head:(head + 1) * self.head]
+            scores = [sum(a * b for a, b in zip(mine, key[at:at + self.head])) /
+                      math.sqrt(self.head) for key in keys]
+            exps = [math.exp(score - max(scores)) for score in scores]
+            for i in range(at, at + self.head):
+                out.append(sum(e * v[i] for e, v in zip(exps, values)) / sum(exps))
+        return out
+
+    def forward(self, token, pos, cache):
+        d, h = self.dim, self.hidden
+        x = list(self.tensor["embedding"][token * d:(token + 1) * d])
+        for layer in range(self.layers):
+            keys, values = cache[layer]
+            normed = self.norm(x, self.tensor["rms_att"][layer * d:(layer + 1) * d])
+            q = self.rotate(self.multiply(self.rows("wq", layer, d, d), normed), pos)
+            keys.append(self.rotate(self.multiply(self.rows("wk", layer, self.kv_dim, d),
+                                                  normed), pos))
+            values.append(self.multiply(self.rows("wv", layer, self.kv_dim, d), normed))
+            attended = self.attend(q, keys, values)
+            x = [a + b for a, b in zip(x, self.multiply(self.rows("wo", layer, d, d), attended))]
+            normed = self.norm(x, self.tensor["rms_ffn"][layer * d:(layer + 1) * d])
+            gate = self.multiply(self.rows("w1", layer, h, d), normed)
+            up = self.multiply(self.rows("w3", layer, h, d), normed)
+            hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up)]
+            x = [a + b for a, b in zip(x, self.multiply(self.rows("w2", layer, d, h), hidden))]
+        return self.multiply(self.rows("classifier", 0, self.vocab, d),
+                             self.norm(x, self.tensor["rms_final"]))
+
+    def greedy_text(self):
+        cache = [([], []) for _ in range(self.layers)]
+        token, text = 1, b""
+        for pos in range(self.seq_len - 1):
+            logits = self.forward(token, pos, cache)
+            token = logits.index(max(logits))
+            if token in (1, 2):
+                break
+            text += bytes([token - 3]) if 3 <= token < 259 else self.pieces[token]
+        return text + b"\n"
+
+    def arguments(self):
+        return "--checkpoint", self.checkpoint, "--tokenizer", self.tokenizer
+
+
+@test
+def help_needs_nothing():
+    for program in ("kvdecode", "kvscratchctl"):
+        status, out, err = run(program, "--help")
+        expect(status == 0 and out.startswith(b"Usage: ") and b"Exit status" in out and not err,
+               program)
+
+
+@test
+def without_the_module():
+    if pathlib.Path("/dev/kvscratch").exists():
+        return "the module is loaded here"
+    expect_error(2, "is the module loaded?; --cache heap works without", "kvdecode")
+    expect_error(2, "descriptor 3: cannot describe the pad: not open", "kvscratchctl", "info")
+    return None
+
+
+@test
+def wrong_options():
+    for arguments, words in (
+            (["--steps", "0"], "--steps: expected an integer from 1 to 4294967295, got \"0\""),
+            (["--steps", "many"], "got \"many\""),
+            (["--temperature", "-1"], "--temperature: expected a number from 0 to 1000"),
+            (["--temperature", "nan"], "got \"nan\""),
+            (["--top-p", "1.5"], "--top-p: expected a number from 0 to 1, got \"1.5\""),
+            (["--cache", "disk"], "--cache: expected pads or heap, got \"disk\""),
+            (["--handles", "2"], "--handles: expected an integer from 3"),
+            (["--wait-reader"], "--wait-reader: expected --serve with it"),
+            (["--cache", "heap", "--serve", "x"], "expected --cache pads, got --cache heap"),
+            (["--checkpoint", "x"], "expected both --checkpoint and --tokenizer"),
+            (["--model", "/nowhere"], "/nowhere: No such file or directory"),
+            (["story"], "expected options only, got \"story\""),
+            (["--cache", "heap", "--steps", "999999"], "the positions of the model, got 999999")):
+        expect_error(1, words, "kvdecode", *arguments)
+
+
+@test
+def made_up_weights():
+    text = text_of()
+    expect(len(text) > 100 and text == text_of(), f"{text!r}")
+    expect(text.startswith(text_of("--steps", 20).rstrip(b"\n")), "fewer steps are a prefix")
+    seeded = text_of("--temperature", 1, "--seed", 7)
+    expect(seeded == text_of("--temperature", 1, "--seed", 7), "the same seed")
+    expect(seeded != text_of("--temperature", 1, "--seed", 8), "another seed")
+    expect(seeded != text, "a temperature")
+    expect(text == text_of("--temperature", 1, "--top-p", 0), "the smallest nucleus is greedy")
+
+
+@test
+def agrees_with_a_second_implementation():
+    for shared in (True, False):
+        with tempfile.TemporaryDirectory() as directory:
+            model = Model(directory, shared)
+            expected, got = model.greedy_text(), text_of(*model.arguments())
+            expect(got == expected, f"expected {expected!r}, got {got!r}")
+            expect(len(expected) > 4, f"too short to tell: {expected!r}")
+            expect(got == text_of("--model", directory), "the directory holds the same files")
+
+
+@test
+def prompts_become_tokens_and_text_again():
+    with tempfile.TemporaryDirectory() as directory:
+        model = Model(directory, True)
+        for prompt in ("abab", "xyz", "Ä\U0001f600", "aab"):
+            text = text_of(*model.arguments(), "--prompt", prompt)
+            expect(text.lstrip(b" ").startswith(prompt.encode()), f"{prompt}: {text!r}")
+        expect_error(1, "--prompt: expected at most", "kvdecode", "--cache", "heap",
+                     *model.arguments(), "--prompt", "ababababababababababababab" * 9)
+
+
+@test
+def broken_checkpoints():
+    with tempfile.TemporaryDirectory() as directory:
+        model = Model(directory, True)
+        good = model.checkpoint_bytes
+
+        def refused(data):
+            model.checkpoint.write_bytes(data)
+            expect_error(1, "model.bin: ", "kvdecode", "--cache", "heap", *model.arguments())
+
+        for cut in (0, 1, 27, 28, 29, len(good) // 2, len(good) - 1):
+            refused(good[:cut])
+        refused(good + b"x")
+        for field in range(7):
+            for value in (0, -1, 1 << 30, -(1 << 31), 0x7fffffff, 7):
+                # the sign of the vocabulary is a flag
+                if struct.unpack_from("<i", good, field * 4)[0] != value:
+                    refused(good[:field * 4] + struct.pack("<i", value) + good[field * 4 + 4:])
+
+
+@test
+def broken_tokenizers():
+    with tempfile.TemporaryDirectory() as directory:
+        model = Model(directory, True)
+        good = model.tokenizer_bytes
+
+        def refused(data):
+            model.tokenizer.write_bytes(data)
+            expect_error(1, "tok.bin: ", "kvdecode", "--cache", "heap", *model.arguments())
+
+        for cut in (0, 3, 4, 11, 12, len(good) // 2, len(good) - 1):
+            refused(good[:cut])
+        refused(good + b"x")
+        refused(struct.pack("<i", 0) + good[4:])
+        refused(struct.pack("<i", -5) + good[4:])
+        for length in (-1, 1 << 30, 0x7fffffff):
+            refused(good[:8] + struct.pack("<i", length) + good[12:])
+        refused(good[:4] + struct.pack("<f", math.nan) + good[8:])
+
+
+@test
+def an_output_that_is_full():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([BUILD / "kvdecode-sanitized", "--cache", "heap"], stdout=full,
+                              stderr=subprocess.PIPE, check=False)
+    expect(done.returncode == 3 and b"No space left on device" in done.stderr,
+           f"exit {done.returncode}: {done.stderr!r}")
+
+
+@test
+def a_real_model_tells_a_story():
+    if not MODEL:
+        return "no MODEL= given"
+    text = text_of("--model", MODEL, "--prompt", "Once upon a time", "--steps", 200)
+    words = text.decode().split()
+    common = sum(word.strip(".,\"!").lower() in
+                 {"the", "a", "and", "was", "to", "she", "he", "her", "it", "in", "of", "they"}
+                 for word in words)
+    # as in any English tale; tokens at random would hardly hit them
+    expect(text.startswith(b"Once upon a time") and len(words) > 60 and common > len(words) / 6,
+           text.decode())
+    return None
+
+
+def main():
+    print("TAP version 13")
+    print(f"1..{len(TESTS)}")
+    for number, function in enumerate(TESTS, 1):
+        try:
+            skip = function()
+            print(f"ok {number} - {function.__name__}" + (f" # SKIP {skip}" if skip else ""),
+                  flush=True)
+        except Failed as failure:
+            for line in str(failure).splitlines():
+                print(f"# {line}")
+            print(f"not ok {number} - {function.__name__}", flush=True)
+
+
+main()

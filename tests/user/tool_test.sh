@@ -1,0 +1,251 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-only
+# kvscratchctl on the real device: what it prints, what it refuses, its exit
+# status. Prints TAP.
+cd /tmp || exit 1
+count=0
+output=''
+status=0
+
+# Run a command; $output has what it printed, $status its exit status.
+run() {
+	output=$("$@" 2>&1)
+	status=$?
+}
+
+result() {
+	count=$((count + 1))
+	if [ "$1" = 0 ]; then
+		echo "ok $count - $2"
+	else
+		echo "# status $status, output:"
+		echo "$output" | sed 's/^/# /'
+		echo "not ok $count - $2"
+	fi
+}
+
+# expect NAME STATUS OUTPUT: of the latest run
+expect() {
+	[ "$status" = "$2" ] && [ "$output" = "$3" ]
+	result $? "$1"
+}
+
+new_pad() {
+	exec 3<>/dev/kvscratch
+	kvscratchctl create --max-seq-len "$1" --dim "$2" --dtype "$3"
+}
+
+echo TAP version 13
+
+# Help and wrong usage need no device.
+for verb in create info append dump truncate clear attach watch; do
+	run kvscratchctl $verb --help
+	case $output in "Usage: kvscratchctl [--fd N] $verb"*) ;; *) status=1 ;; esac
+	result $status "$verb has help"
+done
+run kvscratchctl --help
+case $output in *create*info*append*dump*truncate*clear*attach*watch*"Exit status"*) ;; *) status=1 ;; esac
+result $status "help lists every verb"
+run kvscratchctl
+expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
+run kvscratchctl frobnicate
+expect "an unknown verb" 1 "kvscratchctl: expected a verb, got \"frobnicate\", see kvscratchctl --help"
+run kvscratchctl info extra
+expect "an argument too many" 1 "kvscratchctl info: unexpected argument \"extra\""
+run kvscratchctl create --max-seq-len 5
+expect "an option too few" 1 "kvscratchctl create: expected --max-seq-len and --dim"
+run kvscratchctl create --max-seq-len -5 --dim 1
+expect "a negative number" 1 "kvscratchctl create: --max-seq-len: expected an integer from 1 to 4294967295, got \"-5\""
+run kvscratchctl create --max-seq-len 1 --dim 1 --dtype f33
+expect "an unknown dtype" 1 "kvscratchctl create: --dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 or u8, got \"f33\""
+run kvscratchctl create --max-seq-len 1 --dim 4194305
+expect "a row too long" 1 "kvscratchctl create: --dim: expected at most 4194304 of f32, got 4194305"
+run kvscratchctl dump --format png
+expect "an unknown format" 1 "kvscratchctl dump: --format: expected text, raw or npy, got \"png\""
+run kvscratchctl watch --rows --json
+expect "options that exclude each other" 1 "kvscratchctl watch: expected either --rows or --json, got both"
+
+# Descriptors that are no pads
+run kvscratchctl --fd 7 info
+expect "a closed descriptor" 2 "kvscratchctl info: descriptor 7: cannot describe the pad: not open, or not for this"
+exec 7</dev/null
+run kvscratchctl --fd 7 info
+expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: cannot describe the pad: not a handle of /dev/kvscratch"
+exec 7<&-
+exec 3<>/dev/kvscratch
+run kvscratchctl info
+expect "an unbound handle" 2 "kvscratchctl info: descriptor 3: cannot describe the pad: the handle is not bound to a pad yet"
+
+# A pad's life
+run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+expect "create" 0 ""
+run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+expect "create again" 2 "kvscratchctl create: descriptor 3: cannot create a pad: the handle is bound to a pad already"
+run kvscratchctl info
+expect "an empty pad" 0 "Scratchpad(len=0, capacity=10, dim=4)"
+# 1 2 3 4, -0.5 0.1 inf nan, 0 1e-45 3.4028234664e38 -2
+printf '\000\000\200\077\000\000\000\100\000\000\100\100\000\000\200\100' >row0
+printf '\000\000\000\277\315\314\314\075\000\000\200\177\000\000\300\177' >row1
+printf '\000\000\000\000\001\000\000\000\377\377\177\177\000\000\000\300' >row2
+cat row0 row1 row2 >rows
+run kvscratchctl append rows
+expect "append a file" 0 ""
+run kvscratchctl info
+expect "the Display line" 0 "Scratchpad(len=3, capacity=10, dim=4)"
+run kvscratchctl info --json
+expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096}'
+run kvscratchctl dump
+expect "dump as text" 0 "1 2 3 4
+-0.5 0.100000001 inf nan
+0 1.40129846e-45 3.40282347e+38 -2"
+kvscratchctl dump --format raw >raw
+run cmp rows raw
+expect "dump as it was appended" 0 ""
+kvscratchctl dump --format npy -o rows.npy
+# as numpy.save() writes it
+printf "\223NUMPY\001\000v\000%-117s\n" "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }" >numpy
+cat rows >>numpy
+run cmp rows.npy numpy
+expect "dump as .npy" 0 ""
+run kvscratchctl append rows.npy
+expect "append a .npy" 0 ""
+run sh -c 'kvscratchctl append - <row0'
+expect "append from stdin" 0 ""
+run kvscratchctl dump
+expect "everything in order" 0 "1 2 3 4
+-0.5 0.100000001 inf nan
+0 1.40129846e-45 3.40282347e+38 -2
+1 2 3 4
+-0.5 0.100000001 inf nan
+0 1.40129846e-45 3.40282347e+38 -2
+1 2 3 4"
+run kvscratchctl append /dev/null
+expect "append nothing" 0 ""
+
+# What does not fit changes nothing.
+cat rows row0 >rows4
+run kvscratchctl append rows4
+expect "a batch too long" 1 "kvscratchctl append: Scratchpad overflow: 7 + 4 > 10 max"
+run kvscratchctl append /proc/self/pagemap-is-no-file
+expect "no such file" 1 "kvscratchctl append: /proc/self/pagemap-is-no-file: cannot open: No such file or directory"
+head -c 12 row0 >short
+run kvscratchctl append short
+expect "elements too few" 1 "kvscratchctl append: short: shape mismatch: expected 4 elements, got 3"
+head -c 23 rows >short
+run kvscratchctl append short
+expect "bytes too few" 1 "kvscratchctl append: short: expected rows of 16 bytes, got 1 rows and 7 bytes"
+run sh -c 'head -c 3000000 /dev/zero | kvscratchctl append'
+expect "more than is kept is counted" 1 "kvscratchctl append: Scratchpad overflow: 7 + 187500 > 10 max"
+head -c 170 rows.npy >cut.npy
+run kvscratchctl append cut.npy
+expect "a cut .npy" 1 "kvscratchctl append: cut.npy: expected 3 rows of 16 bytes behind the header, got 42 bytes"
+head -c 100 rows.npy >cut.npy
+run kvscratchctl append cut.npy
+expect "a cut .npy header" 1 "kvscratchctl append: cut.npy: the .npy header is cut off"
+run sh -c 'kvscratchctl append --format raw rows.npy; kvscratchctl append --format npy rows'
+expect "the format that was asked for" 1 "kvscratchctl append: Scratchpad overflow: 7 + 11 > 10 max
+kvscratchctl append: rows: expected a .npy header"
+(
+	exec 3>&-
+	new_pad 5 3 f32
+	kvscratchctl append rows.npy
+	exec 3>&-
+	new_pad 5 4 f64
+	kvscratchctl append rows.npy
+) >errors 2>&1
+run cat errors
+expect "a .npy of another shape or dtype" 0 "kvscratchctl append: rows.npy: shape mismatch: expected 3 elements, got 4
+kvscratchctl append: rows.npy: dtype mismatch: expected f64, got \"<f4\" = f32"
+run kvscratchctl info
+expect "refused input changes nothing" 0 "Scratchpad(len=7, capacity=10, dim=4)"
+run kvscratchctl append rows
+expect "to the brim" 0 ""
+run kvscratchctl append row0
+expect "full" 1 "kvscratchctl append: Scratchpad full: 10 / 10 tokens"
+
+# Truncate, clear, attach
+run kvscratchctl truncate --len 11
+expect "truncate beyond the end" 1 "kvscratchctl truncate: --len: expected at most 10, the committed rows, got 11"
+run kvscratchctl truncate
+expect "truncate to what" 1 "kvscratchctl truncate: expected --len"
+run kvscratchctl truncate --len 1 --zero
+expect "truncate" 0 ""
+run kvscratchctl dump
+expect "one row is left" 0 "1 2 3 4"
+run sh -c 'kvscratchctl info --json | grep -o "\"generation\".*\"trunc_len\": 1"'
+expect "a new generation" 0 '"generation": 1, "trunc_len": 1'
+exec 4</dev/kvscratch
+run kvscratchctl --fd 4 attach --src-fd 3
+expect "attach" 0 ""
+run kvscratchctl --fd 4 dump
+expect "the same pad" 0 "1 2 3 4"
+run kvscratchctl --fd 4 append row0
+expect "append with a handle for reading" 2 "kvscratchctl append: descriptor 4: cannot append: not open, or not for this"
+run kvscratchctl --fd 4 clear
+expect "clear with a handle for reading" 2 "kvscratchctl clear: descriptor 4: cannot clear: no permission on the device, or not with this handle"
+run kvscratchctl clear
+expect "clear" 0 ""
+run kvscratchctl --fd 4 info
+expect "empty again" 0 "Scratchpad(len=0, capacity=10, dim=4)"
+
+# dump keeps the old file until it has what to write.
+echo precious >file
+exec 5</dev/kvscratch
+run kvscratchctl --fd 5 dump -o file
+output="$status $(cat file)"
+status=0
+expect "a failed dump leaves the file" 0 "2 precious"
+kvscratchctl append row0
+run sh -c 'kvscratchctl dump >/dev/full'
+expect "a full disk" 2 "kvscratchctl dump: cannot write the output: No space left on device"
+
+# Every dtype as text
+for case in 'f64 \000\000\000\000\000\000\370\077 1.5' 'f16 \000\074 1' 'f16 \001\200 -5.9605e-08' \
+	'f16 \000\174 inf' 'bf16 \300\077 1.5' 'i64 \376\377\377\377\377\377\377\377 -2' \
+	'i32 \000\000\000\200 -2147483648' 'i16 \377\377 -1' 'i8 \200 -128' 'u8 \377 255'; do
+	# shellcheck disable=SC2086
+	set -- $case
+	exec 3>&-
+	new_pad 1 1 "$1"
+	printf "$2" | kvscratchctl append
+	run kvscratchctl dump
+	expect "$1 as text" 0 "$3"
+done
+exec 3>&-
+new_pad 1 1 bf16
+run kvscratchctl dump --format npy
+expect "no .npy of bf16" 1 "kvscratchctl dump: --format: .npy has no type for bf16; expected text or raw"
+
+# watch: each step waits until the watcher has told of the one before.
+exec 3>&-
+new_pad 10 1 i8
+mkfifo told
+kvscratchctl watch --rows --until 4 >told &
+exec 6<told
+read -r line <&6
+seen="$line"
+printf '\001\002' | kvscratchctl append
+for _ in 1 2 3; do
+	read -r line <&6
+	seen="$seen,$line"
+done
+kvscratchctl truncate --len 1
+for _ in 1 2; do
+	read -r line <&6
+	seen="$seen,$line"
+done
+printf '\007\010\011' | kvscratchctl append
+for _ in 1 2 3 4; do
+	read -r line <&6
+	seen="$seen,$line"
+done
+wait $!
+status=$?
+output=$seen
+expect "watch follows rows and truncates" 0 "Scratchpad(len=0, capacity=10, dim=1),0: 1,1: 2,Scratchpad(len=2, capacity=10, dim=1),truncated, generation 1, kept 1,Scratchpad(len=1, capacity=10, dim=1),1: 7,2: 8,3: 9,Scratchpad(len=4, capacity=10, dim=1)"
+run kvscratchctl watch --json --until 4
+expect "watch as JSON" 0 '{"len": 4, "generation": 1}'
+run kvscratchctl watch --socket /tmp/nobody --timeout 0
+expect "a socket that nobody serves" 2 "kvscratchctl watch: /tmp/nobody: cannot connect: No such file or directory"
+
+echo "1..$count"
