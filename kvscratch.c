@@ -148,7 +148,7 @@ int kvs_reserve(u64 bytes, u64 max_per_pad, u64 max_total)
 	} while (!atomic64_try_cmpxchg(&kvs_reserved_bytes, &reserved, reserved + bytes));
 	return 0;
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_reserve);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_reserve);
 
 /**
  * kvs_unreserve() - give back what kvs_reserve() took
@@ -158,7 +158,7 @@ void kvs_unreserve(u64 bytes)
 {
 	atomic64_sub(bytes, &kvs_reserved_bytes);
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_unreserve);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_unreserve);
 
 /**
  * kvs_reserved() - how much is taken
@@ -169,7 +169,7 @@ u64 kvs_reserved(void)
 {
 	return atomic64_read(&kvs_reserved_bytes);
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_reserved);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_reserved);
 
 /*
  * Memory
@@ -219,7 +219,7 @@ int kvs_layout_init(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dty
 				PAGE_ALIGN(layout->nr_pages * sizeof(struct page *));
 	return 0;
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_layout_init);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_layout_init);
 
 static void *kvs_plane_row(const struct kvs_pad *pad, u32 plane, u64 row)
 {
@@ -329,7 +329,7 @@ err_unreserve:
 	kvs_unreserve(layout.charged_bytes);
 	return ERR_PTR(err);
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_create);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_create);
 
 /**
  * kvs_pad_get() - take another reference
@@ -342,7 +342,7 @@ struct kvs_pad *kvs_pad_get(struct kvs_pad *pad)
 	refcount_inc(&pad->refs);
 	return pad;
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_get);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_get);
 
 /**
  * kvs_pad_put() - drop a reference; the last one frees the pad
@@ -358,7 +358,7 @@ void kvs_pad_put(struct kvs_pad *pad)
 	mutex_destroy(&pad->lock);
 	kfree(pad);
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_put);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_put);
 
 /*
  * Pad core
@@ -464,7 +464,7 @@ ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 	mutex_unlock(&pad->lock);
 	return err ? err : bytes;
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_append);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_append);
 
 /*
  * Copy out what may change underneath, until a truncate comes in. Returns the
@@ -530,7 +530,7 @@ ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool now
 		cond_resched();
 	}
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_read);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_read);
 
 /* Zero the rows from @row to the end of what was ever touched. */
 static void kvs_scrub(struct kvs_pad *pad, u32 row)
@@ -598,7 +598,7 @@ int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero)
 	mutex_unlock(&pad->lock);
 	return err;
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_truncate);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_truncate);
 
 /**
  * kvs_pad_info() - one consistent snapshot
@@ -628,7 +628,7 @@ void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info)
 	info->nr_planes = layout->nr_planes;
 	memcpy(info->planes, layout->planes, sizeof(info->planes));
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_info);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_info);
 
 /**
  * kvs_pad_show() - describe a pad in fdinfo
@@ -646,7 +646,7 @@ void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m)
 	seq_printf(m, "bytes:\t%llu\n", pad->layout.charged_bytes);
 	seq_printf(m, "generation:\t%llu\n", info.generation);
 }
-EXPORT_SYMBOL_IF_KUNIT(kvs_pad_show);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_show);
 
 /*
  * Handles

@@ -6,7 +6,7 @@
 #ifndef _KVSCRATCH_H
 #define _KVSCRATCH_H
 
-#include <kunit/visibility.h>
+#include <linux/export.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
@@ -135,9 +135,16 @@ static inline void kvs_file_set_nonotify(struct file *file)
 }
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
-#define KVS_KUNIT_NAMESPACE "EXPORTED_FOR_KUNIT_TESTING"
+#define KVS_KUNIT_NAMESPACE "KVSCRATCH_KUNIT"
 #else
-#define KVS_KUNIT_NAMESPACE EXPORTED_FOR_KUNIT_TESTING
+#define KVS_KUNIT_NAMESPACE KVSCRATCH_KUNIT
+#endif
+
+/* The pad core is for the KUnit suite only, where there is one. */
+#if IS_ENABLED(CONFIG_KUNIT)
+#define EXPORT_SYMBOL_FOR_KUNIT(symbol) EXPORT_SYMBOL_NS_GPL(symbol, KVS_KUNIT_NAMESPACE)
+#else
+#define EXPORT_SYMBOL_FOR_KUNIT(symbol)
 #endif
 
 #endif /* _KVSCRATCH_H */
