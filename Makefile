@@ -11,8 +11,8 @@ override CFLAGS += -std=gnu11 -Wall -Wextra -Wshadow
 override CPPFLAGS += -Iuapi
 LIBKVSCRATCH := tools/libkvscratch.c
 TOOLS := kvscratchctl kvdecode
-kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c
-kvdecode-sources := tools/kvdecode.c tools/llama2.c
+kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c tools/cli.c
+kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard uapi/linux/*.h tools/*.h tests/user/*.h)
@@ -38,7 +38,7 @@ help:
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run every suite in QEMU; MODEL=DIR adds the story test'
-	@echo 'make check         checkpatch, sparse, W=1 on three kernels, kernel-doc, cppcheck'
+	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
@@ -61,15 +61,15 @@ build/$(1)-sanitized: $(2) $(LIBKVSCRATCH) $(HEADERS) | build
 endef
 
 # kselftest_harness.h comes from the Linux source that the test kernel is made of
-HARNESS = -isystem $(shell tests/qemu/kernel source)/tools/testing/selftests
+HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/testing/selftests)$(HARNESS)
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
 
 demo:
-	tests/demo $(MODEL)
+	tests/demo $(if $(MODEL),"$(MODEL)")
 
 test:
-	tests/run $(MODEL)
+	tests/run $(if $(MODEL),"$(MODEL)")
 
 check:
 	tests/check

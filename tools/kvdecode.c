@@ -10,6 +10,7 @@
  * the last token once more.
  */
 #define _GNU_SOURCE
+#include "cli.h"
 #include "libkvscratch.h"
 #include "llama2.h"
 
@@ -29,8 +30,6 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
-
-#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 #define MAX_TEMPERATURE	1000.0f
 #define FIRST_FREE_FD	3
@@ -120,6 +119,7 @@ struct decoder {
 	struct server server;
 	int32_t *prompt;
 	uint32_t prompt_len;
+	int32_t *tokens;	/* of each position, as in the last pad */
 	uint32_t steps;
 	uint32_t forwards;
 	double seconds;
@@ -195,21 +195,6 @@ static const struct option long_options[] = {
 	{ 0 },
 };
 
-static int parse_integer(const char *name, const char *text, uint64_t min, uint64_t max,
-			 uint64_t *value)
-{
-	char *end;
-
-	errno = 0;
-	*value = strtoull(text, &end, 10);
-	/* strtoull() takes blanks and signs, too */
-	if (*text < '0' || *text > '9' || *end || errno || *value < min || *value > max)
-		return fail(EXIT_INPUT,
-			    "--%s: expected an integer from %" PRIu64 " to %" PRIu64 ", got \"%s\"",
-			    name, min, max, text);
-	return 0;
-}
-
 static int parse_float(const char *name, const char *text, float min, float max, float *value)
 {
 	char *end;
@@ -237,7 +222,7 @@ static int parse_number(struct options *options, int option, const char *text)
 
 	switch (option) {
 	case OPT_STEPS:
-		err = parse_integer("steps", text, 1, UINT32_MAX, &value);
+		err = parse_integer(EXIT_INPUT, "steps", text, 1, UINT32_MAX, &value);
 		options->steps = value;
 		break;
 	case OPT_TEMPERATURE:
@@ -248,10 +233,11 @@ static int parse_number(struct options *options, int option, const char *text)
 		err = parse_float("top-p", text, 0.0f, 1.0f, &options->top_p);
 		break;
 	case OPT_SEED:
-		err = parse_integer("seed", text, 0, UINT64_MAX, &options->seed);
+		err = parse_integer(EXIT_INPUT, "seed", text, 0, UINT64_MAX, &options->seed);
 		break;
 	case OPT_HANDLES:
-		err = parse_integer("handles", text, FIRST_FREE_FD, INT_MAX / 2, &value);
+		err = parse_integer(EXIT_INPUT, "handles", text, FIRST_FREE_FD, INT_MAX / 2,
+				    &value);
 		options->first_handle = value;
 		break;
 	}
@@ -287,8 +273,6 @@ static int parse_option(struct options *options, int option, const char *text)
 	case OPT_HELP:
 		options->help = true;
 		return 0;
-	case '?':
-		return fail(EXIT_INPUT, "see kvdecode --help");
 	default:
 		return parse_number(options, option, text);
 	}
@@ -314,9 +298,12 @@ static int parse_options(struct options *options, int argc, char **argv)
 	int option;
 
 	*options = (struct options){ .prompt = "", .seed = 1, .top_p = 0.9f };
-	while ((option = getopt_long(argc, argv, "", long_options, NULL)) != -1) {
-		int err = parse_option(options, option, optarg);
+	while ((option = getopt_long(argc, argv, ":", long_options, NULL)) != -1) {
+		int err;
 
+		if (option == '?' || option == ':')
+			return fail_option(EXIT_INPUT, option, argv);
+		err = parse_option(options, option, optarg);
 		if (err)
 			return err;
 	}
@@ -377,9 +364,14 @@ static void name_store(struct store *store, unsigned int i, const struct llama2_
 	store->fd = -1;
 }
 
+static unsigned int nr_stores(const struct llama2_shape *shape)
+{
+	return 2 * shape->n_layers + 1;
+}
+
 static int init_cache(struct cache *cache, const struct llama2_shape *shape)
 {
-	cache->count = 2 * shape->n_layers + 1;
+	cache->count = nr_stores(shape);
 	cache->seq_len = shape->seq_len;
 	cache->stores = calloc(cache->count, sizeof(*cache->stores));
 	cache->kv = calloc(cache->count, sizeof(*cache->kv));
@@ -526,11 +518,13 @@ static int inherit_handle(const struct cache *cache, struct store *store, int fd
 	int err;
 
 	if (flags < 0)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, kvscratch_strerror(-errno));
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
+			    kvscratch_strerror(-errno));
 	store->fd = fd;
 	err = kvscratch_info(fd, &info);
 	if (err && err != -EBADFD)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name, kvscratch_strerror(err));
+		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
+			    kvscratch_strerror(err));
 	if (access != O_RDWR)
 		return fail(EXIT_PADS,
 			    "handle %d (%s): expected it open for read and write, got %s only", fd,
@@ -564,11 +558,27 @@ static int check_lengths(const struct cache *cache)
 	return 0;
 }
 
-static int check_tokens(const struct decoder *decoder)
+/* All pads are created before the first row: without a tokens pad there are none. */
+static int check_no_rows(const struct cache *cache)
+{
+	for (unsigned int i = 0; i < cache->count; i++) {
+		const struct store *store = &cache->stores[i];
+
+		if (store->rows.len)
+			return fail(EXIT_PADS, "handle %d (%s): expected no rows, as there is no "
+				    "tokens pad, got %" PRIu32, store->fd, store->name,
+				    store->rows.len);
+	}
+	return 0;
+}
+
+/* From here on the ids of our own copy count: they index the weights. */
+static int check_tokens(struct decoder *decoder)
 {
 	const struct store *store = token_store(&decoder->cache);
-	const int32_t *tokens = store->rows.data;
+	int32_t *tokens = decoder->tokens;
 
+	memcpy(tokens, store->rows.data, store->rows.len * sizeof(*tokens));
 	for (uint32_t i = 0; i < store->rows.len; i++) {
 		if (tokens[i] < 0 || (uint32_t)tokens[i] >= decoder->tok.vocab_size)
 			return fail(EXIT_PADS, "handle %d (tokens): expected ids from 0 to %" PRIu32
@@ -594,16 +604,14 @@ static int take_over(struct decoder *decoder)
 		if (err)
 			return err;
 	}
-	if (tokens->bound) {
-		err = check_lengths(cache);
-		if (!err)
-			err = check_tokens(decoder);
-		if (err)
-			return err;
+	if (!tokens->bound) {
+		err = check_no_rows(cache);
+		return err ? err : create_missing_pads(cache);
 	}
-	/* a creator that was killed half-way leaves no token */
-	err = truncate_pads(cache, tokens->rows.len);
-	return err ? err : create_missing_pads(cache);
+	err = check_lengths(cache);
+	if (!err)
+		err = check_tokens(decoder);
+	return err ? err : truncate_pads(cache, tokens->rows.len);
 }
 
 static int open_cache(struct decoder *decoder)
@@ -612,6 +620,9 @@ static int open_cache(struct decoder *decoder)
 
 	if (err)
 		return err;
+	decoder->tokens = calloc(decoder->cache.seq_len, sizeof(*decoder->tokens));
+	if (!decoder->tokens)
+		return fail(EXIT_SYSTEM, "out of memory");
 	if (decoder->options.heap)
 		return allocate_arrays(&decoder->cache);
 	if (decoder->options.first_handle)
@@ -654,10 +665,25 @@ static int add_polled(struct server *server, int fd, short events)
 	return 0;
 }
 
+/* Remove the socket of a server that was killed: it refuses connections. */
+static void remove_dead_socket(const char *path)
+{
+	int sock = kvscratch_connect(path);
+
+	if (sock >= 0)
+		close(sock);
+	else if (sock == -ECONNREFUSED)
+		unlink(path);
+}
+
 static int listen_unblocked(const char *path)
 {
 	int listener = kvscratch_listen(path);
 
+	if (listener == -EADDRINUSE) {
+		remove_dead_socket(path);
+		listener = kvscratch_listen(path);
+	}
 	if (listener >= 0)
 		fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK);
 	return listener;
@@ -670,9 +696,9 @@ static int open_server(struct decoder *decoder)
 	int listener;
 	int signals;
 
-	if (decoder->cache.count > KVSCRATCH_MAX_PASSED)
+	if (nr_stores(&decoder->model.shape) > KVSCRATCH_MAX_PASSED)
 		return fail(EXIT_INPUT, "--serve: expected at most %d pads, got %u",
-			    KVSCRATCH_MAX_PASSED, decoder->cache.count);
+			    KVSCRATCH_MAX_PASSED, nr_stores(&decoder->model.shape));
 	if (add_polled(server, -1, POLLIN) || add_polled(server, -1, POLLIN))
 		return fail(EXIT_SYSTEM, "out of memory");
 	signals = catch_signals(server);
@@ -681,7 +707,8 @@ static int open_server(struct decoder *decoder)
 	server->polled[POLLED_SIGNALS].fd = signals;
 	listener = listen_unblocked(path);
 	if (listener == -EADDRINUSE)
-		return fail(EXIT_SYSTEM, "%s: exists: remove it if nobody listens there", path);
+		return fail(EXIT_SYSTEM, "%s: expected no such file, or a socket that nobody listens on",
+			    path);
 	if (listener < 0)
 		return fail(EXIT_SYSTEM, "%s: cannot listen: %s", path, strerror(-listener));
 	server->polled[POLLED_LISTENER].fd = listener;
@@ -721,15 +748,19 @@ static unsigned int open_readers(const struct cache *cache, int *fds)
 /* A file position is shared by all who hold an open file: each client gets files of its own. */
 static bool pass_handles(const struct cache *cache, int sock)
 {
-	const char *names[KVSCRATCH_MAX_PASSED];
-	int fds[KVSCRATCH_MAX_PASSED];
+	const char *names[KVSCRATCH_MAX_PASSED] = { 0 };
+	int fds[KVSCRATCH_MAX_PASSED] = { 0 };
 	unsigned int opened = open_readers(cache, fds);
 	int err = -EIO;
 
 	for (unsigned int i = 0; i < cache->count; i++)
 		names[i] = cache->stores[i].name;
-	if (opened == cache->count)
+	if (opened == cache->count) {
 		err = kvscratch_send_handles(sock, names, fds, cache->count);
+		if (err)
+			fail(EXIT_SYSTEM, "cannot pass the handles to a reader: %s",
+			     strerror(-err));
+	}
 	while (opened--)
 		close(fds[opened]);
 	return !err;
@@ -810,7 +841,7 @@ static int print_bytes(const char *bytes, size_t count)
 /* BOS itself, at position 0, is no text. */
 static int print_token(const struct decoder *decoder, uint32_t pos)
 {
-	const int32_t *tokens = token_store(&decoder->cache)->rows.data;
+	const int32_t *tokens = decoder->tokens;
 	const char *bytes;
 	size_t count;
 	char byte;
@@ -828,24 +859,22 @@ static int step(struct decoder *decoder, int32_t token, uint32_t pos)
 	int err = llama2_forward(&decoder->model, decoder->cache.kv, token, pos);
 
 	decoder->forwards++;
+	decoder->tokens[pos] = token;
 	return err ? err : tokens->append(tokens, &token);
 }
 
 /* Print what there is and, unless it is all that was asked for, bring the logits back. */
 static int resume(struct decoder *decoder)
 {
-	struct store *tokens = token_store(&decoder->cache);
-	uint32_t len = tokens->rows.len;
-	int32_t last;
+	uint32_t len = token_store(&decoder->cache)->rows.len;
 	int err = 0;
 
 	for (uint32_t pos = 0; !err && pos < len && pos < decoder->steps; pos++)
 		err = print_token(decoder, pos);
 	if (err || !len || len >= decoder->steps)
 		return err;
-	last = ((const int32_t *)tokens->rows.data)[len - 1];
 	err = truncate_pads(&decoder->cache, len - 1);
-	return err ? err : step(decoder, last, len - 1);
+	return err ? err : step(decoder, decoder->tokens[len - 1], len - 1);
 }
 
 /* Returns the token of position @pos, or -1 at the end of the text. */
@@ -1059,10 +1088,10 @@ static int run(struct decoder *decoder)
 		err = encode_prompt(decoder);
 	if (!err)
 		err = open_sampler(decoder);
-	if (!err)
-		err = open_cache(decoder);
 	if (!err && decoder->options.socket)
 		err = open_server(decoder);
+	if (!err)
+		err = open_cache(decoder);
 	return err ? err : decode(decoder);
 }
 
@@ -1070,6 +1099,7 @@ static void clean_up(struct decoder *decoder)
 {
 	close_cache(&decoder->cache);
 	free(decoder->prompt);
+	free(decoder->tokens);
 	llama2_sampler_close(&decoder->sampler);
 	llama2_tokenizer_close(&decoder->tok);
 	llama2_close(&decoder->model);
@@ -1079,8 +1109,15 @@ static void clean_up(struct decoder *decoder)
 int main(int argc, char **argv)
 {
 	struct decoder decoder = { 0 };
-	int err = parse_options(&decoder.options, argc, argv);
+	int err;
 
+	cli_name = "kvdecode";
+	/* we say it ourselves, in one line */
+	opterr = 0;
+	err = open_standard_descriptors();
+	if (err)
+		return fail(EXIT_SYSTEM, "/dev/null: cannot open: %s", strerror(-err));
+	err = parse_options(&decoder.options, argc, argv);
 	if (err)
 		return err;
 	if (decoder.options.help) {

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
+#include "cli.h"
 #include "libkvscratch.h"
 #include "npy.h"
 
@@ -16,7 +17,6 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <poll.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +24,6 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-
-#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 #define DEFAULT_FD 3
 
@@ -35,26 +33,23 @@ enum exit_code {
 	EXIT_SYSTEM = 2,
 };
 
-static const char *verb_name;
-
-/* Print one line about an error and return @code, to be passed up to main(). */
-static int __attribute__((format(printf, 2, 3)))
-fail(enum exit_code code, const char *format, ...)
-{
-	va_list args;
-
-	fflush(stdout);
-	fprintf(stderr, "kvscratchctl%s%s: ", verb_name ? " " : "", verb_name ? verb_name : "");
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	return code;
-}
-
 static int fail_handle(int fd, const char *what, int err)
 {
 	return fail(EXIT_SYSTEM, "descriptor %d: cannot %s: %s", fd, what, kvscratch_strerror(err));
+}
+
+/* Whether the handle is open for what a verb does with it; @access is O_RDONLY or O_WRONLY. */
+static int check_access(int fd, int access)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0)
+		return fail(EXIT_SYSTEM, "expected a handle as descriptor %d, got none", fd);
+	if ((flags & O_ACCMODE) != O_RDWR && (flags & O_ACCMODE) != access)
+		return fail(EXIT_SYSTEM, "descriptor %d: expected it open for %s, got %s only", fd,
+			    access == O_RDONLY ? "read" : "write",
+			    access == O_RDONLY ? "write" : "read");
+	return 0;
 }
 
 /* Nothing that was printed counts until it is out. */
@@ -110,21 +105,6 @@ static bool given(const struct arguments *args, enum option_id id)
 	return args->given >> id & 1;
 }
 
-static int parse_integer(const char *name, const char *text, uint64_t min, uint64_t max,
-			 uint64_t *value)
-{
-	char *end;
-
-	errno = 0;
-	*value = strtoull(text, &end, 10);
-	/* strtoull() takes blanks and signs, too */
-	if (*text < '0' || *text > '9' || *end || errno || *value < min || *value > max)
-		return fail(EXIT_INPUT,
-			    "--%s: expected an integer from %" PRIu64 " to %" PRIu64 ", got \"%s\"",
-			    name, min, max, text);
-	return 0;
-}
-
 static int parse_dtype(const char *text, uint32_t *dtype)
 {
 	*dtype = kvscratch_dtype_by_name(text);
@@ -158,20 +138,21 @@ static int parse_option(struct arguments *args, int option, const char *text)
 
 	switch (option) {
 	case OPT_FD:
-		err = parse_integer("fd", text, 0, INT_MAX, &value);
+		err = parse_integer(EXIT_INPUT, "fd", text, 0, INT_MAX, &value);
 		args->fd = value;
 		return err;
 	case OPT_MAX_SEQ_LEN:
-		return parse_integer("max-seq-len", text, 1, KVSCRATCH_MAX_SEQ_LEN,
+		return parse_integer(EXIT_INPUT, "max-seq-len", text, 1, KVSCRATCH_MAX_SEQ_LEN,
 				     &args->max_seq_len);
 	case OPT_DIM:
-		return parse_integer("dim", text, 1, KVSCRATCH_MAX_ROW_BYTES, &args->dim);
+		return parse_integer(EXIT_INPUT, "dim", text, 1, KVSCRATCH_MAX_ROW_BYTES,
+				     &args->dim);
 	case OPT_DTYPE:
 		return parse_dtype(text, &args->dtype);
 	case OPT_LEN:
-		return parse_integer("len", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->len);
+		return parse_integer(EXIT_INPUT, "len", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->len);
 	case OPT_SRC_FD:
-		return parse_integer("src-fd", text, 0, INT_MAX, &args->src_fd);
+		return parse_integer(EXIT_INPUT, "src-fd", text, 0, INT_MAX, &args->src_fd);
 	case OPT_FORMAT:
 		return parse_format(text, &args->format);
 	case OPT_OUTPUT:
@@ -184,9 +165,10 @@ static int parse_option(struct arguments *args, int option, const char *text)
 		args->pad = text;
 		return 0;
 	case OPT_UNTIL:
-		return parse_integer("until", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->until);
+		return parse_integer(EXIT_INPUT, "until", text, 0, KVSCRATCH_MAX_SEQ_LEN,
+				     &args->until);
 	case OPT_TIMEOUT:
-		return parse_integer("timeout", text, 0, INT_MAX / 1000, &args->timeout);
+		return parse_integer(EXIT_INPUT, "timeout", text, 0, INT_MAX / 1000, &args->timeout);
 	default:
 		return 0;
 	}
@@ -205,46 +187,75 @@ static int run_create(const struct arguments *args)
 	if (args->dim > most)
 		return fail(EXIT_INPUT, "--dim: expected at most %" PRIu64 " of %s, got %" PRIu64,
 			    most, kvscratch_dtype_name(args->dtype), args->dim);
+	err = check_access(args->fd, O_WRONLY);
+	if (err)
+		return err;
 	err = kvscratch_create(args->fd, args->max_seq_len, args->dim, args->dtype);
-	return err ? fail_handle(args->fd, "create a pad", err) : 0;
+	if (err)
+		return fail(EXIT_SYSTEM, "descriptor %d: cannot create a pad of [%" PRIu64 ", %"
+			    PRIu64 "] %s: %s", args->fd, args->max_seq_len, args->dim,
+			    kvscratch_dtype_name(args->dtype), kvscratch_strerror(err));
+	return 0;
+}
+
+static int truncate_to(const struct arguments *args, uint64_t len)
+{
+	struct kvscratch_info info;
+	int err = check_access(args->fd, O_WRONLY);
+
+	if (err)
+		return err;
+	err = kvscratch_info(args->fd, &info);
+	if (!err)
+		err = kvscratch_truncate(args->fd, len,
+					 given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	if (err == -EINVAL)
+		return fail(EXIT_INPUT,
+			    "--len: expected at most %" PRIu64 ", the committed rows, got %" PRIu64,
+			    (uint64_t)info.len, len);
+	return err ? fail_handle(args->fd, "truncate", err) : 0;
 }
 
 static int run_truncate(const struct arguments *args)
 {
-	struct kvscratch_info info;
-	int err;
-
 	if (!given(args, OPT_LEN))
 		return fail(EXIT_INPUT, "expected --len");
-	err = kvscratch_info(args->fd, &info);
-	if (!err)
-		err = kvscratch_truncate(args->fd, args->len,
-					 given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
-	if (err == -EINVAL)
-		return fail(EXIT_INPUT, "--len: expected at most %" PRIu64 ", the committed rows, "
-			    "got %" PRIu64, (uint64_t)info.len, args->len);
-	return err ? fail_handle(args->fd, "truncate", err) : 0;
+	return truncate_to(args, args->len);
 }
 
 static int run_clear(const struct arguments *args)
 {
-	int err = kvscratch_truncate(args->fd, 0,
-				     given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
-
-	return err ? fail_handle(args->fd, "clear", err) : 0;
+	return truncate_to(args, 0);
 }
 
 static int run_attach(const struct arguments *args)
 {
+	int src_fd = args->src_fd;
 	int err;
 
 	if (!given(args, OPT_SRC_FD))
 		return fail(EXIT_INPUT, "expected --src-fd");
-	err = kvscratch_attach(args->fd, args->src_fd);
-	if (err)
-		return fail(EXIT_SYSTEM, "descriptor %d: cannot attach to %" PRIu64 ": %s",
-			    args->fd, args->src_fd, kvscratch_strerror(err));
-	return 0;
+	if (fcntl(args->fd, F_GETFL) < 0)
+		return fail(EXIT_SYSTEM, "expected a handle as descriptor %d, got none", args->fd);
+	err = kvscratch_attach(args->fd, src_fd);
+	switch (-err) {
+	case 0:
+		return 0;
+	case EBADF:
+		return fail(EXIT_SYSTEM, "--src-fd: expected a handle as descriptor %d, got none",
+			    src_fd);
+	case EINVAL:
+		return fail(EXIT_SYSTEM, "--src-fd: expected a handle of " KVSCRATCH_DEVICE
+			    " as descriptor %d, got something else", src_fd);
+	case EBADFD:
+		return fail(EXIT_SYSTEM, "--src-fd: expected a pad behind descriptor %d, got an "
+			    "unbound handle", src_fd);
+	case EACCES:
+		return fail(EXIT_SYSTEM, "descriptor %d: expected it open for no more than "
+			    "descriptor %d is, got more", args->fd, src_fd);
+	default:
+		return fail_handle(args->fd, "attach", err);
+	}
 }
 
 /* info */
@@ -286,61 +297,66 @@ static int run_info(const struct arguments *args)
 /**
  * struct input - what is to be appended, all of it in memory
  * @name: where it came from
- * @bytes: its beginning, header included
- * @kept: how much of it that is
- * @size: how much there was; what cannot fit is counted, not kept
+ * @bytes: all of it, header included
+ * @size: how much that is
  * @offset: where the rows begin
  */
 struct input {
 	const char *name;
 	char *bytes;
-	size_t kept;
-	uint64_t size;
+	size_t size;
 	size_t offset;
 };
 
 /* A .npy header is at most 64 KiB long in version 1 and hardly ever longer. */
 #define HEADER_ROOM (1 << 20)
 
+/* More room, up to @limit bytes */
 static int grow_input(struct input *input, size_t *room, uint64_t limit)
 {
-	size_t more = *room ? *room : 65536;
+	uint64_t more = *room ? 2 * (uint64_t)*room : 65536;
 	char *bytes;
 
-	if (more > limit - *room)
-		more = limit - *room;
-	bytes = *room > SIZE_MAX - more ? NULL : realloc(input->bytes, *room + more);
+	if (more > limit)
+		more = limit;
+	bytes = more > SIZE_MAX ? NULL : realloc(input->bytes, more);
 	if (!bytes)
-		return fail(EXIT_SYSTEM, "%s: out of memory", input->name);
+		return fail(EXIT_SYSTEM, "%s: out of memory for %" PRIu64 " bytes", input->name,
+			    more);
 	input->bytes = bytes;
-	*room += more;
+	*room = more;
 	return 0;
 }
 
-/* Keep at most @limit bytes: an endless input must not take all memory. */
+/* Read to the end, but not more than @limit bytes: an input may have no end. */
 static int read_input(struct input *input, int fd, uint64_t limit)
 {
-	char rest[65536];
 	size_t room = 0;
 
 	for (;;) {
-		bool keep = input->kept < limit;
 		ssize_t got;
 
-		if (keep && input->kept == room && grow_input(input, &room, limit))
+		if (input->size == limit)
+			return fail(EXIT_INPUT, "%s: expected less than %" PRIu64
+				    " bytes for what is left of the pad, got more", input->name,
+				    limit);
+		if (input->size == room && grow_input(input, &room, limit))
 			return EXIT_SYSTEM;
-		got = read(fd, keep ? input->bytes + input->kept : rest,
-			   keep ? room - input->kept : sizeof(rest));
+		got = read(fd, input->bytes + input->size, room - input->size);
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0)
-			return fail(EXIT_INPUT, "%s: cannot read: %s", input->name, strerror(errno));
+			return fail(EXIT_INPUT, "%s: cannot read: %s", input->name,
+				    strerror(errno));
 		if (!got)
 			return 0;
-		if (keep)
-			input->kept += got;
 		input->size += got;
 	}
+}
+
+static bool is_dash(const char *file)
+{
+	return !file || !strcmp(file, "-");
 }
 
 static int open_input(struct input *input, const char *file, uint64_t limit)
@@ -349,7 +365,7 @@ static int open_input(struct input *input, const char *file, uint64_t limit)
 	int err;
 
 	*input = (struct input){ .name = "stdin" };
-	if (file && strcmp(file, "-")) {
+	if (!is_dash(file)) {
 		input->name = file;
 		fd = open(file, O_RDONLY | O_CLOEXEC);
 		if (fd < 0)
@@ -363,7 +379,7 @@ static int open_input(struct input *input, const char *file, uint64_t limit)
 
 static bool looks_like_npy(const struct input *input)
 {
-	return input->kept >= NPY_MAGIC_BYTES && !memcmp(input->bytes, NPY_MAGIC, NPY_MAGIC_BYTES);
+	return input->size >= NPY_MAGIC_BYTES && !memcmp(input->bytes, NPY_MAGIC, NPY_MAGIC_BYTES);
 }
 
 static int fail_shape(const struct input *input, uint64_t expected, uint64_t got)
@@ -392,7 +408,7 @@ static int check_npy_shape(const struct input *input, const struct kvscratch_inf
 static int check_npy(struct input *input, const struct kvscratch_info *info)
 {
 	struct npy_array array;
-	const char *error = npy_parse_header(input->bytes, input->kept, &array);
+	const char *error = npy_parse_header(input->bytes, input->size, &array);
 	uint64_t rows = 0, bytes;
 	int err;
 
@@ -417,15 +433,15 @@ static int check_npy(struct input *input, const struct kvscratch_info *info)
 
 static int check_raw(const struct input *input, const struct kvscratch_info *info)
 {
-	uint64_t rest = input->size % info->input_row_bytes;
+	uint32_t rest = input->size % info->input_row_bytes;
 	uint32_t element = info->input_row_bytes / info->dim;
 
 	if (!rest)
 		return 0;
 	if (!(rest % element))
 		return fail_shape(input, info->dim, rest / element);
-	return fail(EXIT_INPUT, "%s: expected rows of %" PRIu32 " bytes, got %" PRIu64
-		    " rows and %" PRIu64 " bytes", input->name, (uint32_t)info->input_row_bytes,
+	return fail(EXIT_INPUT, "%s: expected rows of %" PRIu32 " bytes, got %zu rows and %" PRIu32
+		    " bytes", input->name, (uint32_t)info->input_row_bytes,
 		    input->size / info->input_row_bytes, rest);
 }
 
@@ -444,21 +460,23 @@ static int append_input(const struct arguments *args, const struct input *input,
 			struct kvscratch_info *info)
 {
 	const uint64_t most = KVSCRATCH_MAX_WRITE / info->input_row_bytes;
-	uint64_t rows = (input->size - input->offset) / info->input_row_bytes;
+	const uint64_t rows = (input->size - input->offset) / info->input_row_bytes;
 	const char *at = input->bytes + input->offset;
+	uint64_t done = 0;
 
 	if (rows > info->max_seq_len - info->len)
 		return fail_room(info, rows);
-	while (rows) {
-		uint64_t batch = rows < most ? rows : most;
+	while (done < rows) {
+		uint64_t batch = rows - done < most ? rows - done : most;
 		int err = kvscratch_append(args->fd, at, batch * info->input_row_bytes);
 
-		if (err == -ENOSPC && !kvscratch_info(args->fd, info))
-			return fail_room(info, rows);
+		if (err && done)
+			return fail(EXIT_SYSTEM, "appended %" PRIu64 " of %" PRIu64 " rows, then: %s",
+				    done, rows, kvscratch_strerror(err));
 		if (err)
 			return fail_handle(args->fd, "append", err);
 		at += batch * info->input_row_bytes;
-		rows -= batch;
+		done += batch;
 	}
 	return 0;
 }
@@ -467,12 +485,18 @@ static int run_append(const struct arguments *args)
 {
 	struct kvscratch_info info;
 	struct input input;
-	int err = kvscratch_info(args->fd, &info);
+	int err;
 
-	if (err)
-		return fail_handle(args->fd, "describe the pad", err);
 	if (args->format == FORMAT_TEXT)
 		return fail(EXIT_INPUT, "--format: expected raw or npy, got \"text\"");
+	if (args->fd == STDIN_FILENO && is_dash(args->file))
+		return fail(EXIT_INPUT, "--fd: expected another descriptor than that of the input");
+	err = check_access(args->fd, O_WRONLY);
+	if (err)
+		return err;
+	err = kvscratch_info(args->fd, &info);
+	if (err)
+		return fail_handle(args->fd, "describe the pad", err);
 	err = open_input(&input, args->file,
 			 (info.max_seq_len - info.len) * info.input_row_bytes + HEADER_ROOM);
 	if (!err) {
@@ -620,8 +644,11 @@ static int run_dump(const struct arguments *args)
 	struct kvscratch_view view;
 	uint32_t len;
 	char *rows;
-	int err = kvscratch_map(args->fd, &view);
+	int err = check_access(args->fd, O_RDONLY);
 
+	if (err)
+		return err;
+	err = kvscratch_map(args->fd, &view);
 	if (err)
 		return fail_handle(args->fd, "map the pad", err);
 	err = check_dump(args, &view.info);
@@ -629,8 +656,8 @@ static int run_dump(const struct arguments *args)
 		err = copy_rows(&view, &rows, &len);
 	if (err)
 		goto out;
-	/* Only now: what was in the file is not lost to an error before this. */
-	if (args->output && !freopen(args->output, "w", stdout))
+	/* Only now: an error before this leaves the file as it was. */
+	if (!is_dash(args->output) && !freopen(args->output, "w", stdout))
 		err = fail(EXIT_SYSTEM, "%s: cannot open: %s", args->output, strerror(errno));
 	if (!err)
 		err = write_dump(args, &view.info, rows, len);
@@ -651,6 +678,7 @@ out:
  * @row: room for one row
  * @generation: of the last look
  * @seen: rows printed
+ * @reached: whether as many rows were seen as --until asks for
  */
 struct watch {
 	const struct arguments *args;
@@ -660,6 +688,7 @@ struct watch {
 	char *row;
 	uint32_t generation;
 	uint32_t seen;
+	bool reached;
 };
 
 /* How often a socket that is not there yet is tried */
@@ -727,23 +756,36 @@ static int receive_handle(struct watch *watch)
 	return 0;
 }
 
+/* The inherited handle shares its position with the shell: take one of our own. */
+static int open_reader(struct watch *watch)
+{
+	int err;
+
+	watch->fd = kvscratch_open(O_RDONLY);
+	if (watch->fd < 0)
+		return fail(EXIT_SYSTEM, KVSCRATCH_DEVICE ": cannot open: %s",
+			    kvscratch_strerror(watch->fd));
+	err = check_access(watch->args->fd, O_RDONLY);
+	if (err)
+		return err;
+	err = kvscratch_attach(watch->fd, watch->args->fd);
+	return err ? fail_handle(watch->args->fd, "attach to the pad", err) : 0;
+}
+
 static int open_watch(struct watch *watch)
 {
 	int err;
 
-	if (watch->args->socket) {
-		err = receive_handle(watch);
-		if (err)
-			return err;
-	} else {
-		/* the inherited one shares its position with the shell */
-		watch->fd = kvscratch_open_reader(watch->args->fd);
-		if (watch->fd < 0)
-			return fail_handle(watch->args->fd, "open a reader of the pad", watch->fd);
-	}
+	err = watch->args->socket ? receive_handle(watch) : open_reader(watch);
+	if (err)
+		return err;
 	err = kvscratch_map(watch->fd, &watch->view);
 	if (err)
-		return fail_handle(watch->fd, "map the pad", err);
+		return fail(EXIT_SYSTEM, "cannot map the pad: %s", kvscratch_strerror(err));
+	if (given(watch->args, OPT_UNTIL) && watch->args->until > watch->view.info.max_seq_len)
+		return fail(EXIT_INPUT, "--until: expected at most %" PRIu64
+			    ", the rows that fit, got %" PRIu64,
+			    (uint64_t)watch->view.info.max_seq_len, watch->args->until);
 	watch->row = malloc(watch->view.info.row_bytes);
 	return watch->row ? 0 : fail(EXIT_SYSTEM, "out of memory");
 }
@@ -795,8 +837,8 @@ static void forget_dropped_rows(struct watch *watch, uint64_t state)
 		watch->seen = kvscratch_state_len(state);
 	watch->generation = kvscratch_state_generation(state);
 	if (!given(watch->args, OPT_JSON))
-		printf("truncated, generation %" PRIu32 ", kept %" PRIu32 "\n", watch->generation,
-		       watch->seen);
+		printf("truncated, generation %" PRIu32 ", rows below %" PRIu32 " kept\n",
+		       watch->generation, watch->seen);
 }
 
 /* Print what changed since the last look, the first time in any case. */
@@ -823,6 +865,10 @@ static void look(struct watch *watch, bool first)
 			continue;
 		watch->seen = kvscratch_state_len(state);
 		report_len(watch, watch->seen);
+		/* it was printed: whatever comes next, that was it */
+		watch->reached = given(watch->args, OPT_UNTIL) && watch->seen >= watch->args->until;
+		if (watch->reached)
+			return;
 	}
 }
 
@@ -843,8 +889,14 @@ static int follow(struct watch *watch)
 		err = finish_output();
 		if (err)
 			return err;
+		if (watch->reached)
+			return 0;
 		/* what came before the other side hung up was seen by this look */
-		if (ended || (given(watch->args, OPT_UNTIL) && watch->seen >= watch->args->until))
+		if (ended && given(watch->args, OPT_UNTIL))
+			return fail(EXIT_SYSTEM, "--until: expected %" PRIu64
+				    " rows, got %" PRIu32 " when the server ended",
+				    watch->args->until, watch->seen);
+		if (ended)
 			return 0;
 		if (poll(polled, ARRAY_SIZE(polled), -1) < 0 && errno != EINTR)
 			return fail(EXIT_SYSTEM, "cannot wait: %s", strerror(errno));
@@ -857,8 +909,9 @@ static int run_watch(const struct arguments *args)
 	struct watch watch = { .args = args, .fd = -1, .sock = -1 };
 	int err;
 
-	if (given(args, OPT_PAD) && !given(args, OPT_SOCKET))
-		return fail(EXIT_INPUT, "--pad: expected --socket with it");
+	if ((given(args, OPT_PAD) || given(args, OPT_TIMEOUT)) && !given(args, OPT_SOCKET))
+		return fail(EXIT_INPUT, "--%s: expected --socket with it",
+			    given(args, OPT_PAD) ? "pad" : "timeout");
 	if (given(args, OPT_ROWS) && given(args, OPT_JSON))
 		return fail(EXIT_INPUT, "expected either --rows or --json, got both");
 	err = open_watch(&watch);
@@ -881,6 +934,7 @@ static int run_watch(const struct arguments *args)
  * @help: the rest of its help
  * @run: does it, returns an exit code
  * @takes_file: whether it may have an argument that is no option
+ * @short_options: those of its options that have one letter, for getopt()
  * @options: those that it takes
  */
 struct verb {
@@ -889,6 +943,7 @@ struct verb {
 	const char *help;
 	int (*run)(const struct arguments *args);
 	bool takes_file;
+	const char *short_options;
 	struct option options[9];
 };
 
@@ -926,8 +981,8 @@ static const struct verb verbs[] = {
 		.help =
 "Usage: kvscratchctl [--fd N] append [--format FORMAT] [FILE]\n"
 "Append whole rows from FILE or, without one or with -, from stdin. All of the\n"
-"input is read and checked before the first row is appended; up to 2 GiB go in\n"
-"as one batch that other processes see at once.\n"
+"input is read into memory and checked before the first row is appended; up to\n"
+"2 GiB go in as one batch that other processes see at once.\n"
 "\n"
 "  --format FORMAT  raw (elements in this machine's byte order) or npy;\n"
 "                   otherwise npy if the input begins as such a file does\n",
@@ -939,11 +994,12 @@ static const struct verb verbs[] = {
 		.summary = "write the rows to a file or stdout",
 		.help =
 "Usage: kvscratchctl [--fd N] dump [--format FORMAT] [--output FILE]\n"
-"Write all committed rows, as they are at one moment.\n"
+"Write all committed rows, as they are at one moment; they are copied first.\n"
 "\n"
 "  --format FORMAT    text (a row per line), raw or npy (text)\n"
 "  -o, --output FILE  instead of stdout\n",
 		.run = run_dump,
+		.short_options = "o:",
 		.options = {
 			OPTION("format", required_argument, OPT_FORMAT),
 			OPTION("output", required_argument, OPT_OUTPUT),
@@ -989,7 +1045,8 @@ static const struct verb verbs[] = {
 		.help =
 "Usage: kvscratchctl [--fd N] watch [OPTION]...\n"
 "Map the pad and print a line whenever rows were appended or dropped. Reads the\n"
-"status page and sleeps in poll(). Ends when interrupted.\n"
+"status page and sleeps in poll(). Ends when interrupted. Opens the device for a\n"
+"handle of its own.\n"
 "\n"
 "  --socket PATH  take the handle from a server on this Unix socket, as\n"
 "                 kvdecode --serve is one, and end when it hangs up\n"
@@ -1048,9 +1105,8 @@ static int parse_options(struct arguments *args, int argc, char **argv, const ch
 	while ((option = getopt_long(argc, argv, short_options, options, NULL)) != -1) {
 		int err;
 
-		if (option == '?')
-			return fail(EXIT_INPUT, "see kvscratchctl %s%s--help",
-				    verb_name ? verb_name : "", verb_name ? " " : "");
+		if (option == '?' || option == ':')
+			return fail_option(EXIT_INPUT, option, argv);
 		if (option == 'o')
 			option = OPT_OUTPUT;
 		if (option == OPT_HELP)
@@ -1065,12 +1121,17 @@ static int parse_options(struct arguments *args, int argc, char **argv, const ch
 
 static int run_verb(const struct verb *verb, struct arguments *args, int argc, char **argv)
 {
+	static char name[32];
+	char short_options[8];
 	int err;
 
-	verb_name = verb->name;
+	snprintf(name, sizeof(name), "kvscratchctl %s", verb->name);
+	cli_name = name;
+	snprintf(short_options, sizeof(short_options), ":%s",
+		 verb->short_options ? verb->short_options : "");
 	/* 0: getopt() starts over, behind the verb */
 	optind = 0;
-	err = parse_options(args, argc, argv, verb->run == run_dump ? "o:" : "", verb->options);
+	err = parse_options(args, argc, argv, short_options, verb->options);
 	if (err < 0) {
 		fputs(verb->help, stdout);
 		return finish_output();
@@ -1091,8 +1152,15 @@ int main(int argc, char **argv)
 		.dtype = KVSCRATCH_DTYPE_F32,
 		.timeout = 10,
 	};
-	int err = parse_options(&args, argc, argv, "+", global_options);
+	int err;
 
+	cli_name = "kvscratchctl";
+	/* we say it ourselves, in one line */
+	opterr = 0;
+	err = open_standard_descriptors();
+	if (err)
+		return fail(EXIT_SYSTEM, "/dev/null: cannot open: %s", strerror(-err));
+	err = parse_options(&args, argc, argv, "+:", global_options);
 	if (err)
 		return err < 0 ? print_help() : err;
 	if (optind == argc)

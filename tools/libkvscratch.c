@@ -69,7 +69,11 @@ int kvscratch_info(int fd, struct kvscratch_info *info)
 
 int kvscratch_truncate(int fd, uint64_t len, uint32_t flags)
 {
-	struct kvscratch_truncate truncate = { .size = sizeof(truncate), .flags = flags, .len = len };
+	struct kvscratch_truncate truncate = {
+		.size = sizeof(truncate),
+		.flags = flags,
+		.len = len,
+	};
 
 	return kvscratch_ioctl(fd, KVSCRATCH_IOC_TRUNCATE, &truncate);
 }
@@ -295,9 +299,10 @@ static int receive_fds(int sock, char *length, ssize_t *got, int *fds, unsigned 
 			}
 		}
 	}
+	/* there is room for any number in control: our own limit cut it */
 	if (!fits || msg.msg_flags & MSG_CTRUNC) {
 		close_all(fds, count);
-		return -EPROTO;
+		return fits ? -EMFILE : -EPROTO;
 	}
 	return count;
 }
@@ -318,7 +323,8 @@ static int split_names(char *text, uint32_t length)
 	return lines;
 }
 
-int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds, unsigned int max_fds)
+int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
+			      unsigned int max_fds)
 {
 	char word[sizeof(uint32_t)];
 	uint32_t length;

@@ -162,10 +162,12 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
  * @max_fds: entries at @fds
  *
  * Returns how many handles came. EPROTO when the message is malformed, carries
- * more than fits, or names and descriptors do not agree; ECONNRESET when the
- * peer hung up; nothing is left open then.
+ * more than fits, or names and descriptors do not agree; EMFILE when this process
+ * may not have that many descriptors; ECONNRESET when the peer hung up; nothing
+ * is left open then.
  */
-int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds, unsigned int max_fds);
+int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
+			      unsigned int max_fds);
 
 /* Listen on, or connect to, the Unix stream socket at @path. */
 int kvscratch_listen(const char *path);

@@ -1,32 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
+#define _FILE_OFFSET_BITS 64
 #include "llama2.h"
+
+#include "cli.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
-
-int fail(enum exit_code code, const char *format, ...)
-{
-	va_list args;
-
-	fflush(stdout);
-	fputs("kvdecode: ", stderr);
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	return code;
-}
 
 static int no_memory(void)
 {
@@ -60,7 +47,8 @@ static int map_descriptor(struct llama2_blob *blob, int fd, const char *path)
 
 static int blob_map(struct llama2_blob *blob, const char *path)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	/* a FIFO would wait for its writer */
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	int err;
 
 	if (fd < 0)

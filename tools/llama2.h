@@ -20,9 +20,6 @@ enum exit_code {
 	EXIT_SYSTEM = 3,
 };
 
-/* Print one line about an error and return @code, to be passed up to main(). */
-int fail(enum exit_code code, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
 /* Ids that every vocabulary begins with; 256 single bytes follow. */
 #define LLAMA2_BOS		1
 #define LLAMA2_EOS		2
