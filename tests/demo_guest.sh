@@ -12,9 +12,9 @@ watcher=$!
 kvdecode "$@" --serve /tmp/decode.sock --wait-reader --stats | tee /tmp/pads
 wait $watcher
 say "what the watcher saw in its own mapping of pad k0, first and last"
-head -n 3 /tmp/watched
+head -n 3 /tmp/watched | cut -c 1-76
 echo ...
-tail -n 3 /tmp/watched
+tail -n 3 /tmp/watched | cut -c 1-76
 
 say "the same with the cache on the heap"
 kvdecode "$@" --cache heap >/tmp/heap

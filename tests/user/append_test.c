@@ -499,19 +499,20 @@ FIXTURE(stuck)
 {
 	int pad;
 	int uffd;
+	uint8_t *source;
 	pid_t writer;
 	struct kvscratch_view view;
 };
 
-static void write_from_a_page_that_never_comes(int pad, int sock)
+#define STUCK_ROWS 4
+
+static void write_from_a_page_that_never_comes(int pad, void *source, int sock)
 {
 	const char *const name = "uffd";
-	void *source = mmap(NULL, 4 * ROW_BYTES, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	int uffd = stop_at(source, 4 * ROW_BYTES);
+	int uffd = stop_at(source, STUCK_ROWS * ROW_BYTES);
 
 	CHILD_CHECK(!kvscratch_send_handles(sock, &name, &uffd, 1));
-	_exit(kvscratch_append(pad, source, 4 * ROW_BYTES) ? 2 : 0);
+	_exit(kvscratch_append(pad, source, STUCK_ROWS * ROW_BYTES) ? 2 : 0);
 }
 
 FIXTURE_SETUP(stuck)
@@ -524,10 +525,14 @@ FIXTURE_SETUP(stuck)
 	ASSERT_EQ(0, kvscratch_map(self->pad, &self->view));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 2));
 	ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM, 0, socks));
+	/* untouched, so that each process has its own, at the same address */
+	self->source = mmap(NULL, STUCK_ROWS * ROW_BYTES, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, self->source);
 	self->writer = fork_child();
 	ASSERT_LE(0, self->writer);
 	if (!self->writer)
-		write_from_a_page_that_never_comes(self->pad, socks[1]);
+		write_from_a_page_that_never_comes(self->pad, self->source, socks[1]);
 	ASSERT_EQ(1, kvscratch_receive_handles(socks[0], name, sizeof(name), &self->uffd, 1));
 	/* the event says that the writer now waits inside its copy */
 	ASSERT_TRUE(await_stop(self->uffd));
@@ -539,6 +544,7 @@ FIXTURE_TEARDOWN(stuck)
 {
 	kill(self->writer, SIGKILL);
 	wait_for(self->writer);
+	munmap(self->source, STUCK_ROWS * ROW_BYTES);
 	kvscratch_unmap(&self->view);
 	close(self->uffd);
 	close(self->pad);
@@ -633,6 +639,28 @@ static pid_t fork_appender(int pad, int restart)
 	if (pid)
 		return pid;
 	_exit(write(pad, row, ROW_BYTES) == ROW_BYTES ? 0 : errno);
+}
+
+TEST_F_TIMEOUT(stuck, a_second_writer_waits_its_turn, TEST_SECONDS)
+{
+	struct uffdio_copy copy = {
+		.dst = (uintptr_t)self->source,
+		.src = (uintptr_t)source_rows(),
+		.len = STUCK_ROWS * ROW_BYTES,
+	};
+	pid_t second = fork_appender(self->pad, 0);
+
+	ASSERT_LE(0, second);
+	await_sleep(second);
+	EXPECT_EQ(2, len_of(self->pad));
+	ASSERT_EQ(0, ioctl(self->uffd, UFFDIO_COPY, &copy));
+	EXPECT_EQ(0, wait_for(self->writer));
+	EXPECT_EQ(0, wait_for(second));
+	/* the whole batch of the first, then the row of the second */
+	ASSERT_EQ(2 + STUCK_ROWS + 1, len_of(self->pad));
+	for (uint32_t row = 0; row < STUCK_ROWS; row++)
+		EXPECT_TRUE(row_is(view_row(&self->view, 2 + row), ROW_BYTES, row));
+	EXPECT_TRUE(row_is(view_row(&self->view, 2 + STUCK_ROWS), ROW_BYTES, 9));
 }
 
 TEST_F_TIMEOUT(stuck, writers_wait_interruptibly, TEST_SECONDS)

@@ -255,7 +255,8 @@ static inline void await_sleep(pid_t pid)
 		if (got <= 0)
 			return;
 		text[got] = '\0';
-		if (!strncmp(strrchr(text, ')') + 1, " S", 2))
+		/* interruptibly or not */
+		if (strchr("SD", strrchr(text, ')')[2]))
 			return;
 		sched_yield();
 	}

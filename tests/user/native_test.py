@@ -6,6 +6,7 @@ usage: native_test.py BUILD-DIRECTORY [MODEL-DIRECTORY]; prints TAP.
 """
 
 import math
+import os
 import pathlib
 import random
 import struct
@@ -198,6 +199,8 @@ def wrong_options():
             (["--checkpoint", "x"], "expected both --checkpoint and --tokenizer"),
             (["--model", "/nowhere"], "/nowhere: No such file or directory"),
             (["story"], "expected options only, got \"story\""),
+            (["--bogus"], "unknown option \"--bogus\", see --help"),
+            (["--steps"], "--steps: expected a value, see --help"),
             (["--cache", "heap", "--steps", "999999"], "the positions of the model, got 999999")):
         expect_error(1, words, "kvdecode", *arguments)
 
@@ -232,8 +235,54 @@ def prompts_become_tokens_and_text_again():
         for prompt in ("abab", "xyz", "Ä\U0001f600", "aab"):
             text = text_of(*model.arguments(), "--prompt", prompt)
             expect(text.lstrip(b" ").startswith(prompt.encode()), f"{prompt}: {text!r}")
-        expect_error(1, "--prompt: expected at most", "kvdecode", "--cache", "heap",
-                     *model.arguments(), "--prompt", "ababababababababababababab" * 9)
+        # BOS, the blank in front, and as few pieces as the merges make
+        for prompt, count in (("ab", 3), ("abab", 4), ("aab", 4), ("xyz", 5)):
+            expect_error(1, f"tokens, BOS included, got {count}", "kvdecode", "--cache", "heap",
+                         *model.arguments(), "--steps", count - 1, "--prompt", prompt)
+        expect_error(1, "--prompt: expected at most 12", "kvdecode", "--cache", "heap",
+                     *model.arguments(), "--prompt", "ababababababababababababab")
+        expect_error(1, "bytes for 12 positions, got", "kvdecode", "--cache", "heap",
+                     *model.arguments(), "--prompt", "ab" * 500)
+
+
+@test
+def chance_follows_the_weights():
+    draws = {text_of("--temperature", 1, "--seed", seed, "--steps", 3) for seed in range(12)}
+    expect(len(draws) > 3, f"seeds make a difference: {draws}")
+    cold = {text_of("--temperature", "0.0001", "--seed", seed, "--steps", 30) for seed in range(4)}
+    expect(cold == {text_of("--steps", 30)}, "next to no temperature is greedy")
+    narrow = {text_of("--temperature", 1, "--top-p", 0.01, "--seed", seed, "--steps", 30)
+              for seed in range(4)}
+    expect(narrow == {text_of("--steps", 30)}, "a narrow nucleus is greedy")
+    # the number of a position, not one for all
+    text = text_of("--temperature", 1000, "--top-p", 1, "--seed", 5).split()
+    expect(len(set(text)) > 10, f"{text}")
+
+
+@test
+def model_directories():
+    with tempfile.TemporaryDirectory() as directory:
+        def refused(words):
+            expect_error(1, words, "kvdecode", "--cache", "heap", "--model", directory)
+
+        refused("expected one tok*.bin, got none")
+        model = Model(directory, True)
+        (pathlib.Path(directory) / "other.bin").write_bytes(model.checkpoint_bytes)
+        refused("expected one *.bin beside tok*.bin, got more")
+        model.checkpoint.unlink()
+        (pathlib.Path(directory) / "tok2.bin").write_bytes(model.tokenizer_bytes)
+        refused("expected one tok*.bin, got more")
+        model.tokenizer.unlink()
+        (pathlib.Path(directory) / "other.bin").unlink()
+        os.mkfifo(pathlib.Path(directory) / "fifo.bin")
+        refused("expected a regular file")
+
+
+@test
+def stats_go_to_stderr():
+    status, out, err = run("kvdecode", "--cache", "heap", "--stats", "--steps", 9)
+    expect(status == 0 and out == text_of("--steps", 9), "the text is the same")
+    expect(err.startswith("9 tokens, 9 computed, ") and err.count("\n") == 1, err)
 
 
 @test
@@ -271,6 +320,8 @@ def broken_tokenizers():
         refused(good + b"x")
         refused(struct.pack("<i", 0) + good[4:])
         refused(struct.pack("<i", -5) + good[4:])
+        refused(good.replace(b"<0x41>", b"<0x4G>"))
+        refused(good.replace(b"<0x41>", b"<0x42>"))
         for length in (-1, 1 << 30, 0x7fffffff):
             refused(good[:8] + struct.pack("<i", length) + good[12:])
         refused(good[:4] + struct.pack("<f", math.nan) + good[8:])

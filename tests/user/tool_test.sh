@@ -62,6 +62,12 @@ run kvscratchctl create --max-seq-len 1 --dim 4194305
 expect "a row too long" 1 "kvscratchctl create: --dim: expected at most 4194304 of f32, got 4194305"
 run kvscratchctl dump --format png
 expect "an unknown format" 1 "kvscratchctl dump: --format: expected text, raw or npy, got \"png\""
+run kvscratchctl info --frobnicate
+expect "an unknown option" 1 "kvscratchctl info: unknown option \"--frobnicate\", see --help"
+run kvscratchctl truncate --len
+expect "a value is missing" 1 "kvscratchctl truncate: --len: expected a value, see --help"
+run kvscratchctl watch --timeout 3
+expect "an option without its other" 1 "kvscratchctl watch: --timeout: expected --socket with it"
 run kvscratchctl watch --rows --json
 expect "options that exclude each other" 1 "kvscratchctl watch: expected either --rows or --json, got both"
 
@@ -80,7 +86,7 @@ expect "an unbound handle" 2 "kvscratchctl info: descriptor 3: cannot describe t
 run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
 expect "create" 0 ""
 run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
-expect "create again" 2 "kvscratchctl create: descriptor 3: cannot create a pad: the handle is bound to a pad already"
+expect "create again" 2 "kvscratchctl create: descriptor 3: cannot create a pad of [10, 4] f32: the handle is bound to a pad already"
 run kvscratchctl info
 expect "an empty pad" 0 "Scratchpad(len=0, capacity=10, dim=4)"
 # 1 2 3 4, -0.5 0.1 inf nan, 0 1e-45 3.4028234664e38 -2
@@ -98,8 +104,8 @@ run kvscratchctl dump
 expect "dump as text" 0 "1 2 3 4
 -0.5 0.100000001 inf nan
 0 1.40129846e-45 3.40282347e+38 -2"
-kvscratchctl dump --format raw >raw
-run cmp rows raw
+kvscratchctl dump --format raw >dumped
+run cmp rows dumped
 expect "dump as it was appended" 0 ""
 kvscratchctl dump --format npy -o rows.npy
 # as numpy.save() writes it
@@ -134,8 +140,8 @@ expect "elements too few" 1 "kvscratchctl append: short: shape mismatch: expecte
 head -c 23 rows >short
 run kvscratchctl append short
 expect "bytes too few" 1 "kvscratchctl append: short: expected rows of 16 bytes, got 1 rows and 7 bytes"
-run sh -c 'head -c 3000000 /dev/zero | kvscratchctl append'
-expect "more than is kept is counted" 1 "kvscratchctl append: Scratchpad overflow: 7 + 187500 > 10 max"
+run sh -c 'kvscratchctl append </dev/zero'
+expect "input without end" 1 "kvscratchctl append: stdin: expected less than 1048624 bytes for what is left of the pad, got more"
 head -c 170 rows.npy >cut.npy
 run kvscratchctl append cut.npy
 expect "a cut .npy" 1 "kvscratchctl append: cut.npy: expected 3 rows of 16 bytes behind the header, got 42 bytes"
@@ -156,8 +162,33 @@ kvscratchctl append: rows: expected a .npy header"
 run cat errors
 expect "a .npy of another shape or dtype" 0 "kvscratchctl append: rows.npy: shape mismatch: expected 3 elements, got 4
 kvscratchctl append: rows.npy: dtype mismatch: expected f64, got \"<f4\" = f32"
+# npy TYPE ORDER SHAPE: a header as numpy.save() writes it
+npy() {
+	printf "\223NUMPY\001\000v\000%-117s\n" \
+		"{'descr': '$1', 'fortran_order': $2, 'shape': ($3), }"
+}
+{ npy '<f4' True '2, 4'; cat row0 row1; } >fortran.npy
+run kvscratchctl append fortran.npy
+expect "columns first" 1 "kvscratchctl append: fortran.npy: expected rows in C order, got Fortran order"
+{ npy '<f4' False '1, 2, 4'; cat row0 row1; } >cube.npy
+run kvscratchctl append cube.npy
+expect "three dimensions" 1 "kvscratchctl append: cube.npy: expected an array of [rows, 4], got 3 dimensions"
+{ npy '<f4' False ''; cat row0; } >scalar.npy
+run kvscratchctl append scalar.npy
+expect "no dimension" 1 "kvscratchctl append: scalar.npy: expected an array of [rows, 4], got 0 dimensions"
+run kvscratchctl --fd 0 append
+expect "a pad appended to itself" 1 "kvscratchctl append: --fd: expected another descriptor than that of the input"
 run kvscratchctl info
 expect "refused input changes nothing" 0 "Scratchpad(len=7, capacity=10, dim=4)"
+{ npy '<f4' False '4,'; cat row0; } >row.npy
+(
+	exec 3>&-
+	new_pad 5 4 f32
+	kvscratchctl append row.npy
+	kvscratchctl info
+) >one 2>&1
+run cat one
+expect "one dimension is one row" 0 "Scratchpad(len=1, capacity=5, dim=4)"
 run kvscratchctl append rows
 expect "to the brim" 0 ""
 run kvscratchctl append row0
@@ -175,14 +206,30 @@ expect "one row is left" 0 "1 2 3 4"
 run sh -c 'kvscratchctl info --json | grep -o "\"generation\".*\"trunc_len\": 1"'
 expect "a new generation" 0 '"generation": 1, "trunc_len": 1'
 exec 4</dev/kvscratch
+run kvscratchctl --fd 4 attach --src-fd 9
+expect "attach to nothing" 2 "kvscratchctl attach: --src-fd: expected a handle as descriptor 9, got none"
+run kvscratchctl --fd 4 attach --src-fd 0
+expect "attach to something else" 2 "kvscratchctl attach: --src-fd: expected a handle of /dev/kvscratch as descriptor 0, got something else"
+run kvscratchctl --fd 4 attach --src-fd 4
+expect "attach to an unbound handle" 2 "kvscratchctl attach: --src-fd: expected a pad behind descriptor 4, got an unbound handle"
+run kvscratchctl --fd 9 attach --src-fd 3
+expect "attach without a handle" 2 "kvscratchctl attach: expected a handle as descriptor 9, got none"
 run kvscratchctl --fd 4 attach --src-fd 3
 expect "attach" 0 ""
+exec 5<>/dev/kvscratch
+run kvscratchctl --fd 5 attach --src-fd 4
+expect "attach for more than there is" 2 "kvscratchctl attach: descriptor 5: expected it open for no more than descriptor 4 is, got more"
+exec 5>&- 5>/dev/kvscratch
+kvscratchctl --fd 5 attach --src-fd 3
+run kvscratchctl --fd 5 dump
+expect "dump with a handle for writing" 2 "kvscratchctl dump: descriptor 5: expected it open for read, got write only"
+exec 5>&-
 run kvscratchctl --fd 4 dump
 expect "the same pad" 0 "1 2 3 4"
 run kvscratchctl --fd 4 append row0
-expect "append with a handle for reading" 2 "kvscratchctl append: descriptor 4: cannot append: not open, or not for this"
+expect "append with a handle for reading" 2 "kvscratchctl append: descriptor 4: expected it open for write, got read only"
 run kvscratchctl --fd 4 clear
-expect "clear with a handle for reading" 2 "kvscratchctl clear: descriptor 4: cannot clear: no permission on the device, or not with this handle"
+expect "clear with a handle for reading" 2 "kvscratchctl clear: descriptor 4: expected it open for write, got read only"
 run kvscratchctl clear
 expect "clear" 0 ""
 run kvscratchctl --fd 4 info
@@ -207,6 +254,7 @@ for case in 'f64 \000\000\000\000\000\000\370\077 1.5' 'f16 \000\074 1' 'f16 \00
 	set -- $case
 	exec 3>&-
 	new_pad 1 1 "$1"
+	# shellcheck disable=SC2059
 	printf "$2" | kvscratchctl append
 	run kvscratchctl dump
 	expect "$1 as text" 0 "$3"
@@ -242,7 +290,17 @@ done
 wait $!
 status=$?
 output=$seen
-expect "watch follows rows and truncates" 0 "Scratchpad(len=0, capacity=10, dim=1),0: 1,1: 2,Scratchpad(len=2, capacity=10, dim=1),truncated, generation 1, kept 1,Scratchpad(len=1, capacity=10, dim=1),1: 7,2: 8,3: 9,Scratchpad(len=4, capacity=10, dim=1)"
+expect "watch follows rows and truncates" 0 "Scratchpad(len=0, capacity=10, dim=1),0: 1,1: 2,Scratchpad(len=2, capacity=10, dim=1),truncated, generation 1, rows below 1 kept,Scratchpad(len=1, capacity=10, dim=1),1: 7,2: 8,3: 9,Scratchpad(len=4, capacity=10, dim=1)"
+run kvscratchctl watch --until 11
+expect "watch for more than fits" 1 "kvscratchctl watch: --until: expected at most 10, the rows that fit, got 11"
+kvscratchctl watch >told &
+exec 6<told
+read -r line <&6
+kill $!
+wait $!
+status=$?
+output=$line
+expect "a watch ends when it is interrupted" 143 "Scratchpad(len=4, capacity=10, dim=1)"
 run kvscratchctl watch --json --until 4
 expect "watch as JSON" 0 '{"len": 4, "generation": 1}'
 run kvscratchctl watch --socket /tmp/nobody --timeout 0

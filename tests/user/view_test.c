@@ -1125,7 +1125,7 @@ TEST_F_TIMEOUT(messages, descriptor_table_full, TEST_SECONDS)
 	close(fds[0]);
 	limit.rlim_cur = fds[0] + 2;
 	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &limit));
-	EXPECT_EQ(-EPROTO, kvscratch_receive_handles(self->ends[1], text, sizeof(text), fds, 4));
+	EXPECT_EQ(-EMFILE, kvscratch_receive_handles(self->ends[1], text, sizeof(text), fds, 4));
 	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &saved));
 	EXPECT_EQ(self->descriptors, open_descriptors());
 }
