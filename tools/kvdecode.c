@@ -28,6 +28,7 @@
 #include <string.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -665,11 +666,15 @@ static int add_polled(struct server *server, int fd, short events)
 	return 0;
 }
 
-/* Remove the socket of a server that was killed: it refuses connections. */
+/* Remove the socket of a server that was killed: it refuses connections, as other files do. */
 static void remove_dead_socket(const char *path)
 {
-	int sock = kvscratch_connect(path);
+	struct stat status;
+	int sock;
 
+	if (lstat(path, &status) || !S_ISSOCK(status.st_mode))
+		return;
+	sock = kvscratch_connect(path);
 	if (sock >= 0)
 		close(sock);
 	else if (sock == -ECONNREFUSED)
