@@ -15,10 +15,10 @@ kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c tools/cli.c
 kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
-HEADERS := $(wildcard uapi/linux/*.h tools/*.h tests/user/*.h)
+HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test check mutants sanitized
+.PHONY: all modules_install clean help tools tests demo test bench check mutants sanitized
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -38,6 +38,7 @@ help:
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run every suite in QEMU; MODEL=DIR adds the story test'
+	@echo 'make bench         instructions that the conversion to scaled integers takes'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
 	@echo 'make clean         remove what was built, but not the cached kernels'
@@ -65,11 +66,18 @@ HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/tes
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
 
+# The arithmetic as the kernel compiles it
+build/scale_bench: tests/bench/scale_bench.c $(LIBKVSCRATCH) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -mgeneral-regs-only -static -o $@ tests/bench/scale_bench.c $(LIBKVSCRATCH)
+
 demo:
 	tests/demo $(if $(MODEL),"$(MODEL)")
 
 test:
 	tests/run $(if $(MODEL),"$(MODEL)")
+
+bench: build/scale_bench
+	tests/qemu/run --kernel debian-6.1 --virtual-time -- build/scale_bench
 
 check:
 	tests/check

@@ -28,6 +28,7 @@
 #include <linux/vmalloc.h>
 
 #include "kvscratch.h"
+#include "kvscratch_scale.h"
 
 /**
  * DOC: Lifetime
@@ -81,6 +82,9 @@
 /* Copies and scrubs yield the CPU after each piece. */
 #define KVS_PIECE_BYTES		SZ_2M
 
+/* Input that is converted passes through a buffer of this size. */
+#define KVS_STAGING_BYTES	SZ_16K
+
 /* One PMD of page-table entries per batch: vm_insert_pages() walks once. */
 #define KVS_MAP_BATCH_PAGES	PTRS_PER_PTE
 
@@ -109,20 +113,37 @@ struct kvs_handle {
 	atomic_t refused;
 };
 
-static const struct {
+enum kvs_kind {
+	KVS_FLOAT = 1,
+	KVS_INTEGER,	/* may have fraction bits */
+	KVS_OPAQUE,
+	KVS_MX,
+};
+
+static const struct kvs_dtype {
 	const char *name;
 	u32 size;
+	enum kvs_kind kind;
 } kvs_dtypes[] = {
-	[KVSCRATCH_DTYPE_F64] = { "f64", 8 },
-	[KVSCRATCH_DTYPE_F32] = { "f32", 4 },
-	[KVSCRATCH_DTYPE_F16] = { "f16", 2 },
-	[KVSCRATCH_DTYPE_BF16] = { "bf16", 2 },
-	[KVSCRATCH_DTYPE_I64] = { "i64", 8 },
-	[KVSCRATCH_DTYPE_I32] = { "i32", 4 },
-	[KVSCRATCH_DTYPE_I16] = { "i16", 2 },
-	[KVSCRATCH_DTYPE_I8] = { "i8", 1 },
-	[KVSCRATCH_DTYPE_U8] = { "u8", 1 },
+	[KVSCRATCH_DTYPE_F64] = { "f64", 8, KVS_FLOAT },
+	[KVSCRATCH_DTYPE_F32] = { "f32", 4, KVS_FLOAT },
+	[KVSCRATCH_DTYPE_F16] = { "f16", 2, KVS_FLOAT },
+	[KVSCRATCH_DTYPE_BF16] = { "bf16", 2, KVS_FLOAT },
+	[KVSCRATCH_DTYPE_I64] = { "i64", 8, KVS_INTEGER },
+	[KVSCRATCH_DTYPE_I32] = { "i32", 4, KVS_INTEGER },
+	[KVSCRATCH_DTYPE_I16] = { "i16", 2, KVS_INTEGER },
+	[KVSCRATCH_DTYPE_I8] = { "i8", 1, KVS_INTEGER },
+	[KVSCRATCH_DTYPE_U8] = { "u8", 1, KVS_OPAQUE },
+	[KVSCRATCH_DTYPE_MXINT8] = { "mxint8", 1, KVS_MX },
 };
+
+/* NULL for what is no dtype */
+static const struct kvs_dtype *kvs_dtype(u32 dtype)
+{
+	if (!dtype || dtype >= ARRAY_SIZE(kvs_dtypes))
+		return NULL;
+	return &kvs_dtypes[array_index_nospec(dtype, ARRAY_SIZE(kvs_dtypes))];
+}
 
 /*
  * Limits
@@ -175,51 +196,84 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_reserved);
  * Memory
  */
 
+/* Whether rows of @input can be stored as @stored */
+static bool kvs_convertible(const struct kvs_dtype *stored, const struct kvs_dtype *input)
+{
+	if (input == stored)
+		return true;
+	return input->kind == KVS_FLOAT && (stored->kind == KVS_INTEGER || stored->kind == KVS_MX);
+}
+
+static u32 kvs_scales_per_row(const struct kvs_layout *layout)
+{
+	return layout->dtype == KVSCRATCH_DTYPE_MXINT8 ? layout->dim / KVSCRATCH_MX_BLOCK : 0;
+}
+
 /**
  * kvs_layout_init() - check a geometry and lay out its mapping
  * @layout: receives the result
- * @max_seq_len: capacity in rows
- * @dim: elements per row
- * @dtype: one of &enum kvscratch_dtype
+ * @create: max_seq_len, dim, dtype, input_dtype and frac_bits count
  *
  * With at most 2^32 - 1 rows of at most 2^24 bytes no sum here overflows.
  *
  * Return: 0, or -EINVAL for what the format does not allow.
  */
-int kvs_layout_init(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype)
+int kvs_layout_init(struct kvs_layout *layout, const struct kvscratch_create *create)
 {
+	u32 input_dtype = create->input_dtype ? create->input_dtype : create->dtype;
+	const struct kvs_dtype *stored = kvs_dtype(create->dtype);
+	const struct kvs_dtype *input = kvs_dtype(input_dtype);
+	u64 data_row_bytes, scales, input_row_bytes;
 	u64 end = 0;
-	u64 row_bytes;
 	u32 i;
 
-	if (!dtype || dtype >= ARRAY_SIZE(kvs_dtypes))
+	if (!stored || !input || !kvs_convertible(stored, input))
 		return -EINVAL;
-	if (!max_seq_len || max_seq_len > KVSCRATCH_MAX_SEQ_LEN || !dim)
+	if (create->frac_bits > (stored->kind == KVS_INTEGER ? KVSCRATCH_MAX_FRAC_BITS : 0))
 		return -EINVAL;
-	row_bytes = (u64)dim * kvs_dtypes[array_index_nospec(dtype, ARRAY_SIZE(kvs_dtypes))].size;
-	if (row_bytes > KVSCRATCH_MAX_ROW_BYTES)
+	if (!create->max_seq_len || create->max_seq_len > KVSCRATCH_MAX_SEQ_LEN || !create->dim)
+		return -EINVAL;
+	if (stored->kind == KVS_MX && create->dim % KVSCRATCH_MX_BLOCK)
 		return -EINVAL;
 
 	*layout = (struct kvs_layout) {
-		.max_seq_len = max_seq_len,
-		.dim = dim,
-		.dtype = dtype,
-		.row_bytes = row_bytes,
-		.input_row_bytes = row_bytes,
-		.nr_planes = 1,
-		.planes = { { .row_bytes = row_bytes } },
+		.max_seq_len = create->max_seq_len,
+		.dim = create->dim,
+		.dtype = create->dtype,
+		.input_dtype = input_dtype,
+		.frac_bits = create->frac_bits,
 	};
+	scales = kvs_scales_per_row(layout);
+	data_row_bytes = (u64)create->dim * stored->size;
+	input_row_bytes = input == stored ? data_row_bytes + scales :
+					    (u64)create->dim * input->size;
+	if (data_row_bytes + scales > KVSCRATCH_MAX_ROW_BYTES ||
+	    input_row_bytes > KVSCRATCH_MAX_ROW_BYTES)
+		return -EINVAL;
+	layout->row_bytes = data_row_bytes + scales;
+	layout->input_row_bytes = input_row_bytes;
+	layout->planes[layout->nr_planes++].row_bytes = data_row_bytes;
+	if (scales)
+		layout->planes[layout->nr_planes++].row_bytes = scales;
+
 	for (i = 0; i < layout->nr_planes; i++) {
 		layout->planes[i].offset = end;
-		end = PAGE_ALIGN(end + max_seq_len * layout->planes[i].row_bytes);
+		end = PAGE_ALIGN(end + layout->max_seq_len * layout->planes[i].row_bytes);
 	}
 	layout->status_offset = end;
 	layout->nr_pages = (end >> PAGE_SHIFT) + 1;
 	layout->charged_bytes = end + PAGE_SIZE +
 				PAGE_ALIGN(layout->nr_pages * sizeof(struct page *));
+	if (input != stored)
+		layout->charged_bytes += KVS_STAGING_BYTES;
 	return 0;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_layout_init);
+
+static bool kvs_converts(const struct kvs_layout *layout)
+{
+	return layout->input_dtype != layout->dtype;
+}
 
 static void *kvs_plane_row(const struct kvs_pad *pad, u32 plane, u64 row)
 {
@@ -285,22 +339,20 @@ err_free:
 
 /**
  * kvs_pad_create() - make a new, zero-filled pad
- * @max_seq_len: capacity in rows
- * @dim: elements per row
- * @dtype: one of &enum kvscratch_dtype
+ * @create: max_seq_len, dim, dtype, input_dtype and frac_bits count
  *
  * The only place that allocates for a pad.
  *
  * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -EDQUOT, -ENOMEM,
  * -EINTR when a fatal signal ended the allocation.
  */
-struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype)
+struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create)
 {
 	struct kvs_layout layout;
 	struct kvs_pad *pad;
 	int err;
 
-	err = kvs_layout_init(&layout, max_seq_len, dim, dtype);
+	err = kvs_layout_init(&layout, create);
 	if (err)
 		return ERR_PTR(err);
 	err = kvs_reserve(layout.charged_bytes, READ_ONCE(max_bytes_per_pad),
@@ -313,6 +365,12 @@ struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype)
 		goto err_unreserve;
 	}
 	pad->layout = layout;
+	if (kvs_converts(&layout)) {
+		err = -ENOMEM;
+		pad->staging = kvmalloc(KVS_STAGING_BYTES, KVS_GFP);
+		if (!pad->staging)
+			goto err_free;
+	}
 	err = kvs_pad_alloc_memory(pad);
 	if (err)
 		goto err_free;
@@ -324,6 +382,7 @@ struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype)
 	return pad;
 
 err_free:
+	kvfree(pad->staging);
 	kfree(pad);
 err_unreserve:
 	kvs_unreserve(layout.charged_bytes);
@@ -356,6 +415,7 @@ void kvs_pad_put(struct kvs_pad *pad)
 	kvs_free_pages(pad->pages, pad->layout.nr_pages);
 	kvs_unreserve(pad->layout.charged_bytes);
 	mutex_destroy(&pad->lock);
+	kvfree(pad->staging);
 	kfree(pad);
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_put);
@@ -389,26 +449,96 @@ static void kvs_wake(struct kvs_pad *pad, __poll_t events)
 		wake_up_interruptible_poll(&pad->wait, events);
 }
 
-/* All of @from or nothing; the iterator stands where it stood on failure. */
-static int kvs_copy_in(void *to, struct iov_iter *from)
+/* -EFAULT, or what ended the task's copy */
+static int kvs_copy_in(void *to, size_t bytes, struct iov_iter *from)
 {
-	size_t total = iov_iter_count(from);
 	size_t done = 0;
 
-	while (done < total) {
-		size_t piece = min_t(size_t, total - done, KVS_PIECE_BYTES);
+	while (done < bytes) {
+		size_t piece = min_t(size_t, bytes - done, KVS_PIECE_BYTES);
 
-		if (!copy_from_iter_full(to + done, piece, from)) {
-			iov_iter_revert(from, done);
+		if (!copy_from_iter_full(to + done, piece, from))
 			return fatal_signal_pending(current) ? -EINTR : -EFAULT;
-		}
 		done += piece;
-		if (done == total)
+		if (done == bytes)
 			break;
-		if (fatal_signal_pending(current)) {
-			iov_iter_revert(from, done);
+		if (fatal_signal_pending(current))
 			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* Rows that are stored as they come: each is a row of every plane in turn. */
+static int kvs_store_records(struct kvs_pad *pad, struct iov_iter *from, u32 len, u64 rows)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u64 row;
+	u32 plane;
+	int err;
+
+	if (layout->nr_planes == 1)
+		return kvs_copy_in(kvs_plane_row(pad, 0, len), rows * layout->row_bytes, from);
+	for (row = len; row < len + rows; row++) {
+		for (plane = 0; plane < layout->nr_planes; plane++) {
+			err = kvs_copy_in(kvs_plane_row(pad, plane, row),
+					  layout->planes[plane].row_bytes, from);
+			if (err)
+				return err;
 		}
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/*
+ * Convert @count elements of the staging buffer to what begins with element
+ * @first of the pad. Returns how many were clamped, or -EDOM.
+ */
+static long kvs_convert(struct kvs_pad *pad, u64 first, size_t count)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u32 size = kvs_dtypes[layout->dtype].size;
+	void *to = kvs_plane_row(pad, 0, 0) + first * size;
+	long saturated;
+
+	if (layout->dtype == KVSCRATCH_DTYPE_MXINT8)
+		saturated = kvs_scale_mxint8(layout->input_dtype, pad->staging,
+					     count / KVSCRATCH_MX_BLOCK, to,
+					     kvs_plane_row(pad, 1, 0) + first / KVSCRATCH_MX_BLOCK);
+	else
+		saturated = kvs_scale_fixed(layout->input_dtype, pad->staging, count,
+					    layout->frac_bits, size, to);
+	return saturated == KVS_SCALE_NOT_FINITE ? -EDOM : saturated;
+}
+
+/*
+ * Rows that are converted. Rows follow each other without a gap in every plane,
+ * and so do the blocks of MXINT8: pieces need not end with a row.
+ */
+static int kvs_store_converted(struct kvs_pad *pad, struct iov_iter *from, u32 len, u64 rows,
+			       u64 *saturated)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u32 size = kvs_dtypes[layout->input_dtype].size;
+	u64 end = (len + rows) * layout->dim;
+	u64 at = (u64)len * layout->dim;
+
+	while (at < end) {
+		size_t count = min_t(u64, end - at, KVS_STAGING_BYTES / size);
+		long clamped;
+
+		if (!copy_from_iter_full(pad->staging, count * size, from))
+			return fatal_signal_pending(current) ? -EINTR : -EFAULT;
+		clamped = kvs_convert(pad, at, count);
+		if (clamped < 0)
+			return clamped;
+		*saturated += clamped;
+		at += count;
+		if (fatal_signal_pending(current))
+			return -EINTR;
 		cond_resched();
 	}
 	return 0;
@@ -416,8 +546,10 @@ static int kvs_copy_in(void *to, struct iov_iter *from)
 
 static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 rows)
 {
+	size_t bytes = iov_iter_count(from);
 	u64 state = pad->state;
 	u32 len = kvs_state_len(state);
+	u64 saturated = 0;
 	int err;
 
 	lockdep_assert_held(&pad->lock);
@@ -426,9 +558,17 @@ static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 row
 		return -ENOSPC;
 	/* before the copy: a failed one leaves parts of rows behind */
 	pad->dirty_rows = max_t(u32, pad->dirty_rows, len + rows);
-	err = kvs_copy_in(kvs_plane_row(pad, 0, len), from);
-	if (err)
+	if (kvs_converts(&pad->layout))
+		err = kvs_store_converted(pad, from, len, rows, &saturated);
+	else
+		err = kvs_store_records(pad, from, len, rows);
+	if (err) {
+		/* as if it had never been touched */
+		iov_iter_revert(from, bytes - iov_iter_count(from));
 		return err;
+	}
+	if (saturated)
+		WRITE_ONCE(pad->saturated, pad->saturated + saturated);
 	kvs_publish(pad, state + rows);
 	kvs_wake(pad, EPOLLIN | EPOLLRDNORM);
 	return 0;
@@ -441,8 +581,8 @@ static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 row
  * @nowait: do not wait for other writers
  *
  * Return: bytes appended, or -EINVAL when @from is not a whole number of rows or
- * may have been cut by the VFS, -ENOSPC, -EFAULT, -EAGAIN with @nowait,
- * -ERESTARTSYS, -EINTR after a fatal signal.
+ * may have been cut by the VFS, -ENOSPC, -EFAULT, -EDOM for what cannot be
+ * converted, -EAGAIN with @nowait, -ERESTARTSYS, -EINTR after a fatal signal.
  */
 ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 {
@@ -467,20 +607,44 @@ ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_append);
 
 /*
+ * Where byte @pos of the stream of rows lies, and how many bytes follow it there:
+ * to the end of all rows in a pad of one plane, else to the end of a row's part.
+ */
+static const void *kvs_locate(const struct kvs_pad *pad, u64 pos, u64 *contiguous)
+{
+	const struct kvs_layout *layout = &pad->layout;
+	u64 row, offset;
+	u32 plane = 0;
+
+	if (layout->nr_planes == 1) {
+		*contiguous = layout->max_seq_len * layout->row_bytes - pos;
+		return kvs_plane_row(pad, 0, 0) + pos;
+	}
+	row = pos / layout->row_bytes;
+	offset = pos % layout->row_bytes;
+	while (offset >= layout->planes[plane].row_bytes)
+		offset -= layout->planes[plane++].row_bytes;
+	*contiguous = layout->planes[plane].row_bytes - offset;
+	return kvs_plane_row(pad, plane, row) + offset;
+}
+
+/*
  * Copy out what may change underneath, until a truncate comes in. Returns the
  * bytes that are of @generation, or -EAGAIN, or -EFAULT, when there are none.
  */
-static ssize_t kvs_copy_out(struct kvs_pad *pad, const void *from, size_t total,
-			    struct iov_iter *to, u32 generation)
+static ssize_t kvs_copy_out(struct kvs_pad *pad, u64 pos, size_t total, struct iov_iter *to,
+			    u32 generation)
 {
 	size_t done = 0;
 
 	while (done < total) {
-		size_t piece = min_t(size_t, total - done, KVS_PIECE_BYTES);
+		u64 contiguous;
+		const void *from = kvs_locate(pad, pos + done, &contiguous);
+		size_t piece = min3((u64)(total - done), contiguous, (u64)KVS_PIECE_BYTES);
 		size_t copied;
 
 		/* a truncate and an append may overwrite it meanwhile */
-		copied = data_race(copy_to_iter(from + done, piece, to));
+		copied = data_race(copy_to_iter(from, piece, to));
 		/* (C) in "Memory ordering", pairs with (D) */
 		smp_rmb();
 		if (kvs_state_generation(READ_ONCE(pad->state)) != generation) {
@@ -520,8 +684,7 @@ ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool now
 
 		if (pos >= end || !iov_iter_count(to))
 			return 0;
-		copied = kvs_copy_out(pad, kvs_plane_row(pad, 0, 0) + pos,
-				      min_t(u64, end - pos, iov_iter_count(to)), to,
+		copied = kvs_copy_out(pad, pos, min_t(u64, end - pos, iov_iter_count(to)), to,
 				      kvs_state_generation(state));
 		if (copied != -EAGAIN || nowait)
 			return copied;
@@ -621,6 +784,9 @@ void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info)
 	info->len = kvs_state_len(state);
 	info->dim = layout->dim;
 	info->dtype = layout->dtype;
+	info->input_dtype = layout->input_dtype;
+	info->frac_bits = layout->frac_bits;
+	info->saturated = READ_ONCE(pad->saturated);
 	info->row_bytes = layout->row_bytes;
 	info->input_row_bytes = layout->input_row_bytes;
 	info->data_bytes = layout->max_seq_len * layout->row_bytes;
@@ -643,6 +809,9 @@ void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m)
 	seq_printf(m, "pad:\tScratchpad(len=%llu, capacity=%llu, dim=%u)\n",
 		   info.len, info.max_seq_len, info.dim);
 	seq_printf(m, "dtype:\t%s\n", kvs_dtypes[info.dtype].name);
+	seq_printf(m, "input_dtype:\t%s\n", kvs_dtypes[info.input_dtype].name);
+	seq_printf(m, "frac_bits:\t%u\n", info.frac_bits);
+	seq_printf(m, "saturated:\t%llu\n", info.saturated);
 	seq_printf(m, "bytes:\t%llu\n", pad->layout.charged_bytes);
 	seq_printf(m, "generation:\t%llu\n", info.generation);
 }
@@ -681,7 +850,7 @@ static int kvs_ioctl_create(struct file *file, void *arg)
 
 	if (create->flags)
 		return -EINVAL;
-	pad = kvs_pad_create(create->max_seq_len, create->dim, create->dtype);
+	pad = kvs_pad_create(create);
 	if (IS_ERR(pad))
 		return PTR_ERR(pad);
 	err = kvs_bind(file, pad);

@@ -26,6 +26,8 @@ struct seq_file;
  * @max_seq_len: capacity in rows
  * @dim: elements per row
  * @dtype: one of &enum kvscratch_dtype
+ * @input_dtype: what an append takes; @dtype where it is stored as it comes
+ * @frac_bits: fraction bits of an integer element
  * @row_bytes: bytes per stored row, over all planes
  * @input_row_bytes: bytes per row of an append
  * @nr_planes: entries of @planes in use
@@ -39,6 +41,8 @@ struct kvs_layout {
 	u64 max_seq_len;
 	u32 dim;
 	u32 dtype;
+	u32 input_dtype;
+	u32 frac_bits;
 	u32 row_bytes;
 	u32 input_row_bytes;
 	u32 nr_planes;
@@ -59,6 +63,9 @@ struct kvs_layout {
  * @lock: orders appends and truncates, see "Locks" in kvscratch.c
  * @state: generation << 32 | len, the truth of both; written under @lock,
  *	loaded with acquire by everyone else
+ * @staging: protected by @lock: a piece of input on its way to be converted, or
+ *	NULL where rows are stored as they come
+ * @saturated: elements clamped so far; written under @lock
  * @dirty_rows: protected by @lock: end of the rows ever touched since they
  *	were last known to be zero
  * @trunc_lock: makes a truncate's changes to @state, @generation_high, @trunc_len
@@ -74,9 +81,11 @@ struct kvs_pad {
 	refcount_t refs;
 	wait_queue_head_t wait;
 
-	struct mutex lock;	/* state, dirty_rows */
+	struct mutex lock;	/* state, dirty_rows, staging, saturated */
 	u64 state;
 	u32 dirty_rows;
+	void *staging;
+	u64 saturated;
 
 	spinlock_t trunc_lock;	/* generation_high, trunc_len */
 	u32 generation_high;
@@ -98,12 +107,12 @@ static inline u64 kvs_state(u32 generation, u32 len)
 	return (u64)generation << 32 | len;
 }
 
-int kvs_layout_init(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype);
+int kvs_layout_init(struct kvs_layout *layout, const struct kvscratch_create *create);
 int kvs_reserve(u64 bytes, u64 max_per_pad, u64 max_total);
 void kvs_unreserve(u64 bytes);
 u64 kvs_reserved(void);
 
-struct kvs_pad *kvs_pad_create(u64 max_seq_len, u32 dim, u32 dtype);
+struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create);
 struct kvs_pad *kvs_pad_get(struct kvs_pad *pad);
 void kvs_pad_put(struct kvs_pad *pad);
 ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait);

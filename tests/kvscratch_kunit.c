@@ -75,6 +75,28 @@ struct fixture {
 #define FIXTURE_DIM		4
 #define FIXTURE_ROW_BYTES	16
 
+static struct kvs_pad *new_pad(u64 max_seq_len, u32 dim, u32 dtype)
+{
+	struct kvscratch_create create = {
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+	};
+
+	return kvs_pad_create(&create);
+}
+
+static int init_layout(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype)
+{
+	struct kvscratch_create create = {
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+	};
+
+	return kvs_layout_init(layout, &create);
+}
+
 static int kvs_test_init(struct kunit *test)
 {
 	struct fixture *f = kunit_kzalloc(test, sizeof(*f), GFP_KERNEL);
@@ -84,7 +106,7 @@ static int kvs_test_init(struct kunit *test)
 	f->rows = kunit_kzalloc(test, (FIXTURE_ROWS + 1) * FIXTURE_ROW_BYTES, GFP_KERNEL);
 	KUNIT_ASSERT_NOT_NULL(test, f->rows);
 	fill_rows(f->rows, 0, FIXTURE_ROWS + 1, FIXTURE_ROW_BYTES);
-	f->pad = kvs_pad_create(FIXTURE_ROWS, FIXTURE_DIM, KVSCRATCH_DTYPE_F32);
+	f->pad = new_pad(FIXTURE_ROWS, FIXTURE_DIM, KVSCRATCH_DTYPE_F32);
 	KUNIT_ASSERT_FALSE(test, IS_ERR(f->pad));
 	test->priv = f;
 	return 0;
@@ -396,7 +418,7 @@ static void every_boundary(struct kunit *test)
 
 	rows = kvmalloc(capacity + g->row_bytes, GFP_KERNEL);
 	back = kvmalloc(capacity + 1, GFP_KERNEL);
-	pad = kvs_pad_create(g->max_seq_len, g->dim, g->dtype);
+	pad = new_pad(g->max_seq_len, g->dim, g->dtype);
 	if (!rows || !back || IS_ERR(pad)) {
 		KUNIT_FAIL(test, "out of memory");
 		goto out;
@@ -445,22 +467,22 @@ static void layout_refuses(struct kunit *test)
 {
 	struct kvs_layout layout;
 
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 0, 1, KVSCRATCH_DTYPE_U8), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 0, KVSCRATCH_DTYPE_U8), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, 0), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, KVSCRATCH_DTYPE_U8 + 1), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1, U32_MAX), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, BIT_ULL(32), 1, KVSCRATCH_DTYPE_U8),
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 0, 1, KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 0, KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, 0), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, KVSCRATCH_DTYPE_MXINT8 + 1), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, U32_MAX), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, BIT_ULL(32), 1, KVSCRATCH_DTYPE_U8),
 			-EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, BIT_ULL(60), 1, KVSCRATCH_DTYPE_U8),
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, BIT_ULL(60), 1, KVSCRATCH_DTYPE_U8),
 			-EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, U64_MAX, U32_MAX, KVSCRATCH_DTYPE_F64),
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, U64_MAX, U32_MAX, KVSCRATCH_DTYPE_F64),
 			-EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, KVSCRATCH_MAX_ROW_BYTES + 1,
-					      KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, KVSCRATCH_MAX_ROW_BYTES + 1,
+					  KVSCRATCH_DTYPE_U8), -EINVAL);
 	/* dim * 8 is 2^32 and more: a 32-bit product would be 0 and 8 */
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, 1U << 29, KVSCRATCH_DTYPE_F64), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, 1, (1U << 29) + 1, KVSCRATCH_DTYPE_F64),
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1U << 29, KVSCRATCH_DTYPE_F64), -EINVAL);
+	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, (1U << 29) + 1, KVSCRATCH_DTYPE_F64),
 			-EINVAL);
 }
 
@@ -475,18 +497,18 @@ static void layout_is_exact(struct kunit *test)
 	for (i = 0; i < ARRAY_SIZE(row_counts); i++) {
 		u64 data = row_counts[i] * KVSCRATCH_MAX_ROW_BYTES;
 
-		KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, row_counts[i],
-						      KVSCRATCH_MAX_ROW_BYTES / 8,
-						      KVSCRATCH_DTYPE_F64), 0);
+		KUNIT_ASSERT_EQ(test, init_layout(&layout, row_counts[i],
+						  KVSCRATCH_MAX_ROW_BYTES / 8,
+						  KVSCRATCH_DTYPE_F64), 0);
 		KUNIT_EXPECT_EQ(test, layout.status_offset, data);
 		KUNIT_EXPECT_EQ(test, layout.nr_pages, data / PAGE_SIZE + 1);
 		KUNIT_EXPECT_EQ(test, layout.charged_bytes,
 				data + PAGE_SIZE + PAGE_ALIGN((data / PAGE_SIZE + 1) * 8));
 	}
 	/* 2^32 and 2^32 + 1 bytes of data */
-	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, BIT_ULL(31), 2, KVSCRATCH_DTYPE_U8), 0);
+	KUNIT_ASSERT_EQ(test, init_layout(&layout, BIT_ULL(31), 2, KVSCRATCH_DTYPE_U8), 0);
 	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32));
-	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, 641, 6700417, KVSCRATCH_DTYPE_U8), 0);
+	KUNIT_ASSERT_EQ(test, init_layout(&layout, 641, 6700417, KVSCRATCH_DTYPE_U8), 0);
 	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32) + PAGE_SIZE);
 }
 
@@ -520,11 +542,11 @@ static void create_respects_the_total(struct kunit *test)
 	struct kvs_pad *pad;
 
 	KUNIT_ASSERT_EQ(test, kvs_reserve(rest, U64_MAX, U64_MAX), 0);
-	pad = kvs_pad_create(1, 1, KVSCRATCH_DTYPE_U8);
+	pad = new_pad(1, 1, KVSCRATCH_DTYPE_U8);
 	kvs_unreserve(rest);
 	KUNIT_EXPECT_PTR_EQ(test, pad, (struct kvs_pad *)ERR_PTR(-EDQUOT));
 	KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
-	pad = kvs_pad_create(U32_MAX, KVSCRATCH_MAX_ROW_BYTES, KVSCRATCH_DTYPE_U8);
+	pad = new_pad(U32_MAX, KVSCRATCH_MAX_ROW_BYTES, KVSCRATCH_DTYPE_U8);
 	KUNIT_EXPECT_PTR_EQ(test, pad, (struct kvs_pad *)ERR_PTR(-EDQUOT));
 	KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
 }
@@ -554,6 +576,151 @@ static struct kunit_suite kvs_pad_suite = {
 	.test_cases = kvs_pad_cases,
 };
 
+/* Scaled integers */
+
+#define MX_ROWS		3
+#define MX_DIM		64
+#define MX_RECORD	(MX_DIM + MX_DIM / KVSCRATCH_MX_BLOCK)
+
+static struct kvs_pad *new_scaled_pad(u64 max_seq_len, u32 dim, u32 dtype, u32 input_dtype,
+				      u32 frac_bits)
+{
+	struct kvscratch_create create = {
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+		.input_dtype = input_dtype,
+		.frac_bits = frac_bits,
+	};
+
+	return kvs_pad_create(&create);
+}
+
+/* Bits of f32: 1, -127/64, 2^-60, the largest below 2, the largest of all, a NaN */
+#define F32_ONE		0x3f800000U
+#define F32_MINUS	0xbffe0000U
+#define F32_TINY	0x21800000U
+#define F32_ALMOST_TWO	0x3fffffffU
+#define F32_MAX		0x7f7fffffU
+#define F32_NAN		0x7fc00000U
+
+static void mxint8_is_stored_in_two_planes(struct kunit *test)
+{
+	static u32 rows[2][MX_DIM];
+	u8 record[2 * MX_RECORD];
+	struct kvs_pad *pad;
+	const s8 *elements;
+	const u8 *scales;
+
+	memset(rows, 0, sizeof(rows));
+	rows[0][0] = F32_ONE;
+	rows[0][1] = F32_MINUS;
+	memset32(rows[0] + 32, F32_TINY, 32);
+	rows[1][31] = F32_ALMOST_TWO;
+	rows[1][32] = F32_MAX;
+	pad = new_scaled_pad(MX_ROWS, MX_DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	elements = pad->base;
+	scales = pad->base + pad->layout.planes[1].offset;
+
+	KUNIT_EXPECT_EQ(test, append(pad, rows, sizeof(rows)), sizeof(rows));
+	KUNIT_EXPECT_EQ(test, info_of(pad).len, 2);
+	KUNIT_EXPECT_EQ(test, elements[0], 64);
+	KUNIT_EXPECT_EQ(test, elements[1], -127);
+	KUNIT_EXPECT_EQ(test, elements[2], 0);
+	KUNIT_EXPECT_EQ(test, scales[0], 127);
+	KUNIT_EXPECT_EQ(test, elements[63], 64);
+	KUNIT_EXPECT_EQ(test, scales[1], 127 - 60);
+	/* both round to 128 */
+	KUNIT_EXPECT_EQ(test, elements[MX_DIM + 31], 127);
+	KUNIT_EXPECT_EQ(test, scales[2], 127);
+	KUNIT_EXPECT_EQ(test, elements[MX_DIM + 32], 127);
+	KUNIT_EXPECT_EQ(test, scales[3], 254);
+	KUNIT_EXPECT_EQ(test, info_of(pad).saturated, 2);
+
+	/* a record is the elements of a row and then its scales */
+	KUNIT_EXPECT_EQ(test, read_at(pad, 0, record, sizeof(record)), sizeof(record));
+	KUNIT_EXPECT_EQ(test, memcmp(record, elements, MX_DIM), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(record + MX_DIM, scales, 2), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(record + MX_RECORD, elements + MX_DIM, MX_DIM), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(record + MX_RECORD + MX_DIM, scales + 2, 2), 0);
+	KUNIT_EXPECT_EQ(test, read_at(pad, MX_DIM + 1, record, 2), 2);
+	KUNIT_EXPECT_EQ(test, record[0], scales[1]);
+	KUNIT_EXPECT_EQ(test, record[1], elements[MX_DIM]);
+
+	/* both planes are scrubbed */
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(pad, 1, true), 0);
+	KUNIT_EXPECT_NULL(test, memchr_inv(elements + MX_DIM, 0, MX_DIM));
+	KUNIT_EXPECT_NULL(test, memchr_inv(scales + 2, 0, 2));
+	KUNIT_EXPECT_EQ(test, scales[1], 127 - 60);
+	kvs_pad_put(pad);
+}
+
+static void what_is_not_finite_is_refused(struct kunit *test)
+{
+	static u32 rows[MX_ROWS][MX_DIM];
+	struct kvs_pad *pad;
+
+	memset32(rows[0], F32_ONE, MX_ROWS * MX_DIM);
+	rows[MX_ROWS - 1][MX_DIM - 1] = F32_NAN;
+	pad = new_scaled_pad(MX_ROWS, MX_DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	KUNIT_EXPECT_EQ(test, append(pad, rows, sizeof(rows)), -EDOM);
+	KUNIT_EXPECT_EQ(test, info_of(pad).len, 0);
+	KUNIT_EXPECT_EQ(test, append(pad, rows, sizeof(rows) - sizeof(rows[0])),
+			sizeof(rows) - sizeof(rows[0]));
+	KUNIT_EXPECT_EQ(test, append(pad, rows, sizeof(rows[0]) - 4), -EINVAL);
+	KUNIT_EXPECT_EQ(test, append(pad, rows, 2 * sizeof(rows[0])), -ENOSPC);
+	kvs_pad_put(pad);
+}
+
+static void fixed_point_is_clamped(struct kunit *test)
+{
+	/* 1.5, -1000, 2^-9 (a tie to even), -128 with f64's bits and 8 fraction bits in s16 */
+	static const u64 row[4] = {
+		0x3ff8000000000000ULL, 0xc08f400000000000ULL, 0x3f60000000000000ULL,
+		0xc060000000000000ULL,
+	};
+	static const s16 expected[4] = { 384, S16_MIN, 0, S16_MIN };
+	struct kvs_pad *pad;
+
+	pad = new_scaled_pad(1, 4, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F64, 8);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	KUNIT_EXPECT_EQ(test, append(pad, row, sizeof(row)), sizeof(row));
+	KUNIT_EXPECT_EQ(test, memcmp(pad->base, expected, sizeof(expected)), 0);
+	KUNIT_EXPECT_EQ(test, info_of(pad).saturated, 1);
+	kvs_pad_put(pad);
+}
+
+static void records_are_taken_as_they_come(struct kunit *test)
+{
+	u8 records[MX_ROWS * MX_RECORD], back[sizeof(records)];
+	struct kvs_pad *pad;
+
+	fill_rows(records, 0, MX_ROWS, MX_RECORD);
+	pad = new_scaled_pad(MX_ROWS, MX_DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	KUNIT_EXPECT_EQ(test, append(pad, records, MX_RECORD), MX_RECORD);
+	KUNIT_EXPECT_EQ(test, append(pad, records + MX_RECORD, 2 * MX_RECORD), 2 * MX_RECORD);
+	KUNIT_EXPECT_EQ(test, read_at(pad, 0, back, sizeof(back)), sizeof(back));
+	KUNIT_EXPECT_EQ(test, memcmp(back, records, sizeof(back)), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(pad->base + MX_DIM, records + MX_RECORD, MX_DIM), 0);
+	kvs_pad_put(pad);
+}
+
+static struct kunit_case kvs_scaled_cases[] = {
+	KUNIT_CASE(mxint8_is_stored_in_two_planes),
+	KUNIT_CASE(what_is_not_finite_is_refused),
+	KUNIT_CASE(fixed_point_is_clamped),
+	KUNIT_CASE(records_are_taken_as_they_come),
+	{}
+};
+
+static struct kunit_suite kvs_scaled_suite = {
+	.name = "kvscratch_scaled",
+	.test_cases = kvs_scaled_cases,
+};
+
 static struct kunit_case kvs_bounds_cases[] = {
 	KUNIT_CASE_PARAM(every_boundary, geometry_gen_params),
 	KUNIT_CASE(layout_refuses),
@@ -568,7 +735,7 @@ static struct kunit_suite kvs_bounds_suite = {
 	.test_cases = kvs_bounds_cases,
 };
 
-kunit_test_suites(&kvs_pad_suite, &kvs_bounds_suite);
+kunit_test_suites(&kvs_pad_suite, &kvs_bounds_suite, &kvs_scaled_suite);
 
 MODULE_AUTHOR("The kvscratch authors");
 MODULE_DESCRIPTION("KUnit suite of kvscratch");

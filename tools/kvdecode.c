@@ -10,6 +10,7 @@
  * the last token once more.
  */
 #define _GNU_SOURCE
+#include "../kvscratch_scale.h"
 #include "cli.h"
 #include "libkvscratch.h"
 #include "llama2.h"
@@ -41,6 +42,8 @@ struct options {
 	const char *tokenizer;
 	const char *prompt;
 	const char *socket;
+	const char *logits;
+	uint32_t kv_dtype;	/* F32 or MXINT8 */
 	uint64_t seed;
 	uint32_t steps;		/* 0: as many as the model has positions */
 	int first_handle;	/* 0: none */
@@ -57,19 +60,23 @@ struct options {
  * @rows: what the model sees of it
  * @name: "k0" and the like
  * @dim: elements per row
- * @dtype: their type
- * @row_bytes: bytes per row
+ * @dtype: their type, as stored
+ * @input_dtype: their type, as appended
+ * @row_bytes: bytes per row, as stored, scales included
+ * @input_row_bytes: bytes per row, as appended
  * @fd: the pad's handle, or -1
  * @bound: whether @fd has its pad yet
  * @view: the mapped pad
- * @heap: the array
+ * @heap: the array, with the scales behind it
  */
 struct store {
 	struct llama2_rows rows;
 	char name[16];
 	uint32_t dim;
 	uint32_t dtype;
+	uint32_t input_dtype;
 	size_t row_bytes;
+	size_t input_row_bytes;
 	int fd;
 	bool bound;
 	struct kvscratch_view view;
@@ -81,12 +88,14 @@ struct store {
  * @stores: k0 v0 k1 v1 ... tokens, the order in which a step writes them
  * @count: how many
  * @seq_len: rows that each has room for
+ * @kv_dtype: how K and V are stored
  * @kv: the rows of @stores as the model takes them
  */
 struct cache {
 	struct store *stores;
 	unsigned int count;
 	uint32_t seq_len;
+	uint32_t kv_dtype;
 	struct llama2_rows **kv;
 };
 
@@ -118,6 +127,7 @@ struct decoder {
 	struct llama2_sampler sampler;
 	struct cache cache;
 	struct server server;
+	FILE *logits;
 	int32_t *prompt;
 	uint32_t prompt_len;
 	int32_t *tokens;	/* of each position, as in the last pad */
@@ -147,11 +157,14 @@ static const char help_text[] =
 "\n"
 "Cache:\n"
 "  --cache pads|heap    where K and V are kept (pads)\n"
+"  --kv f32|mxint8      how: as they are, or in a byte per element and a scale\n"
+"                       per 32, to which the kernel converts them (f32)\n"
 "  --handles FIRST      use the inherited descriptors FIRST.. as pads, in the\n"
 "                       order k0 v0 k1 v1 ... tokens, and go on where they end\n"
 "  --serve SOCKET       pass read-only handles to whoever connects to SOCKET\n"
 "  --wait-reader        with --serve: begin when the first one was served\n"
 "\n"
+"  --logits FILE        write the logits of each position: vocab_size floats\n"
 "  --stats              at the end: tokens, tokens/s, bytes in the cache\n"
 "  --help               show this and exit\n"
 "\n"
@@ -171,6 +184,8 @@ enum {
 	OPT_TOP_P,
 	OPT_SEED,
 	OPT_CACHE,
+	OPT_KV,
+	OPT_LOGITS,
 	OPT_HANDLES,
 	OPT_SERVE,
 	OPT_WAIT_READER,
@@ -188,6 +203,8 @@ static const struct option long_options[] = {
 	{ "top-p", required_argument, NULL, OPT_TOP_P },
 	{ "seed", required_argument, NULL, OPT_SEED },
 	{ "cache", required_argument, NULL, OPT_CACHE },
+	{ "kv", required_argument, NULL, OPT_KV },
+	{ "logits", required_argument, NULL, OPT_LOGITS },
 	{ "handles", required_argument, NULL, OPT_HANDLES },
 	{ "serve", required_argument, NULL, OPT_SERVE },
 	{ "wait-reader", no_argument, NULL, OPT_WAIT_READER },
@@ -213,6 +230,14 @@ static int parse_cache(const char *text, bool *heap)
 	*heap = !strcmp(text, "heap");
 	if (!*heap && strcmp(text, "pads"))
 		return fail(EXIT_INPUT, "--cache: expected pads or heap, got \"%s\"", text);
+	return 0;
+}
+
+static int parse_kv(const char *text, uint32_t *dtype)
+{
+	*dtype = kvscratch_dtype_by_name(text);
+	if (*dtype != KVSCRATCH_DTYPE_F32 && *dtype != KVSCRATCH_DTYPE_MXINT8)
+		return fail(EXIT_INPUT, "--kv: expected f32 or mxint8, got \"%s\"", text);
 	return 0;
 }
 
@@ -262,6 +287,11 @@ static int parse_option(struct options *options, int option, const char *text)
 		return 0;
 	case OPT_CACHE:
 		return parse_cache(text, &options->heap);
+	case OPT_KV:
+		return parse_kv(text, &options->kv_dtype);
+	case OPT_LOGITS:
+		options->logits = text;
+		return 0;
 	case OPT_SERVE:
 		options->socket = text;
 		return 0;
@@ -298,7 +328,12 @@ static int parse_options(struct options *options, int argc, char **argv)
 {
 	int option;
 
-	*options = (struct options){ .prompt = "", .seed = 1, .top_p = 0.9f };
+	*options = (struct options){
+		.prompt = "",
+		.kv_dtype = KVSCRATCH_DTYPE_F32,
+		.seed = 1,
+		.top_p = 0.9f,
+	};
 	while ((option = getopt_long(argc, argv, ":", long_options, NULL)) != -1) {
 		int err;
 
@@ -325,6 +360,11 @@ static struct store *store_of(struct llama2_rows *rows)
 	return (struct store *)((char *)rows - offsetof(struct store, rows));
 }
 
+static uint8_t *heap_scales(const struct cache *cache, const struct store *store)
+{
+	return (uint8_t *)store->heap + (size_t)cache->seq_len * store->dim;
+}
+
 static int append_heap(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
@@ -334,10 +374,24 @@ static int append_heap(struct llama2_rows *rows, const void *row)
 	return 0;
 }
 
+/* With the very code that the kernel runs */
+static int append_heap_mxint8(struct llama2_rows *rows, const void *row)
+{
+	struct store *store = store_of(rows);
+	size_t first = (size_t)rows->len * store->dim;
+
+	if (kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, store->dim / KVSCRATCH_MX_BLOCK,
+			     (int8_t *)store->heap + first,
+			     (uint8_t *)rows->scales + first / KVSCRATCH_MX_BLOCK) < 0)
+		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_strerror(-EDOM));
+	rows->len++;
+	return 0;
+}
+
 static int append_pad(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
-	int err = kvscratch_append(store->fd, row, store->row_bytes);
+	int err = kvscratch_append(store->fd, row, store->input_row_bytes);
 	uint32_t len;
 
 	if (err)
@@ -351,7 +405,8 @@ static int append_pad(struct llama2_rows *rows, const void *row)
 	return 0;
 }
 
-static void name_store(struct store *store, unsigned int i, const struct llama2_shape *shape)
+static void name_store(struct store *store, unsigned int i, const struct llama2_shape *shape,
+		       uint32_t kv_dtype)
 {
 	bool tokens = i == 2 * shape->n_layers;
 
@@ -360,8 +415,12 @@ static void name_store(struct store *store, unsigned int i, const struct llama2_
 	else
 		snprintf(store->name, sizeof(store->name), "%c%u", i % 2 ? 'v' : 'k', i / 2);
 	store->dim = tokens ? 1 : shape->kv_dim;
-	store->dtype = tokens ? KVSCRATCH_DTYPE_I32 : KVSCRATCH_DTYPE_F32;
+	store->dtype = tokens ? KVSCRATCH_DTYPE_I32 : kv_dtype;
+	store->input_dtype = tokens ? KVSCRATCH_DTYPE_I32 : KVSCRATCH_DTYPE_F32;
 	store->row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->dtype);
+	if (store->dtype == KVSCRATCH_DTYPE_MXINT8)
+		store->row_bytes += store->dim / KVSCRATCH_MX_BLOCK;
+	store->input_row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->input_dtype);
 	store->fd = -1;
 }
 
@@ -370,8 +429,12 @@ static unsigned int nr_stores(const struct llama2_shape *shape)
 	return 2 * shape->n_layers + 1;
 }
 
-static int init_cache(struct cache *cache, const struct llama2_shape *shape)
+static int init_cache(struct cache *cache, const struct llama2_shape *shape, uint32_t kv_dtype)
 {
+	if (kv_dtype == KVSCRATCH_DTYPE_MXINT8 && shape->kv_dim % KVSCRATCH_MX_BLOCK)
+		return fail(EXIT_INPUT, "--kv mxint8: expected rows of a multiple of %d elements, "
+			    "got %" PRIu32, KVSCRATCH_MX_BLOCK, shape->kv_dim);
+	cache->kv_dtype = kv_dtype;
 	cache->count = nr_stores(shape);
 	cache->seq_len = shape->seq_len;
 	cache->stores = calloc(cache->count, sizeof(*cache->stores));
@@ -379,7 +442,7 @@ static int init_cache(struct cache *cache, const struct llama2_shape *shape)
 	if (!cache->stores || !cache->kv)
 		return fail(EXIT_SYSTEM, "out of memory");
 	for (unsigned int i = 0; i < cache->count; i++) {
-		name_store(&cache->stores[i], i, shape);
+		name_store(&cache->stores[i], i, shape, kv_dtype);
 		cache->kv[i] = &cache->stores[i].rows;
 	}
 	return 0;
@@ -415,6 +478,10 @@ static int allocate_arrays(struct cache *cache)
 			return fail(EXIT_SYSTEM, "out of memory");
 		store->rows.data = store->heap;
 		store->rows.append = append_heap;
+		if (store->dtype == KVSCRATCH_DTYPE_MXINT8) {
+			store->rows.scales = heap_scales(cache, store);
+			store->rows.append = append_heap_mxint8;
+		}
 	}
 	return 0;
 }
@@ -429,6 +496,7 @@ static int map_pad(struct store *store)
 		return fail_pad(store, "map", err);
 	store->view = view;
 	store->rows.data = view.data;
+	store->rows.scales = kvscratch_view_scales(&view);
 	store->rows.len = view.info.len;
 	store->rows.append = append_pad;
 	return 0;
@@ -436,7 +504,8 @@ static int map_pad(struct store *store)
 
 static int create_pad(struct cache *cache, struct store *store)
 {
-	int err = kvscratch_create(store->fd, cache->seq_len, store->dim, store->dtype);
+	int err = kvscratch_create_scaled(store->fd, cache->seq_len, store->dim, store->dtype,
+					  store->input_dtype, 0);
 
 	if (err)
 		return fail(EXIT_PADS,
@@ -503,7 +572,7 @@ static int check_geometry(const struct cache *cache, const struct store *store,
 	const char *dtype = kvscratch_dtype_name(info->dtype);
 
 	if (info->max_seq_len == cache->seq_len && info->dim == store->dim &&
-	    info->dtype == store->dtype)
+	    info->dtype == store->dtype && info->input_dtype == store->input_dtype)
 		return 0;
 	return fail(EXIT_PADS, "handle %d (%s): expected a pad of [%" PRIu32 ", %" PRIu32
 		    "] %s, got [%" PRIu64 ", %" PRIu32 "] %s", store->fd, store->name,
@@ -617,7 +686,7 @@ static int take_over(struct decoder *decoder)
 
 static int open_cache(struct decoder *decoder)
 {
-	int err = init_cache(&decoder->cache, &decoder->model.shape);
+	int err = init_cache(&decoder->cache, &decoder->model.shape, decoder->options.kv_dtype);
 
 	if (err)
 		return err;
@@ -857,6 +926,39 @@ static int print_token(const struct decoder *decoder, uint32_t pos)
 	return print_bytes(bytes, count);
 }
 
+static int write_logits(const struct decoder *decoder)
+{
+	uint32_t count = decoder->model.shape.vocab_size;
+
+	if (decoder->logits &&
+	    fwrite(decoder->model.logits, sizeof(float), count, decoder->logits) != count)
+		return fail(EXIT_SYSTEM, "%s: cannot write: %s", decoder->options.logits,
+			    strerror(errno));
+	return 0;
+}
+
+static int open_logits(struct decoder *decoder)
+{
+	if (!decoder->options.logits)
+		return 0;
+	decoder->logits = fopen(decoder->options.logits, "we");
+	if (!decoder->logits)
+		return fail(EXIT_SYSTEM, "%s: cannot open: %s", decoder->options.logits,
+			    strerror(errno));
+	return 0;
+}
+
+static int close_logits(struct decoder *decoder)
+{
+	FILE *logits = decoder->logits;
+
+	decoder->logits = NULL;
+	if (logits && fclose(logits))
+		return fail(EXIT_SYSTEM, "%s: cannot write: %s", decoder->options.logits,
+			    strerror(errno));
+	return 0;
+}
+
 /* All rows of one position; the token comes last and makes the others count. */
 static int step(struct decoder *decoder, int32_t token, uint32_t pos)
 {
@@ -865,6 +967,8 @@ static int step(struct decoder *decoder, int32_t token, uint32_t pos)
 
 	decoder->forwards++;
 	decoder->tokens[pos] = token;
+	if (!err)
+		err = write_logits(decoder);
 	return err ? err : tokens->append(tokens, &token);
 }
 
@@ -1097,12 +1201,18 @@ static int run(struct decoder *decoder)
 		err = open_server(decoder);
 	if (!err)
 		err = open_cache(decoder);
-	return err ? err : decode(decoder);
+	if (!err)
+		err = open_logits(decoder);
+	if (!err)
+		err = decode(decoder);
+	return err ? err : close_logits(decoder);
 }
 
 static void clean_up(struct decoder *decoder)
 {
 	close_cache(&decoder->cache);
+	if (decoder->logits)
+		fclose(decoder->logits);
 	free(decoder->prompt);
 	free(decoder->tokens);
 	llama2_sampler_close(&decoder->sampler);

@@ -68,6 +68,8 @@ enum option_id {
 	OPT_MAX_SEQ_LEN,
 	OPT_DIM,
 	OPT_DTYPE,
+	OPT_INPUT,
+	OPT_FRAC_BITS,
 	OPT_LEN,
 	OPT_ZERO,
 	OPT_SRC_FD,
@@ -89,6 +91,8 @@ struct arguments {
 	uint64_t max_seq_len;
 	uint64_t dim;
 	uint32_t dtype;
+	uint32_t input_dtype;
+	uint64_t frac_bits;
 	uint64_t len;
 	uint64_t src_fd;
 	enum format format;
@@ -105,13 +109,14 @@ static bool given(const struct arguments *args, enum option_id id)
 	return args->given >> id & 1;
 }
 
-static int parse_dtype(const char *text, uint32_t *dtype)
+static int parse_dtype(const char *name, const char *text, uint32_t *dtype)
 {
 	*dtype = kvscratch_dtype_by_name(text);
 	if (*dtype)
 		return 0;
 	return fail(EXIT_INPUT,
-		    "--dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 or u8, got \"%s\"", text);
+		    "--%s: expected f64 f32 f16 bf16 i64 i32 i16 i8 u8 or mxint8, got \"%s\"",
+		    name, text);
 }
 
 static int parse_format(const char *text, enum format *format)
@@ -148,7 +153,12 @@ static int parse_option(struct arguments *args, int option, const char *text)
 		return parse_integer(EXIT_INPUT, "dim", text, 1, KVSCRATCH_MAX_ROW_BYTES,
 				     &args->dim);
 	case OPT_DTYPE:
-		return parse_dtype(text, &args->dtype);
+		return parse_dtype("dtype", text, &args->dtype);
+	case OPT_INPUT:
+		return parse_dtype("input", text, &args->input_dtype);
+	case OPT_FRAC_BITS:
+		return parse_integer(EXIT_INPUT, "frac-bits", text, 0, KVSCRATCH_MAX_FRAC_BITS,
+				     &args->frac_bits);
 	case OPT_LEN:
 		return parse_integer(EXIT_INPUT, "len", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->len);
 	case OPT_SRC_FD:
@@ -176,21 +186,65 @@ static int parse_option(struct arguments *args, int option, const char *text)
 
 /* create, truncate, clear, attach */
 
+static bool is_float(uint32_t dtype)
+{
+	return dtype == KVSCRATCH_DTYPE_F64 || dtype == KVSCRATCH_DTYPE_F32 ||
+	       dtype == KVSCRATCH_DTYPE_F16 || dtype == KVSCRATCH_DTYPE_BF16;
+}
+
+static bool may_have_frac_bits(uint32_t dtype)
+{
+	return dtype == KVSCRATCH_DTYPE_I64 || dtype == KVSCRATCH_DTYPE_I32 ||
+	       dtype == KVSCRATCH_DTYPE_I16 || dtype == KVSCRATCH_DTYPE_I8;
+}
+
+static int check_conversion(const struct arguments *args)
+{
+	const char *stored = kvscratch_dtype_name(args->dtype);
+	bool mx = args->dtype == KVSCRATCH_DTYPE_MXINT8;
+
+	if (args->input_dtype && args->input_dtype != args->dtype &&
+	    !(is_float(args->input_dtype) && (mx || may_have_frac_bits(args->dtype))))
+		return fail(EXIT_INPUT, "--input: expected %s%s for --dtype %s, got %s", stored,
+			    mx || may_have_frac_bits(args->dtype) ? " f64 f32 f16 or bf16" : "",
+			    stored, kvscratch_dtype_name(args->input_dtype));
+	if (args->frac_bits && !may_have_frac_bits(args->dtype))
+		return fail(EXIT_INPUT, "--frac-bits: expected --dtype i64 i32 i16 or i8, got %s",
+			    stored);
+	if (mx && args->dim % KVSCRATCH_MX_BLOCK)
+		return fail(EXIT_INPUT, "--dim: expected a multiple of %d for mxint8, got %" PRIu64,
+			    KVSCRATCH_MX_BLOCK, args->dim);
+	return 0;
+}
+
+/* Of a row as stored or as appended, whichever is longer */
+static uint64_t longest_row(const struct arguments *args)
+{
+	uint64_t stored = args->dim * kvscratch_dtype_size(args->dtype);
+	uint64_t input = args->dim * kvscratch_dtype_size(args->input_dtype);
+
+	if (args->dtype == KVSCRATCH_DTYPE_MXINT8)
+		stored += args->dim / KVSCRATCH_MX_BLOCK;
+	return stored > input ? stored : input;
+}
+
 static int run_create(const struct arguments *args)
 {
-	uint64_t most;
 	int err;
 
 	if (!given(args, OPT_MAX_SEQ_LEN) || !given(args, OPT_DIM))
 		return fail(EXIT_INPUT, "expected --max-seq-len and --dim");
-	most = KVSCRATCH_MAX_ROW_BYTES / kvscratch_dtype_size(args->dtype);
-	if (args->dim > most)
-		return fail(EXIT_INPUT, "--dim: expected at most %" PRIu64 " of %s, got %" PRIu64,
-			    most, kvscratch_dtype_name(args->dtype), args->dim);
+	err = check_conversion(args);
+	if (err)
+		return err;
+	if (longest_row(args) > KVSCRATCH_MAX_ROW_BYTES)
+		return fail(EXIT_INPUT, "--dim: expected rows of at most %u bytes, got %" PRIu64,
+			    KVSCRATCH_MAX_ROW_BYTES, longest_row(args));
 	err = check_access(args->fd, O_WRONLY);
 	if (err)
 		return err;
-	err = kvscratch_create(args->fd, args->max_seq_len, args->dim, args->dtype);
+	err = kvscratch_create_scaled(args->fd, args->max_seq_len, args->dim, args->dtype,
+				      args->input_dtype, args->frac_bits);
 	if (err)
 		return fail(EXIT_SYSTEM, "descriptor %d: cannot create a pad of [%" PRIu64 ", %"
 			    PRIu64 "] %s: %s", args->fd, args->max_seq_len, args->dim,
@@ -271,11 +325,30 @@ static void print_json(const struct kvscratch_info *info)
 	printf("{\"len\": %" PRIu64 ", \"max_seq_len\": %" PRIu64 ", \"dim\": %" PRIu32
 	       ", \"dtype\": \"%s\", \"row_bytes\": %" PRIu32 ", \"generation\": %" PRIu64
 	       ", \"trunc_len\": %" PRIu64 ", \"data_bytes\": %" PRIu64
-	       ", \"status_offset\": %" PRIu64 "}\n",
+	       ", \"status_offset\": %" PRIu64 ", \"input_dtype\": \"%s\""
+	       ", \"input_row_bytes\": %" PRIu32 ", \"frac_bits\": %" PRIu32
+	       ", \"saturated\": %" PRIu64 "}\n",
 	       (uint64_t)info->len, (uint64_t)info->max_seq_len, (uint32_t)info->dim,
 	       kvscratch_dtype_name(info->dtype), (uint32_t)info->row_bytes,
 	       (uint64_t)info->generation, (uint64_t)info->trunc_len, (uint64_t)info->data_bytes,
-	       (uint64_t)info->status_offset);
+	       (uint64_t)info->status_offset, kvscratch_dtype_name(info->input_dtype),
+	       (uint32_t)info->input_row_bytes, (uint32_t)info->frac_bits,
+	       (uint64_t)info->saturated);
+}
+
+/* What makes a pad of scaled integers one */
+static void print_format(const struct kvscratch_info *info)
+{
+	if (info->dtype != KVSCRATCH_DTYPE_MXINT8 && info->dtype == info->input_dtype &&
+	    !info->frac_bits)
+		return;
+	printf("%s", kvscratch_dtype_name(info->dtype));
+	if (info->dtype != KVSCRATCH_DTYPE_MXINT8)
+		printf(" with %" PRIu32 " fraction bits", (uint32_t)info->frac_bits);
+	if (info->dtype != info->input_dtype)
+		printf(", from %s, %" PRIu64 " saturated", kvscratch_dtype_name(info->input_dtype),
+		       (uint64_t)info->saturated);
+	putchar('\n');
 }
 
 static int run_info(const struct arguments *args)
@@ -285,10 +358,12 @@ static int run_info(const struct arguments *args)
 
 	if (err)
 		return fail_handle(args->fd, "describe the pad", err);
-	if (given(args, OPT_JSON))
+	if (given(args, OPT_JSON)) {
 		print_json(&info);
-	else
+	} else {
 		print_display_line(info.len, &info);
+		print_format(&info);
+	}
 	return finish_output();
 }
 
@@ -414,9 +489,9 @@ static int check_npy(struct input *input, const struct kvscratch_info *info)
 
 	if (error)
 		return fail(EXIT_INPUT, "%s: %s", input->name, error);
-	if (array.dtype != info->dtype)
+	if (array.dtype != info->input_dtype)
 		return fail(EXIT_INPUT, "%s: dtype mismatch: expected %s, got \"%s\"%s%s",
-			    input->name, kvscratch_dtype_name(info->dtype), array.descr,
+			    input->name, kvscratch_dtype_name(info->input_dtype), array.descr,
 			    array.dtype ? " = " : "",
 			    array.dtype ? kvscratch_dtype_name(array.dtype) : "");
 	err = check_npy_shape(input, info, &array, &rows);
@@ -434,11 +509,12 @@ static int check_npy(struct input *input, const struct kvscratch_info *info)
 static int check_raw(const struct input *input, const struct kvscratch_info *info)
 {
 	uint32_t rest = input->size % info->input_row_bytes;
-	uint32_t element = info->input_row_bytes / info->dim;
+	uint32_t element = kvscratch_dtype_size(info->input_dtype);
 
 	if (!rest)
 		return 0;
-	if (!(rest % element))
+	/* stored MXINT8 rows have scales besides elements */
+	if (!(rest % element) && info->input_dtype != KVSCRATCH_DTYPE_MXINT8)
 		return fail_shape(input, info->dim, rest / element);
 	return fail(EXIT_INPUT, "%s: expected rows of %" PRIu32 " bytes, got %zu rows and %" PRIu32
 		    " bytes", input->name, (uint32_t)info->input_row_bytes,
@@ -573,58 +649,165 @@ static void print_element(uint32_t dtype, const char *at)
 	}
 }
 
-static void print_row(const struct kvscratch_info *info, const char *row)
+/**
+ * struct rows - stored rows, wherever they lie
+ * @data: the elements
+ * @scales: of MXINT8, otherwise NULL
+ */
+struct rows {
+	const char *data;
+	const uint8_t *scales;
+};
+
+static uint32_t data_row_bytes(const struct kvscratch_info *info)
 {
-	uint32_t element = info->row_bytes / info->dim;
+	return info->planes[0].row_bytes;
+}
+
+static uint32_t scales_per_row(const struct kvscratch_info *info)
+{
+	return info->nr_planes > 1 ? info->planes[1].row_bytes : 0;
+}
+
+static int64_t integer_at(uint32_t dtype, const char *at)
+{
+	switch (dtype) {
+	case KVSCRATCH_DTYPE_I64:
+		return LOAD(int64_t, at);
+	case KVSCRATCH_DTYPE_I32:
+		return LOAD(int32_t, at);
+	case KVSCRATCH_DTYPE_I16:
+		return LOAD(int16_t, at);
+	default:
+		return LOAD(int8_t, at);
+	}
+}
+
+/* What an integer stands for; a double holds all of it but the end of a long i64. */
+static double scaled_value(const struct kvscratch_info *info, const struct rows *rows, size_t i)
+{
+	const char *at = rows->data + i * kvscratch_dtype_size(info->dtype);
+
+	if (rows->scales)
+		return __builtin_ldexp(integer_at(info->dtype, at),
+				       rows->scales[i / KVSCRATCH_MX_BLOCK] - 127 - 6);
+	return __builtin_ldexp((double)integer_at(info->dtype, at), -(int)info->frac_bits);
+}
+
+static void print_row(const struct kvscratch_info *info, const struct rows *rows, uint32_t row)
+{
+	uint32_t size = kvscratch_dtype_size(info->dtype);
 
 	for (uint32_t i = 0; i < info->dim; i++) {
+		size_t element = (size_t)row * info->dim + i;
+
 		if (i)
 			putchar(' ');
-		print_element(info->dtype, row + (size_t)i * element);
+		if (rows->scales || info->frac_bits)
+			printf("%.17g", scaled_value(info, rows, element));
+		else
+			print_element(info->dtype, rows->data + element * size);
 	}
 	putchar('\n');
 }
 
 /* dump */
 
-/* A copy of all committed rows that no truncate came in between; *len says how many. */
-static int copy_rows(const struct kvscratch_view *view, char **rows, uint32_t *len)
+/* Elements of *len rows and behind them their scales; 0 bytes make a pointer, too. */
+static int copy_rows_at(const struct kvscratch_view *view, uint64_t state, char **copy)
 {
-	*rows = NULL;
-	for (;;) {
-		uint64_t state = kvscratch_view_state(view);
-		size_t bytes;
-		char *copy;
+	const struct kvscratch_info *info = &view->info;
+	size_t data_bytes = (size_t)kvscratch_state_len(state) * data_row_bytes(info);
+	size_t scale_bytes = (size_t)kvscratch_state_len(state) * scales_per_row(info);
+	char *bytes = realloc(*copy, data_bytes + scale_bytes + 1);
 
+	if (!bytes)
+		return fail(EXIT_SYSTEM, "out of memory for %zu bytes", data_bytes + scale_bytes);
+	*copy = bytes;
+	memcpy(bytes, view->data, data_bytes);
+	if (scale_bytes)
+		memcpy(bytes + data_bytes, kvscratch_view_scales(view), scale_bytes);
+	return 0;
+}
+
+/* A copy of all committed rows that no truncate came in between; *len says how many. */
+static int copy_rows(const struct kvscratch_view *view, char **copy, uint32_t *len)
+{
+	uint64_t state;
+
+	*copy = NULL;
+	do {
+		int err;
+
+		state = kvscratch_view_state(view);
 		*len = kvscratch_state_len(state);
-		bytes = (size_t)*len * view->info.row_bytes;
-		copy = realloc(*rows, bytes ? bytes : 1);
-		if (!copy) {
-			free(*rows);
-			return fail(EXIT_SYSTEM, "out of memory for %zu bytes", bytes);
+		err = copy_rows_at(view, state, copy);
+		if (err) {
+			free(*copy);
+			return err;
 		}
-		*rows = copy;
-		memcpy(copy, view->data, bytes);
-		if (kvscratch_view_valid_rows(view, state) == *len)
-			return 0;
+	} while (kvscratch_view_valid_rows(view, state) != *len);
+	return 0;
+}
+
+/* .npy has no scales: MXINT8 becomes f32, which holds it exactly, fractions f64. */
+static uint32_t npy_dtype(const struct kvscratch_info *info)
+{
+	if (info->dtype == KVSCRATCH_DTYPE_MXINT8)
+		return KVSCRATCH_DTYPE_F32;
+	return info->frac_bits ? KVSCRATCH_DTYPE_F64 : info->dtype;
+}
+
+static void write_npy(const struct kvscratch_info *info, const struct rows *rows, uint32_t len)
+{
+	char header[NPY_HEADER_BYTES];
+	size_t header_bytes = npy_write_header(header, len, info->dim, npy_dtype(info));
+	size_t count = (size_t)len * info->dim;
+
+	fwrite(header, 1, header_bytes, stdout);
+	if (npy_dtype(info) == info->dtype) {
+		fwrite(rows->data, info->row_bytes, len, stdout);
+		return;
+	}
+	for (size_t i = 0; i < count; i++) {
+		double wide = scaled_value(info, rows, i);
+		float narrow = (float)wide;
+
+		if (npy_dtype(info) == KVSCRATCH_DTYPE_F64)
+			fwrite(&wide, sizeof(wide), 1, stdout);
+		else
+			fwrite(&narrow, sizeof(narrow), 1, stdout);
+	}
+}
+
+/* As read() gives them: each row's elements, then its scales */
+static void write_raw(const struct kvscratch_info *info, const struct rows *rows, uint32_t len)
+{
+	for (size_t row = 0; row < len; row++) {
+		fwrite(rows->data + row * data_row_bytes(info), 1, data_row_bytes(info), stdout);
+		if (rows->scales)
+			fwrite(rows->scales + row * scales_per_row(info), 1, scales_per_row(info),
+			       stdout);
 	}
 }
 
 static int write_dump(const struct arguments *args, const struct kvscratch_info *info,
-		      const char *rows, uint32_t len)
+		      const char *copy, uint32_t len)
 {
-	char header[NPY_HEADER_BYTES];
+	struct rows rows = { .data = copy };
 
+	if (scales_per_row(info))
+		rows.scales = (const uint8_t *)copy + (size_t)len * data_row_bytes(info);
 	switch (args->format) {
 	case FORMAT_NPY:
-		fwrite(header, 1, npy_write_header(header, len, info->dim, info->dtype), stdout);
-		/* fall through */
+		write_npy(info, &rows, len);
+		break;
 	case FORMAT_RAW:
-		fwrite(rows, info->row_bytes, len, stdout);
+		write_raw(info, &rows, len);
 		break;
 	default:
 		for (uint32_t row = 0; row < len; row++)
-			print_row(info, rows + (size_t)row * info->row_bytes);
+			print_row(info, &rows, row);
 	}
 	return finish_output();
 }
@@ -633,7 +816,7 @@ static int check_dump(const struct arguments *args, const struct kvscratch_info 
 {
 	char header[NPY_HEADER_BYTES];
 
-	if (args->format == FORMAT_NPY && !npy_write_header(header, 0, info->dim, info->dtype))
+	if (args->format == FORMAT_NPY && !npy_write_header(header, 0, info->dim, npy_dtype(info)))
 		return fail(EXIT_INPUT, "--format: .npy has no type for %s; expected text or raw",
 			    kvscratch_dtype_name(info->dtype));
 	return 0;
@@ -816,12 +999,20 @@ static bool report_rows(struct watch *watch, uint64_t state)
 	const struct kvscratch_info *info = &watch->view.info;
 
 	while (watch->seen < kvscratch_state_len(state)) {
+		struct rows copy = { .data = watch->row };
+
 		memcpy(watch->row, (const char *)watch->view.data +
-		       (size_t)watch->seen * info->row_bytes, info->row_bytes);
+		       (size_t)watch->seen * data_row_bytes(info), data_row_bytes(info));
+		if (scales_per_row(info)) {
+			copy.scales = (const uint8_t *)watch->row + data_row_bytes(info);
+			memcpy(watch->row + data_row_bytes(info),
+			       kvscratch_view_scales(&watch->view) +
+			       (size_t)watch->seen * scales_per_row(info), scales_per_row(info));
+		}
 		if (kvscratch_view_valid_rows(&watch->view, state) <= watch->seen)
 			return false;
 		printf("%" PRIu32 ": ", watch->seen);
-		print_row(info, watch->row);
+		print_row(info, &copy, 0);
 		watch->seen++;
 	}
 	return true;
@@ -953,16 +1144,22 @@ static const struct verb verbs[] = {
 		.summary = "bind the handle to a new pad",
 		.help =
 "Usage: kvscratchctl [--fd N] create --max-seq-len N --dim N [--dtype TYPE]\n"
+"                    [--input TYPE] [--frac-bits N]\n"
 "Bind the handle to a new, zero-filled pad. All its memory is taken here.\n"
 "\n"
 "  --max-seq-len N  rows (tokens) that fit\n"
-"  --dim N          elements per row\n"
-"  --dtype TYPE     f64 f32 f16 bf16 i64 i32 i16 i8 u8 (f32)\n",
+"  --dim N          elements per row; a multiple of 32 for mxint8\n"
+"  --dtype TYPE     f64 f32 f16 bf16 i64 i32 i16 i8 u8 mxint8 (f32)\n"
+"  --input TYPE     f64 f32 f16 or bf16: what append takes, for the kernel to\n"
+"                   convert to mxint8, i64, i32, i16 or i8 (as stored)\n"
+"  --frac-bits N    fraction bits of an integer: i stands for i * 2^-N (0)\n",
 		.run = run_create,
 		.options = {
 			OPTION("max-seq-len", required_argument, OPT_MAX_SEQ_LEN),
 			OPTION("dim", required_argument, OPT_DIM),
 			OPTION("dtype", required_argument, OPT_DTYPE),
+			OPTION("input", required_argument, OPT_INPUT),
+			OPTION("frac-bits", required_argument, OPT_FRAC_BITS),
 			HELP, END
 		},
 	}, {
@@ -971,6 +1168,7 @@ static const struct verb verbs[] = {
 		.help =
 "Usage: kvscratchctl [--fd N] info [--json]\n"
 "Print one line: Scratchpad(len=3, capacity=10, dim=4)\n"
+"and for scaled integers a second one: mxint8, from f32, 0 saturated\n"
 "\n"
 "  --json  all there is to know, as one JSON object\n",
 		.run = run_info,
@@ -995,6 +1193,7 @@ static const struct verb verbs[] = {
 		.help =
 "Usage: kvscratchctl [--fd N] dump [--format FORMAT] [--output FILE]\n"
 "Write all committed rows, as they are at one moment; they are copied first.\n"
+"Scaled integers are scaled back in text, and in npy as f32 (mxint8) or f64.\n"
 "\n"
 "  --format FORMAT    text (a row per line), raw or npy (text)\n"
 "  -o, --output FILE  instead of stdout\n",

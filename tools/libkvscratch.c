@@ -28,11 +28,19 @@ static int kvscratch_ioctl(int fd, unsigned int cmd, void *arg)
 
 int kvscratch_create(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
 {
+	return kvscratch_create_scaled(fd, max_seq_len, dim, dtype, 0, 0);
+}
+
+int kvscratch_create_scaled(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype,
+			    uint32_t input_dtype, uint32_t frac_bits)
+{
 	struct kvscratch_create create = {
 		.size = sizeof(create),
 		.max_seq_len = max_seq_len,
 		.dim = dim,
 		.dtype = dtype,
+		.input_dtype = input_dtype,
+		.frac_bits = frac_bits,
 	};
 
 	return kvscratch_ioctl(fd, KVSCRATCH_IOC_CREATE, &create);
@@ -124,6 +132,7 @@ static const struct {
 	[KVSCRATCH_DTYPE_I16] = { "i16", 2 },
 	[KVSCRATCH_DTYPE_I8] = { "i8", 1 },
 	[KVSCRATCH_DTYPE_U8] = { "u8", 1 },
+	[KVSCRATCH_DTYPE_MXINT8] = { "mxint8", 1 },
 };
 
 const char *kvscratch_dtype_name(uint32_t dtype)
@@ -167,6 +176,8 @@ const char *kvscratch_strerror(int err)
 		return "out of memory, or the memory cgroup is full";
 	case ENOSPC:
 		return "the pad is full";
+	case EDOM:
+		return "a NaN or an infinity has no integer";
 	case ENOTTY:
 		return "not a handle of /dev/kvscratch";
 	default:

@@ -28,6 +28,13 @@ int kvscratch_open(int access);
 /* Bind @fd to a new pad of [max_seq_len, dim] elements of @dtype. */
 int kvscratch_create(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype);
 
+/*
+ * The same for a pad of integers that are made of the rows that an append takes:
+ * see struct kvscratch_create in <linux/kvscratch.h>. @input_dtype 0 is @dtype.
+ */
+int kvscratch_create_scaled(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype,
+			    uint32_t input_dtype, uint32_t frac_bits);
+
 /* Bind @fd to the pad of @src_fd. */
 int kvscratch_attach(int fd, int src_fd);
 
@@ -60,6 +67,14 @@ struct kvscratch_view {
 	struct kvscratch_info info;
 	size_t mapped_bytes;
 };
+
+/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad, otherwise NULL */
+static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
+{
+	if (view->info.nr_planes < 2)
+		return NULL;
+	return (const uint8_t *)view->data + view->info.planes[1].offset;
+}
 
 /* Map data and status page of @fd read-only. The view outlives @fd. */
 int kvscratch_map(int fd, struct kvscratch_view *view);

@@ -4,6 +4,8 @@
 
 #include "cli.h"
 
+#include <linux/kvscratch.h>
+
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -14,6 +16,10 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* What MXINT8 scales and elements count in; see <linux/kvscratch.h> */
+#define MX_BIAS		127
+#define MX_FRAC_BITS	6
 
 static int no_memory(void)
 {
@@ -255,6 +261,7 @@ static int alloc_activations(struct llama2_model *model)
 		{ &model->gate, shape->hidden_dim },
 		{ &model->up, shape->hidden_dim },
 		{ &model->scores, shape->seq_len },
+		{ &model->head_row, shape->head_size },
 		{ &model->cosines, shape->head_size / 2 },
 		{ &model->sines, shape->head_size / 2 },
 		{ &model->logits, shape->vocab_size },
@@ -532,8 +539,32 @@ static void rotate(const struct llama2_model *model, float *x, size_t n)
 	}
 }
 
-static void attend_head(struct llama2_model *model, const float *keys, const float *values,
-			uint32_t len, uint32_t head)
+/*
+ * Elements @at and up of row @row, one head's worth, as floats: where they lie, or
+ * scaled back into model->head_row. Every product is exact.
+ */
+static const float *head_of_row(struct llama2_model *model, const struct llama2_rows *rows,
+				size_t row, size_t at)
+{
+	size_t first = row * model->shape.kv_dim + at;
+	const int8_t *elements = rows->data;
+	float step = 0.0f;
+
+	if (!rows->scales)
+		return (const float *)rows->data + first;
+	for (size_t i = 0; i < model->shape.head_size; i++) {
+		size_t element = first + i;
+
+		if (!i || !(element % KVSCRATCH_MX_BLOCK))
+			step = ldexpf(1.0f, rows->scales[element / KVSCRATCH_MX_BLOCK] -
+				      MX_BIAS - MX_FRAC_BITS);
+		model->head_row[i] = (float)elements[element] * step;
+	}
+	return model->head_row;
+}
+
+static void attend_head(struct llama2_model *model, const struct llama2_rows *keys,
+			const struct llama2_rows *values, uint32_t head)
 {
 	const struct llama2_shape *shape = &model->shape;
 	size_t head_size = shape->head_size;
@@ -541,13 +572,15 @@ static void attend_head(struct llama2_model *model, const float *keys, const flo
 	const float *q = model->q + head * head_size;
 	float *out = model->attended + head * head_size;
 	float scale = sqrtf((float)head_size);
+	uint32_t len = keys->len;
 
 	for (size_t row = 0; row < len; row++)
-		model->scores[row] = dot(q, keys + row * shape->kv_dim + shared, head_size) / scale;
+		model->scores[row] = dot(q, head_of_row(model, keys, row, shared), head_size) /
+				     scale;
 	softmax(model->scores, len);
 	memset(out, 0, head_size * sizeof(float));
 	for (size_t row = 0; row < len; row++) {
-		const float *v = values + row * shape->kv_dim + shared;
+		const float *v = head_of_row(model, values, row, shared);
 
 		for (size_t i = 0; i < head_size; i++)
 			out[i] += model->scores[row] * v[i];
@@ -576,7 +609,7 @@ static int attention(struct llama2_model *model, struct llama2_rows *const *cach
 	if (err)
 		return err;
 	for (uint32_t head = 0; head < shape->n_heads; head++)
-		attend_head(model, keys->data, values->data, keys->len, head);
+		attend_head(model, keys, values, head);
 	multiply(normed, model->tensor[LLAMA2_WO] + layer * dim * dim, model->attended, dim, dim);
 	add(model->x, normed, dim);
 	return 0;

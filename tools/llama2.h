@@ -85,6 +85,7 @@ struct llama2_model {
 	float *gate;
 	float *up;
 	float *scores;
+	float *head_row;
 	float *cosines;
 	float *sines;
 	float *logits;
@@ -92,12 +93,14 @@ struct llama2_model {
 
 /**
  * struct llama2_rows - K or V of one layer
- * @data: the [len, kv_dim] array
+ * @data: the [len, kv_dim] array of floats, or of MXINT8 elements
+ * @scales: the [len, kv_dim / 32] array of their scales, NULL with floats
  * @len: rows in it
  * @append: add one row; returns 0 or an exit code after fail()
  */
 struct llama2_rows {
 	const void *data;
+	const uint8_t *scales;
 	uint32_t len;
 	int (*append)(struct llama2_rows *rows, const void *row);
 };

@@ -41,7 +41,7 @@
  * function" and kmemleak reports do not panic, so panic_on_warn misses them.
  */
 #define SUSPICIOUS \
-	"BUG[: ]|WARNING: |UBSAN|KASAN|KCSAN|Oops|INFO: |general protection fault[,:]|" \
+	"BUG[: ]|^WARNING: |UBSAN|KASAN|KCSAN|Oops|INFO: |general protection fault[,:]|" \
 	"possible (circular|recursive)|inconsistent lock|lock held when returning|" \
 	"suspicious RCU|leaked|cut here"
 

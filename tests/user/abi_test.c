@@ -11,14 +11,16 @@
 #define OFFSET(type, field, at) \
 	_Static_assert(offsetof(struct type, field) == (at), #type "." #field)
 
-_Static_assert(sizeof(struct kvscratch_create) == 24, "kvscratch_create");
+_Static_assert(sizeof(struct kvscratch_create) == 32, "kvscratch_create");
 OFFSET(kvscratch_create, flags, 4);
 OFFSET(kvscratch_create, max_seq_len, 8);
 OFFSET(kvscratch_create, dim, 16);
 OFFSET(kvscratch_create, dtype, 20);
+OFFSET(kvscratch_create, input_dtype, 24);
+OFFSET(kvscratch_create, frac_bits, 28);
 _Static_assert(sizeof(struct kvscratch_plane) == 16, "kvscratch_plane");
 OFFSET(kvscratch_plane, row_bytes, 8);
-_Static_assert(sizeof(struct kvscratch_info) == 112, "kvscratch_info");
+_Static_assert(sizeof(struct kvscratch_info) == 128, "kvscratch_info");
 OFFSET(kvscratch_info, max_seq_len, 8);
 OFFSET(kvscratch_info, len, 16);
 OFFSET(kvscratch_info, dim, 24);
@@ -31,6 +33,9 @@ OFFSET(kvscratch_info, data_bytes, 56);
 OFFSET(kvscratch_info, status_offset, 64);
 OFFSET(kvscratch_info, nr_planes, 72);
 OFFSET(kvscratch_info, planes, 80);
+OFFSET(kvscratch_info, input_dtype, 112);
+OFFSET(kvscratch_info, frac_bits, 116);
+OFFSET(kvscratch_info, saturated, 120);
 _Static_assert(sizeof(struct kvscratch_truncate) == 16, "kvscratch_truncate");
 OFFSET(kvscratch_truncate, len, 8);
 _Static_assert(sizeof(struct kvscratch_attach) == 16, "kvscratch_attach");
@@ -136,11 +141,17 @@ TEST_F(abi, create_einval)
 	REFUSE(dim, 1u << 30);
 	REFUSE(dim, UINT32_MAX);
 	REFUSE(dtype, 0);
-	REFUSE(dtype, KVSCRATCH_DTYPE_U8 + 1);
+	/* a row is no whole block */
+	REFUSE(dtype, KVSCRATCH_DTYPE_MXINT8);
+	REFUSE(dtype, KVSCRATCH_DTYPE_MXINT8 + 1);
 	REFUSE(dtype, UINT32_MAX);
 	REFUSE(size, 0);
 	REFUSE(size, 4);
-	REFUSE(size, sizeof(create) - 1);
+	/* the first version ends with dtype */
+	REFUSE(size, offsetof(struct kvscratch_create, input_dtype) - 1);
+	REFUSE(input_dtype, KVSCRATCH_DTYPE_I32);
+	REFUSE(input_dtype, UINT32_MAX);
+	REFUSE(frac_bits, 1);
 #undef REFUSE
 
 	/* and the handle is as good as before */
@@ -218,7 +229,7 @@ TEST_F(abi, info_einval)
 		EXPECT_ERRNO(EINVAL, ioctl(self->pad, KVSCRATCH_IOC_INFO, words));
 	}
 	memset(words, 0, sizeof(words));
-	words[0] = sizeof(words) - 1;
+	words[0] = offsetof(struct kvscratch_info, input_dtype) - 1;
 	EXPECT_ERRNO(EINVAL, ioctl(self->pad, KVSCRATCH_IOC_INFO, words));
 }
 

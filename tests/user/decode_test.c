@@ -105,6 +105,27 @@ TEST_F_TIMEOUT(decode, pads_and_heap_give_the_same_text, TEST_SECONDS)
 					     "2", "--steps", "150"));
 }
 
+/* The kernel converts K and V as the same code does on the heap. */
+TEST_F_TIMEOUT(decode, mxint8_pads_and_heap_give_the_same_text, TEST_SECONDS)
+{
+	static struct program plain, scaled;
+
+	expect_same_text(_metadata, KVDECODE("--kv", "mxint8", "--steps", "150"));
+	expect_same_text(_metadata, KVDECODE("--kv", "mxint8", "--temperature", "1", "--seed", "4",
+					     "--steps", "100"));
+
+	/* and to the last bit of every logit */
+	start(&plain, KVDECODE("--kv", "mxint8", "--steps", "20", "--logits", "/tmp/pads.logits"));
+	EXPECT_EQ(0, finish(&plain));
+	start(&scaled, KVDECODE("--kv", "mxint8", "--steps", "20", "--cache", "heap", "--logits",
+				"/tmp/heap.logits"));
+	EXPECT_EQ(0, finish(&scaled));
+	EXPECT_EQ(0, system("cmp /tmp/pads.logits /tmp/heap.logits"));
+	start(&plain, KVDECODE("--steps", "20", "--logits", "/tmp/heap.logits"));
+	EXPECT_EQ(0, finish(&plain));
+	EXPECT_NE(0, system("cmp -s /tmp/pads.logits /tmp/heap.logits"));
+}
+
 static bool have_model(void)
 {
 	glob_t found;
@@ -122,6 +143,8 @@ TEST_F_TIMEOUT(decode, story_is_the_same_on_pads_and_heap, TEST_SECONDS)
 	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--steps", "150"));
 	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--temperature",
 					     "0.9", "--seed", "11", "--steps", "100"));
+	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--kv", "mxint8",
+					     "--steps", "100"));
 }
 
 /* Handles for a decoder to work on, which outlive it */
@@ -199,6 +222,7 @@ TEST_F_TIMEOUT(decode, next_decoder_goes_on_where_a_killed_one_ended, TEST_SECON
 	die_and_go_on(_metadata, KVDECODE("--steps", "150"));
 	/* chance, too, is a matter of the position */
 	die_and_go_on(_metadata, KVDECODE("--steps", "150", "--temperature", "1", "--seed", "3"));
+	die_and_go_on(_metadata, KVDECODE("--steps", "100", "--kv", "mxint8"));
 }
 
 /* Without luck: pads as a death in the middle of a step leaves them */

@@ -800,6 +800,33 @@ TEST_F_TIMEOUT(faults, in_create, TEST_SECONDS)
 	close(self->handle);
 }
 
+/* A pad that converts has a buffer, and one more plane. */
+static int sweep_create_scaled(FIXTURE_DATA(faults) *self)
+{
+	return kvscratch_create_scaled(self->handle, SWEEP_ROWS, FAULT_ROW_BYTES,
+				       KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+}
+
+static int after_create_scaled(FIXTURE_DATA(faults) *self, int err)
+{
+	err = err ? sweep_create_scaled(self) : 0;
+	close(self->handle);
+	self->handle = kvscratch_open(O_RDWR);
+	return err;
+}
+
+TEST_F_TIMEOUT(faults, in_create_scaled, TEST_SECONDS)
+{
+	NEED_FAULT_INJECTION();
+	/* room for one, as in the other sweeps */
+	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
+			    charged_bytes(SWEEP_ROWS + 1, FAULT_ROW_BYTES) + (16 << 10));
+	self->handle = kvscratch_open(O_RDWR);
+	ASSERT_LE(0, self->handle);
+	EXPECT_LE(SWEEP_ROWS + 3, sweep(_metadata, self, sweep_create_scaled, after_create_scaled));
+	close(self->handle);
+}
+
 static int sweep_map(FIXTURE_DATA(faults) *self)
 {
 	return kvscratch_map(self->pad, &self->view);
@@ -993,6 +1020,29 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	EXPECT_EQ(len, len_of(self->pad));
 	unwatch(&watchers);
 	kvscratch_unmap(&view);
+	munmap(rows, bytes);
+}
+
+TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
+{
+	const size_t bytes = 8 * FAULT_ROW_BYTES * sizeof(float);
+	float *rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	NEED_FAULT_INJECTION();
+	ASSERT_NE(MAP_FAILED, (void *)rows);
+	ASSERT_EQ(0, mlock(rows, bytes));
+	set_limits(1 << 30, 1 << 30);
+	self->handle = kvscratch_open(O_RDWR);
+	ASSERT_LE(0, self->handle);
+	ASSERT_EQ(0, sweep_create_scaled(self));
+	EXPECT_NO_ALLOCATION(0, kvscratch_append(self->handle, rows, bytes));
+	EXPECT_NO_ALLOCATION(FAULT_ROW_BYTES, read(self->handle, rows, FAULT_ROW_BYTES));
+	rows[FAULT_ROW_BYTES - 1] = __builtin_nanf("");
+	EXPECT_NO_ALLOCATION(-EDOM, kvscratch_append(self->handle, rows, bytes));
+	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->handle, 1, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_EQ(1, len_of(self->handle));
+	close(self->handle);
 	munmap(rows, bytes);
 }
 

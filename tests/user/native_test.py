@@ -193,6 +193,7 @@ def wrong_options():
             (["--temperature", "nan"], "got \"nan\""),
             (["--top-p", "1.5"], "--top-p: expected a number from 0 to 1, got \"1.5\""),
             (["--cache", "disk"], "--cache: expected pads or heap, got \"disk\""),
+            (["--kv", "f16"], "--kv: expected f32 or mxint8, got \"f16\""),
             (["--handles", "2"], "--handles: expected an integer from 3"),
             (["--wait-reader"], "--wait-reader: expected --serve with it"),
             (["--cache", "heap", "--serve", "x"], "expected --cache pads, got --cache heap"),
@@ -243,6 +244,28 @@ def prompts_become_tokens_and_text_again():
                      *model.arguments(), "--prompt", "ababababababababababababab")
         expect_error(1, "bytes for 12 positions, got", "kvdecode", "--cache", "heap",
                      *model.arguments(), "--prompt", "ab" * 500)
+
+
+@test
+def scaled_cache():
+    plain, scaled = text_of("--steps", 60), text_of("--steps", 60, "--kv", "mxint8")
+    expect(len(scaled) > 30 and scaled[:8] == plain[:8], f"{plain!r}, {scaled!r}")
+    with tempfile.TemporaryDirectory() as directory:
+        # rows of 4 elements are no whole block
+        model = Model(directory, True)
+        expect_error(1, "--kv mxint8: expected rows of a multiple of 32 elements, got 4",
+                     "kvdecode", "--cache", "heap", "--kv", "mxint8", *model.arguments())
+        for kv in ("f32", "mxint8"):
+            run("kvdecode", "--cache", "heap", "--kv", kv, "--steps", 9, "--logits",
+                pathlib.Path(directory) / kv)
+        logits = [(pathlib.Path(directory) / kv).read_bytes() for kv in ("f32", "mxint8")]
+        expect(len(logits[0]) == len(logits[1]) == 9 * 512 * 4, f"{len(logits[0])} bytes")
+        first = [struct.unpack("<512f", text[:2048]) for text in logits]
+        differences = [abs(a - b) for a, b in zip(*first)]
+        # a byte per element is good for two digits or so
+        expect(0 < max(differences) < 0.05 * max(map(abs, first[0])), f"{max(differences)}")
+        expect_error(3, "cannot open", "kvdecode", "--cache", "heap", "--logits",
+                     pathlib.Path(directory) / "no" / "such")
 
 
 @test

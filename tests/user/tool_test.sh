@@ -57,9 +57,9 @@ expect "an option too few" 1 "kvscratchctl create: expected --max-seq-len and --
 run kvscratchctl create --max-seq-len -5 --dim 1
 expect "a negative number" 1 "kvscratchctl create: --max-seq-len: expected an integer from 1 to 4294967295, got \"-5\""
 run kvscratchctl create --max-seq-len 1 --dim 1 --dtype f33
-expect "an unknown dtype" 1 "kvscratchctl create: --dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 or u8, got \"f33\""
+expect "an unknown dtype" 1 "kvscratchctl create: --dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 u8 or mxint8, got \"f33\""
 run kvscratchctl create --max-seq-len 1 --dim 4194305
-expect "a row too long" 1 "kvscratchctl create: --dim: expected at most 4194304 of f32, got 4194305"
+expect "a row too long" 1 "kvscratchctl create: --dim: expected rows of at most 16777216 bytes, got 16777220"
 run kvscratchctl dump --format png
 expect "an unknown format" 1 "kvscratchctl dump: --format: expected text, raw or npy, got \"png\""
 run kvscratchctl info --frobnicate
@@ -99,7 +99,7 @@ expect "append a file" 0 ""
 run kvscratchctl info
 expect "the Display line" 0 "Scratchpad(len=3, capacity=10, dim=4)"
 run kvscratchctl info --json
-expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096}'
+expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "input_dtype": "f32", "input_row_bytes": 16, "frac_bits": 0, "saturated": 0}'
 run kvscratchctl dump
 expect "dump as text" 0 "1 2 3 4
 -0.5 0.100000001 inf nan
@@ -263,6 +263,71 @@ exec 3>&-
 new_pad 1 1 bf16
 run kvscratchctl dump --format npy
 expect "no .npy of bf16" 1 "kvscratchctl dump: --format: .npy has no type for bf16; expected text or raw"
+
+# Scaled integers
+run kvscratchctl create --max-seq-len 1 --dim 33 --dtype mxint8
+expect "half a block" 1 "kvscratchctl create: --dim: expected a multiple of 32 for mxint8, got 33"
+run kvscratchctl create --max-seq-len 1 --dim 32 --dtype u8 --input f32
+expect "no conversion to u8" 1 "kvscratchctl create: --input: expected u8 for --dtype u8, got f32"
+run kvscratchctl create --max-seq-len 1 --dim 32 --dtype i8 --input i16
+expect "no conversion from i16" 1 "kvscratchctl create: --input: expected i8 f64 f32 f16 or bf16 for --dtype i8, got i16"
+run kvscratchctl create --max-seq-len 1 --dim 32 --frac-bits 3
+expect "no fraction bits of f32" 1 "kvscratchctl create: --frac-bits: expected --dtype i64 i32 i16 or i8, got f32"
+exec 3>&-
+exec 3<>/dev/kvscratch
+run kvscratchctl create --max-seq-len 4 --dim 32 --dtype mxint8 --input f32
+expect "create of mxint8" 0 ""
+# 1.0, -1.984375 = -127 / 64 and zeros; then 32 times 2^-60
+{
+	printf '\000\000\200\077\000\000\376\277'
+	head -c 120 /dev/zero
+	for _ in 1 2 3 4 5 6 7 8; do
+		printf '\000\000\200\041\000\000\200\041\000\000\200\041\000\000\200\041'
+	done
+} >floats
+run kvscratchctl append floats
+expect "append of floats" 0 ""
+run kvscratchctl info
+expect "info names the format" 0 "Scratchpad(len=2, capacity=4, dim=32)
+mxint8, from f32, 0 saturated"
+zeros=$(printf '%30s' '' | sed 's/ / 0/g')
+tiny=$(printf '%31s' '' | sed 's/ / 8.6736173798840355e-19/g')
+run kvscratchctl dump
+expect "values scaled back" 0 "1 -1.984375$zeros
+8.6736173798840355e-19$tiny"
+kvscratchctl dump --format raw >records
+{
+	printf '\100\201'
+	head -c 30 /dev/zero
+	printf '\177@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@C'
+} >expected
+run cmp records expected
+expect "records are elements and scales" 0 ""
+kvscratchctl dump --format npy >back.npy
+{
+	npy '<f4' False '2, 32'
+	cat floats
+} >expected
+run cmp back.npy expected
+expect "as .npy it is f32 again" 0 ""
+run sh -c "printf '\\000\\000\\300\\177%124s' '' | kvscratchctl append"
+expect "a NaN" 2 "kvscratchctl append: descriptor 3: cannot append: a NaN or an infinity has no integer"
+exec 3>&-
+new_pad 4 32 mxint8
+run kvscratchctl append records
+expect "append of records" 0 ""
+run sh -c 'kvscratchctl dump --format npy | cmp - back.npy'
+expect "records are the same pad again" 0 ""
+exec 3>&-
+exec 3<>/dev/kvscratch
+kvscratchctl create --max-seq-len 4 --dim 2 --dtype i16 --input f64 --frac-bits 8
+# 1.5, -1000.0
+printf '\000\000\000\000\000\000\370\077\000\000\000\000\000\100\217\300' | kvscratchctl append
+run kvscratchctl dump
+expect "fixed point" 0 "1.5 -128"
+run kvscratchctl info
+expect "clamped elements are counted" 0 "Scratchpad(len=1, capacity=4, dim=2)
+i16 with 8 fraction bits, from f64, 1 saturated"
 
 # watch: each step waits until the watcher has told of the one before.
 exec 3>&-

@@ -21,10 +21,11 @@
  * write(), writev() and io_uring writes append a whole number of rows, all of
  * them or none, wherever the file position is. read() and pread() see the
  * committed rows as one byte stream. mmap() shows the pad read-only and
- * shared: the data from offset 0, and one page of &struct kvscratch_status at
- * the offset that KVSCRATCH_IOC_INFO reports. Every byte of the data region
- * stays mapped; bytes at or beyond row len are unspecified. The pad is freed
- * when the last handle and the last view of it are gone.
+ * shared: the data from offset 0, behind it the scales of an MXINT8 pad, and one
+ * page of &struct kvscratch_status at the offset that KVSCRATCH_IOC_INFO
+ * reports. Every byte of data and scales stays mapped; those of row len and above
+ * are unspecified. The pad is freed when the last handle and the last view of it
+ * are gone.
  *
  * The file position belongs to the open file, which threads, dup(), fork() and
  * SCM_RIGHTS share. An append does not use it, but a write() that returns puts
@@ -50,7 +51,9 @@
  * - EBUSY: the handle is bound already
  * - EINVAL: a wrong value: size below the first version of the struct, an
  *   unknown flag or dtype, an output field that is not zero, dim or
- *   max_seq_len zero or above the format's bounds, a write that is not a whole
+ *   max_seq_len zero or above the format's bounds, dtype, input_dtype and
+ *   frac_bits that do not go together, a dim that is no multiple of the block
+ *   of MXINT8, a write that is not a whole
  *   number of rows or so long that the kernel may have cut it (see
  *   KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a position
  *   outside the pad, a src_fd that is not a kvscratch handle, an operation that
@@ -63,6 +66,8 @@
  *   io_uring
  * - ENOSPC: the rows do not fit; nothing was committed
  * - EFAULT: bad user memory; nothing was committed
+ * - EDOM: a NaN or an infinity that would have to become an integer; nothing
+ *   was committed
  * - EACCES: CREATE or TRUNCATE on a handle that is not open for write, ATTACH
  *   with more rights than its source, mmap of a handle that is not open for
  *   read
@@ -104,9 +109,11 @@
  * @KVSCRATCH_DTYPE_I8: two's complement, 1 byte
  * @KVSCRATCH_DTYPE_U8: opaque bytes; with dim = bytes per row it carries any
  *	format that is not listed
+ * @KVSCRATCH_DTYPE_MXINT8: signed bytes, each block of KVSCRATCH_MX_BLOCK of
+ *	which shares a scale byte, in a plane of its own; see
+ *	&struct kvscratch_create
  *
- * Elements are in the byte order of the machine. The kernel carries them as
- * bits and never computes with them.
+ * Elements are in the byte order of the machine.
  */
 enum kvscratch_dtype {
 	KVSCRATCH_DTYPE_F64 = 1,
@@ -117,8 +124,15 @@ enum kvscratch_dtype {
 	KVSCRATCH_DTYPE_I32 = 6,
 	KVSCRATCH_DTYPE_I16 = 7,
 	KVSCRATCH_DTYPE_I8 = 8,
-	KVSCRATCH_DTYPE_U8 = 9
+	KVSCRATCH_DTYPE_U8 = 9,
+	KVSCRATCH_DTYPE_MXINT8 = 10
 };
+
+/* Elements of MXINT8 that share a scale */
+#define KVSCRATCH_MX_BLOCK	32
+
+/* The most fraction bits that integers may have */
+#define KVSCRATCH_MAX_FRAC_BITS	62
 
 /**
  * struct kvscratch_create - ioctl(KVSCRATCH_IOC_CREATE)
@@ -127,10 +141,29 @@ enum kvscratch_dtype {
  * @max_seq_len: capacity in rows, 1 to KVSCRATCH_MAX_SEQ_LEN
  * @dim: elements per row, at least 1; a row has at most
  *	KVSCRATCH_MAX_ROW_BYTES bytes
- * @dtype: one of &enum kvscratch_dtype
+ * @dtype: one of &enum kvscratch_dtype: what is stored
+ * @input_dtype: what write() takes: 0 or @dtype for rows as they are stored; F64,
+ *	F32, F16 or BF16 to have them converted to MXINT8, I8, I16, I32 or I64
+ * @frac_bits: for I8, I16, I32 and I64: fraction bits of an element, 0 to
+ *	KVSCRATCH_MAX_FRAC_BITS; otherwise 0
  *
  * Bind the handle to a new, zero-filled pad. All memory of the pad is
  * allocated and charged to the caller's memory cgroup here and nowhere else.
+ *
+ * An integer i with f fraction bits has the value i * 2^-f; x is stored as
+ * x * 2^f, rounded half to even and clamped to the range of the type.
+ *
+ * MXINT8 is that of the OCP Microscaling Formats (MX) Specification 1.0: dim is
+ * a multiple of 32, and each 32 elements of a row share a scale byte s. An
+ * element i has the value i * 2^-6 * 2^(s - 127). With a the largest magnitude
+ * of the 32 and e = floor(log2(a)), clamped to -127 .. 127, s is e + 127 and x is
+ * stored as x * 2^(6 - e), rounded half to even and clamped to -127 .. 127; of
+ * zeros s is 0. The first plane of the mapping is the [max_seq_len, dim] array of
+ * elements, the second the [max_seq_len, dim / 32] array of scales. A stored
+ * row, as read() gives it and write() takes it without an @input_dtype, is the
+ * elements of a row and then its scales.
+ *
+ * NaN and infinities are EDOM. Negative zero is stored as 0.
  *
  * Errors: EBUSY, EINVAL, E2BIG, EFAULT, EACCES, EDQUOT, ENOMEM, EINTR.
  */
@@ -140,6 +173,8 @@ struct kvscratch_create {
 	__aligned_u64 max_seq_len;
 	__u32 dim;
 	__u32 dtype;
+	__u32 input_dtype;
+	__u32 frac_bits;
 };
 
 #define KVSCRATCH_IOC_CREATE	_IO(KVSCRATCH_IOC_MAGIC, 0)
@@ -175,6 +210,10 @@ struct kvscratch_plane {
  * @nr_planes: out: how many entries of @planes are in use
  * @reserved: 0
  * @planes: out: the layout of the mapping, data first
+ * @input_dtype: out: one of &enum kvscratch_dtype: what write() takes
+ * @frac_bits: out: fraction bits of an element
+ * @saturated: out: elements that were clamped by appends so far, those that a
+ *	truncate dropped included
  *
  * Describe the pad. Needs no rights. The fields are one consistent snapshot.
  *
@@ -196,6 +235,9 @@ struct kvscratch_info {
 	__u32 nr_planes;
 	__u32 reserved;
 	struct kvscratch_plane planes[KVSCRATCH_MAX_PLANES];
+	__u32 input_dtype;
+	__u32 frac_bits;
+	__aligned_u64 saturated;
 };
 
 #define KVSCRATCH_IOC_INFO	_IO(KVSCRATCH_IOC_MAGIC, 1)

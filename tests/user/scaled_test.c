@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Pads of scaled integers: that the kernel stores what the same arithmetic gives
+ * here, what CREATE allows, and that two planes behave as one pad.
+ */
+#include "common.h"
+
+#include "../../kvscratch_scale.h"
+
+#define DIM 96u
+#define SCALES (DIM / KVSCRATCH_MX_BLOCK)
+#define RECORD_BYTES (DIM + SCALES)
+#define ROWS 200u
+
+/* An open handle with a new pad, or -errno */
+static int new_scaled(uint64_t rows, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
+		      uint32_t frac_bits)
+{
+	int fd = kvscratch_open(O_RDWR);
+	int err;
+
+	if (fd < 0)
+		return fd;
+	err = kvscratch_create_scaled(fd, rows, dim, dtype, input_dtype, frac_bits);
+	if (err) {
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+static int try_scaled(uint64_t rows, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
+		      uint32_t frac_bits)
+{
+	int fd = new_scaled(rows, dim, dtype, input_dtype, frac_bits);
+
+	if (fd < 0)
+		return fd;
+	close(fd);
+	return 0;
+}
+
+/* A generator of our own, so that each run has the same input */
+static uint64_t next_random(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+static const uint32_t floats[] = {
+	KVSCRATCH_DTYPE_F64, KVSCRATCH_DTYPE_F32, KVSCRATCH_DTYPE_F16, KVSCRATCH_DTYPE_BF16,
+};
+
+static const uint32_t integers[] = {
+	KVSCRATCH_DTYPE_I64, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_I8,
+};
+
+/* Bits of a finite number; with @near, exponents close to each other */
+static uint64_t finite_bits(uint32_t dtype, uint64_t random, bool near)
+{
+	static const unsigned int mant_bits[] = { 0, 52, 23, 10, 7 };
+	static const unsigned int exp_bits[] = { 0, 11, 8, 5, 8 };
+	unsigned int mant = mant_bits[dtype], exp = exp_bits[dtype];
+	uint64_t max_exp = (1ull << exp) - 1;
+	uint64_t biased = random >> 52 & max_exp;
+
+	if (near)
+		biased = max_exp / 2 - biased % 12;
+	if (biased == max_exp)
+		biased--;
+	return (random >> 63) << (mant + exp) | biased << mant | (random & ((1ull << mant) - 1));
+}
+
+static void *random_input(uint32_t dtype, size_t count, uint64_t seed, bool near)
+{
+	uint32_t size = kvscratch_dtype_size(dtype);
+	uint8_t *input = malloc(count * size);
+	uint64_t state = seed;
+
+	if (!input)
+		abort();
+	for (size_t i = 0; i < count; i++) {
+		uint64_t bits = finite_bits(dtype, next_random(&state), near);
+
+		/* a row or two of zeros */
+		if (i / DIM % 50 == 7)
+			bits = 0;
+		memcpy(input + i * size, &bits, size);
+	}
+	return input;
+}
+
+TEST(what_goes_together)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(floats); i++) {
+		EXPECT_EQ(0, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, floats[i], 0));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, floats[i], 1));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 33, KVSCRATCH_DTYPE_MXINT8, floats[i], 0));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 16, KVSCRATCH_DTYPE_MXINT8, floats[i], 0));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_U8, floats[i], 0));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, floats[i], KVSCRATCH_DTYPE_I8, 0));
+		EXPECT_EQ(0, try_scaled(1, 32, floats[i], floats[i], 0));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, floats[i], 0, 1));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, floats[i], floats[!i], 0));
+		for (size_t j = 0; j < ARRAY_SIZE(integers); j++) {
+			EXPECT_EQ(0, try_scaled(1, 33, integers[j], floats[i], 0));
+			EXPECT_EQ(0, try_scaled(1, 33, integers[j], floats[i], 62));
+			EXPECT_EQ(-EINVAL, try_scaled(1, 33, integers[j], floats[i], 63));
+		}
+	}
+	for (size_t j = 0; j < ARRAY_SIZE(integers); j++) {
+		EXPECT_EQ(0, try_scaled(1, 33, integers[j], 0, 62));
+		EXPECT_EQ(0, try_scaled(1, 33, integers[j], integers[j], 5));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 33, integers[j], integers[!j], 5));
+		EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, integers[j], 0));
+	}
+	EXPECT_EQ(0, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, 0, 0));
+	EXPECT_EQ(0, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_MXINT8, 0));
+	EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, 11, 0));
+	EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_MXINT8, UINT32_MAX, 0));
+	EXPECT_EQ(-EINVAL, try_scaled(1, 32, KVSCRATCH_DTYPE_U8, 0, 1));
+	/* the longest row, as stored and as appended */
+	EXPECT_EQ(0, try_scaled(1, 1 << 21, KVSCRATCH_DTYPE_I8, KVSCRATCH_DTYPE_F64, 0));
+	EXPECT_EQ(-EINVAL, try_scaled(1, (1 << 21) + 1, KVSCRATCH_DTYPE_I8, KVSCRATCH_DTYPE_F64, 0));
+	EXPECT_EQ(-EINVAL, try_scaled(1, 1 << 24, KVSCRATCH_DTYPE_MXINT8, 0, 0));
+}
+
+TEST(info_tells_the_format)
+{
+	const size_t page = page_bytes();
+	struct kvscratch_info info;
+	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F16, 0);
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(KVSCRATCH_DTYPE_MXINT8, info.dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, info.input_dtype);
+	EXPECT_EQ(0, info.frac_bits);
+	EXPECT_EQ(0, info.saturated);
+	EXPECT_EQ(RECORD_BYTES, info.row_bytes);
+	EXPECT_EQ(DIM * 2, info.input_row_bytes);
+	EXPECT_EQ(2, info.nr_planes);
+	EXPECT_EQ(0, info.planes[0].offset);
+	EXPECT_EQ(DIM, info.planes[0].row_bytes);
+	EXPECT_EQ((ROWS * DIM + page - 1) / page * page, info.planes[1].offset);
+	EXPECT_EQ(SCALES, info.planes[1].row_bytes);
+	EXPECT_EQ(info.planes[1].offset + (ROWS * SCALES + page - 1) / page * page,
+		  info.status_offset);
+	EXPECT_EQ(ROWS * RECORD_BYTES, info.data_bytes);
+	close(fd);
+
+	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_F64, 17);
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(KVSCRATCH_DTYPE_I32, info.dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F64, info.input_dtype);
+	EXPECT_EQ(17, info.frac_bits);
+	EXPECT_EQ(20, info.row_bytes);
+	EXPECT_EQ(40, info.input_row_bytes);
+	EXPECT_EQ(1, info.nr_planes);
+	close(fd);
+
+	/* as stored: the input type is the stored one */
+	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I8, 0, 7);
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(KVSCRATCH_DTYPE_I8, info.input_dtype);
+	EXPECT_EQ(7, info.frac_bits);
+	EXPECT_EQ(5, info.input_row_bytes);
+	close(fd);
+}
+
+/* Callers that were built before there were scaled integers */
+TEST(first_versions_of_the_structs_still_do)
+{
+	struct kvscratch_create create = {
+		.size = offsetof(struct kvscratch_create, input_dtype),
+		.max_seq_len = 4,
+		.dim = 8,
+		.dtype = KVSCRATCH_DTYPE_F32,
+		/* not seen */
+		.input_dtype = 77,
+		.frac_bits = 77,
+	};
+	struct kvscratch_info info = { .size = offsetof(struct kvscratch_info, input_dtype) };
+	int fd = kvscratch_open(O_RDWR);
+
+	ASSERT_LE(0, fd);
+	create.size--;
+	EXPECT_ERRNO(EINVAL, ioctl(fd, KVSCRATCH_IOC_CREATE, &create));
+	create.size++;
+	ASSERT_EQ(0, ioctl(fd, KVSCRATCH_IOC_CREATE, &create));
+	info.saturated = 77;
+	ASSERT_EQ(0, ioctl(fd, KVSCRATCH_IOC_INFO, &info));
+	EXPECT_EQ(offsetof(struct kvscratch_info, input_dtype), info.size);
+	EXPECT_EQ(32, info.input_row_bytes);
+	EXPECT_EQ(77, info.saturated);
+	info.size--;
+	EXPECT_ERRNO(EINVAL, ioctl(fd, KVSCRATCH_IOC_INFO, &info));
+	close(fd);
+}
+
+/* Append in batches of every kind; returns 0 or -errno */
+static int append_in_batches(int fd, const uint8_t *input, size_t row_bytes)
+{
+	uint32_t row = 0, batch = 1;
+
+	while (row < ROWS) {
+		uint32_t count = batch < ROWS - row ? batch : ROWS - row;
+		int err = kvscratch_append(fd, input + row * row_bytes, count * row_bytes);
+
+		if (err)
+			return err;
+		row += count;
+		batch = batch * 3 % 64 + 1;
+	}
+	return 0;
+}
+
+static void check_mxint8(struct __test_metadata *_metadata, uint32_t dtype, bool near)
+{
+	size_t row_bytes = DIM * kvscratch_dtype_size(dtype);
+	uint8_t *input = random_input(dtype, ROWS * DIM, dtype + 1, near);
+	int8_t *elements = malloc(ROWS * DIM);
+	uint8_t *scales = malloc(ROWS * SCALES);
+	uint8_t *records = malloc(ROWS * RECORD_BYTES);
+	long saturated = kvs_scale_mxint8(dtype, input, ROWS * SCALES, elements, scales);
+	struct kvscratch_view view;
+	struct kvscratch_info info;
+	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, dtype, 0);
+	int copy = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+
+	ASSERT_LE(0, saturated);
+	ASSERT_LE(0, fd);
+	ASSERT_LE(0, copy);
+	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, append_in_batches(fd, input, row_bytes));
+	EXPECT_EQ(0, memcmp(view.data, elements, ROWS * DIM));
+	EXPECT_EQ(0, memcmp(kvscratch_view_scales(&view), scales, ROWS * SCALES));
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(saturated, info.saturated);
+
+	/* the stream of records, and back */
+	ASSERT_EQ(ROWS * RECORD_BYTES, pread(fd, records, ROWS * RECORD_BYTES, 0));
+	for (uint32_t row = 0; row < ROWS; row++) {
+		const uint8_t *record = records + row * RECORD_BYTES;
+
+		ASSERT_EQ(0, memcmp(record, elements + row * DIM, DIM));
+		ASSERT_EQ(0, memcmp(record + DIM, scales + row * SCALES, SCALES));
+	}
+	kvscratch_unmap(&view);
+	ASSERT_EQ(0, append_in_batches(copy, records, RECORD_BYTES));
+	ASSERT_EQ(0, kvscratch_map(copy, &view));
+	EXPECT_EQ(0, memcmp(view.data, elements, ROWS * DIM));
+	EXPECT_EQ(0, memcmp(kvscratch_view_scales(&view), scales, ROWS * SCALES));
+	kvscratch_unmap(&view);
+	close(copy);
+	close(fd);
+	free(records);
+	free(scales);
+	free(elements);
+	free(input);
+}
+
+TEST(mxint8_is_what_the_arithmetic_gives)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(floats); i++) {
+		check_mxint8(_metadata, floats[i], true);
+		check_mxint8(_metadata, floats[i], false);
+	}
+}
+
+TEST(fixed_is_what_the_arithmetic_gives)
+{
+	static const uint32_t frac_bits[] = { 0, 5, 13, 62 };
+	/* no multiple of a block */
+	const uint32_t dim = 91;
+
+	for (size_t i = 0; i < ARRAY_SIZE(floats) * ARRAY_SIZE(integers) * 4; i++) {
+		uint32_t dtype = floats[i % 4], stored = integers[i / 4 % 4];
+		uint32_t f = frac_bits[i / 16], size = kvscratch_dtype_size(stored);
+		uint8_t *input = random_input(dtype, ROWS * dim, i + 1, true);
+		uint8_t *expected = malloc(ROWS * dim * size);
+		long saturated = kvs_scale_fixed(dtype, input, ROWS * dim, f, size, expected);
+		struct kvscratch_view view;
+		struct kvscratch_info info;
+		int fd = new_scaled(ROWS, dim, stored, dtype, f);
+
+		ASSERT_LE(0, saturated);
+		ASSERT_LE(0, fd);
+		ASSERT_EQ(0, append_in_batches(fd, input, dim * kvscratch_dtype_size(dtype)));
+		ASSERT_EQ(0, kvscratch_map(fd, &view));
+		EXPECT_EQ(0, memcmp(view.data, expected, ROWS * dim * size))
+			TH_LOG("from %u to %u with %u", dtype, stored, f);
+		ASSERT_EQ(0, kvscratch_info(fd, &info));
+		EXPECT_EQ(saturated, info.saturated);
+		kvscratch_unmap(&view);
+		close(fd);
+		free(expected);
+		free(input);
+	}
+}
+
+/* Nothing of a batch with a NaN is committed, wherever it is; and nothing stays of it. */
+TEST(edom_commits_nothing)
+{
+	const size_t count = ROWS * DIM, bytes = count * sizeof(float);
+	static const size_t places[] = { 0, 31, 32, 4095, 4096, 19199 };
+	static const uint32_t bad[] = { 0x7f800000, 0xff800000, 0x7fc00000, 0xff800001 };
+	uint32_t *input = random_input(KVSCRATCH_DTYPE_F32, count, 3, true);
+	struct kvscratch_view view;
+	struct kvscratch_info info;
+	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int fixed = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32, 4);
+
+	ASSERT_LE(0, fd);
+	ASSERT_LE(0, fixed);
+	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
+		uint32_t saved = input[places[i]];
+
+		input[places[i]] = bad[i % ARRAY_SIZE(bad)];
+		EXPECT_EQ(-EDOM, kvscratch_append(fd, input, bytes));
+		EXPECT_EQ(-EDOM, kvscratch_append(fixed, input, bytes));
+		input[places[i]] = saved;
+		EXPECT_EQ(0, len_of(fd));
+		EXPECT_EQ(0, len_of(fixed));
+	}
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(0, info.saturated);
+	/* what the failed ones left, in both planes */
+	EXPECT_FALSE(all_zero(view.data, count));
+	EXPECT_FALSE(all_zero(kvscratch_view_scales(&view), ROWS * SCALES));
+	ASSERT_EQ(0, kvscratch_truncate(fd, 0, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_TRUE(all_zero(view.data, view.info.status_offset));
+	EXPECT_EQ(0, kvscratch_append(fd, input, bytes));
+	EXPECT_EQ(ROWS, len_of(fd));
+	/* and from a row on */
+	ASSERT_EQ(0, kvscratch_truncate(fd, 3, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_TRUE(all_zero((const uint8_t *)view.data + 3 * DIM, (ROWS - 3) * DIM));
+	EXPECT_FALSE(all_zero((const uint8_t *)view.data + 2 * DIM, DIM));
+	EXPECT_TRUE(all_zero(kvscratch_view_scales(&view) + 3 * SCALES, (ROWS - 3) * SCALES));
+	EXPECT_FALSE(all_zero(kvscratch_view_scales(&view) + 2 * SCALES, SCALES));
+	kvscratch_unmap(&view);
+	close(fixed);
+	close(fd);
+	free(input);
+}
+
+/* A hole in the source, in front of every kind of piece */
+TEST(efault_commits_nothing)
+{
+	const size_t page = page_bytes();
+	uint8_t *input = mmap(NULL, 16 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			      -1, 0);
+	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int records = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+
+	ASSERT_NE(MAP_FAILED, (void *)input);
+	ASSERT_LE(0, fd);
+	ASSERT_LE(0, records);
+	for (size_t hole = 0; hole < 12; hole++) {
+		ASSERT_EQ(0, mprotect(input + hole * page, page, PROT_NONE));
+		EXPECT_EQ(-EFAULT, kvscratch_append(fd, input, 128 * DIM * sizeof(float)));
+		if (hole < 4)
+			EXPECT_EQ(-EFAULT, kvscratch_append(records, input, ROWS * RECORD_BYTES));
+		EXPECT_EQ(0, len_of(fd));
+		EXPECT_EQ(0, len_of(records));
+		ASSERT_EQ(0, mprotect(input + hole * page, page, PROT_READ | PROT_WRITE));
+	}
+	EXPECT_EQ(0, kvscratch_append(fd, input, 128 * DIM * sizeof(float)));
+	EXPECT_EQ(-EINVAL, kvscratch_append(fd, input, DIM));
+	EXPECT_EQ(-EINVAL, kvscratch_append(records, input, DIM));
+	close(records);
+	close(fd);
+	munmap(input, 16 * page);
+}
+
+/* The records as a byte stream: every beginning, every length */
+TEST(any_part_can_be_read)
+{
+	const uint32_t rows = 3;
+	uint8_t all[3 * RECORD_BYTES], part[3 * RECORD_BYTES + 1];
+	uint8_t *input = random_input(KVSCRATCH_DTYPE_F32, rows * DIM, 5, true);
+	int fd = new_scaled(rows, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, kvscratch_append(fd, input, rows * DIM * sizeof(float)));
+	ASSERT_EQ(sizeof(all), pread(fd, all, sizeof(all), 0));
+	for (size_t at = 0; at <= sizeof(all); at++) {
+		for (size_t bytes = 1; bytes <= sizeof(part); bytes += 17) {
+			size_t left = sizeof(all) - at;
+			ssize_t expected = bytes < left ? bytes : left;
+
+			ASSERT_EQ(expected, pread(fd, part, bytes, at));
+			ASSERT_EQ(0, memcmp(part, all + at, expected));
+		}
+	}
+	EXPECT_EQ(sizeof(all), lseek(fd, 0, SEEK_END));
+	close(fd);
+	free(input);
+}
+
+/* What counts is committed: a batch that fails later does not count. */
+TEST(saturation_counts_what_was_committed)
+{
+	const uint64_t huge = 0x7fe0000000000000ull, nan = 0x7ff8000000000000ull;
+	uint64_t row[32] = { 0 };
+	struct kvscratch_info info;
+	int fd = new_scaled(8, 32, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F64, 0);
+
+	ASSERT_LE(0, fd);
+	row[0] = row[31] = huge;
+	ASSERT_EQ(0, kvscratch_append(fd, row, sizeof(row)));
+	row[5] = nan;
+	EXPECT_EQ(-EDOM, kvscratch_append(fd, row, sizeof(row)));
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(2, info.saturated);
+	row[5] = huge;
+	ASSERT_EQ(0, kvscratch_append(fd, row, sizeof(row)));
+	/* since the pad was made: a truncate takes nothing away */
+	ASSERT_EQ(0, kvscratch_truncate(fd, 0, 0));
+	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(5, info.saturated);
+	close(fd);
+}
+
+TEST_HARNESS_MAIN
