@@ -126,17 +126,18 @@ static __always_inline int kvs_float_log2(struct kvs_float format, __u64 abs)
 	return 63 - __builtin_clzll(parts.mant) + parts.exp;
 }
 
-/* |x| * 2^(6 - e), rounded; what is 128 or more is just that much */
+/* |x| * 2^(6 - e), rounded; 128 stands for that and all above */
 static __always_inline unsigned int kvs_mx_magnitude(struct kvs_float format, __u64 abs, int e)
 {
 	struct kvs_parts parts = kvs_float_parts(format, abs);
 	/* eight more bits, so that it is always a shift to the right */
 	int shift = e - KVS_MX_FRAC_BITS - parts.exp + 8;
+	__u64 magnitude = KVS_MX_MAX_ELEMENT + 1;
 
-	/* beyond 2^127, where the scale ends */
-	if (shift < 1)
-		return KVS_MX_MAX_ELEMENT + 1;
-	return kvs_round_shift(parts.mant << 8, shift);
+	/* far beyond 2^127, where the scale ends, it is no shift to the right */
+	if (shift >= 1)
+		magnitude = kvs_round_shift(parts.mant << 8, shift);
+	return magnitude > KVS_MX_MAX_ELEMENT ? KVS_MX_MAX_ELEMENT + 1 : magnitude;
 }
 
 static __always_inline __u64 kvs_float_load(struct kvs_float format, const void *in,

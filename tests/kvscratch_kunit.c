@@ -12,6 +12,7 @@
 #include <linux/slab.h>
 
 #include "../kvscratch.h"
+#include "scale_golden.h"
 
 static ssize_t append(struct kvs_pad *pad, const void *rows, size_t bytes)
 {
@@ -692,6 +693,74 @@ static void fixed_point_is_clamped(struct kunit *test)
 	kvs_pad_put(pad);
 }
 
+/* The first @count elements of an input that repeats a pattern; little-endian as all of it */
+static size_t fill_pattern(void *to, size_t count, u32 dtype, const u64 *pattern, size_t length)
+{
+	size_t size = dtype == KVSCRATCH_DTYPE_F64 ? 8 : dtype == KVSCRATCH_DTYPE_F32 ? 4 : 2;
+	size_t i;
+
+	for (i = 0; i < count; i++)
+		memcpy(to + i * size, &pattern[i % length], size);
+	return count * size;
+}
+
+static void golden_mxint8(struct kunit *test)
+{
+	u64 row[KVSCRATCH_MX_BLOCK];
+	size_t i, j;
+
+	for (i = 0; i < ARRAY_SIZE(scale_golden_blocks); i++) {
+		const struct scale_golden_block *g = &scale_golden_blocks[i];
+		size_t bytes = fill_pattern(row, KVSCRATCH_MX_BLOCK, g->dtype, g->in,
+					    SCALE_GOLDEN_PATTERN);
+		struct kvs_pad *pad = new_scaled_pad(1, KVSCRATCH_MX_BLOCK, KVSCRATCH_DTYPE_MXINT8,
+						     g->dtype, 0);
+
+		KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+		KUNIT_EXPECT_EQ_MSG(test, append(pad, row, bytes),
+				    g->saturated < 0 ? -EDOM : (ssize_t)bytes, "block %zu", i);
+		for (j = 0; g->saturated >= 0 && j < KVSCRATCH_MX_BLOCK; j++)
+			KUNIT_EXPECT_EQ_MSG(test, ((s8 *)pad->base)[j],
+					    g->elements[j % SCALE_GOLDEN_PATTERN], "block %zu", i);
+		if (g->saturated >= 0) {
+			KUNIT_EXPECT_EQ_MSG(test, *(u8 *)(pad->base + pad->layout.planes[1].offset),
+					    g->scale, "block %zu", i);
+			KUNIT_EXPECT_EQ_MSG(test, info_of(pad).saturated, g->saturated,
+					    "block %zu", i);
+		}
+		kvs_pad_put(pad);
+	}
+}
+
+static void golden_fixed(struct kunit *test)
+{
+	static const u32 stored[] = {
+		[1] = KVSCRATCH_DTYPE_I8,
+		[2] = KVSCRATCH_DTYPE_I16,
+		[4] = KVSCRATCH_DTYPE_I32,
+		[8] = KVSCRATCH_DTYPE_I64,
+	};
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(scale_golden_fixed); i++) {
+		const struct scale_golden_fixed *g = &scale_golden_fixed[i];
+		struct kvs_pad *pad = new_scaled_pad(1, 1, stored[g->bytes], g->dtype, g->frac_bits);
+		u64 row;
+		size_t bytes = fill_pattern(&row, 1, g->dtype, &g->in, 1);
+
+		KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+		KUNIT_EXPECT_EQ_MSG(test, append(pad, &row, bytes),
+				    g->saturated < 0 ? -EDOM : (ssize_t)bytes, "element %zu", i);
+		if (g->saturated >= 0) {
+			KUNIT_EXPECT_EQ_MSG(test, memcmp(pad->base, &g->element, g->bytes), 0,
+					    "element %zu", i);
+			KUNIT_EXPECT_EQ_MSG(test, info_of(pad).saturated, g->saturated,
+					    "element %zu", i);
+		}
+		kvs_pad_put(pad);
+	}
+}
+
 static void records_are_taken_as_they_come(struct kunit *test)
 {
 	u8 records[MX_ROWS * MX_RECORD], back[sizeof(records)];
@@ -712,6 +781,8 @@ static struct kunit_case kvs_scaled_cases[] = {
 	KUNIT_CASE(mxint8_is_stored_in_two_planes),
 	KUNIT_CASE(what_is_not_finite_is_refused),
 	KUNIT_CASE(fixed_point_is_clamped),
+	KUNIT_CASE(golden_mxint8),
+	KUNIT_CASE(golden_fixed),
 	KUNIT_CASE(records_are_taken_as_they_come),
 	{}
 };
