@@ -744,7 +744,8 @@ static void golden_fixed(struct kunit *test)
 
 	for (i = 0; i < ARRAY_SIZE(scale_golden_fixed); i++) {
 		const struct scale_golden_fixed *g = &scale_golden_fixed[i];
-		struct kvs_pad *pad = new_scaled_pad(1, 1, stored[g->bytes], g->dtype, g->frac_bits);
+		struct kvs_pad *pad = new_scaled_pad(1, 1, stored[g->bytes], g->dtype,
+						     g->frac_bits);
 		u64 row;
 		size_t bytes = fill_pattern(&row, 1, g->dtype, &g->in, 1);
 

@@ -385,10 +385,17 @@ TEST(any_part_can_be_read)
 	uint8_t all[3 * RECORD_BYTES], part[3 * RECORD_BYTES + 1];
 	uint8_t *input = random_input(KVSCRATCH_DTYPE_F32, rows * DIM, 5, true);
 	int fd = new_scaled(rows, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	struct kvscratch_view view;
 
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, kvscratch_append(fd, input, rows * DIM * sizeof(float)));
-	ASSERT_EQ(sizeof(all), pread(fd, all, sizeof(all), 0));
+	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	for (uint32_t row = 0; row < rows; row++) {
+		memcpy(all + row * RECORD_BYTES, (const uint8_t *)view.data + row * DIM, DIM);
+		memcpy(all + row * RECORD_BYTES + DIM, kvscratch_view_scales(&view) + row * SCALES,
+		       SCALES);
+	}
+	kvscratch_unmap(&view);
 	for (size_t at = 0; at <= sizeof(all); at++) {
 		for (size_t bytes = 1; bytes <= sizeof(part); bytes += 17) {
 			size_t left = sizeof(all) - at;
