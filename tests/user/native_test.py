@@ -14,23 +14,10 @@ import subprocess
 import sys
 import tempfile
 
+from tap import expect, run_tests, test
+
 BUILD = pathlib.Path(sys.argv[1])
 MODEL = sys.argv[2] if len(sys.argv) > 2 else None
-TESTS = []
-
-
-class Failed(Exception):
-    pass
-
-
-def test(function):
-    TESTS.append(function)
-    return function
-
-
-def expect(condition, what):
-    if not condition:
-        raise Failed(what)
 
 
 def run(program, *arguments):
@@ -374,18 +361,4 @@ def a_real_model_tells_a_story():
     return None
 
 
-def main():
-    print("TAP version 13")
-    print(f"1..{len(TESTS)}")
-    for number, function in enumerate(TESTS, 1):
-        try:
-            skip = function()
-            print(f"ok {number} - {function.__name__}" + (f" # SKIP {skip}" if skip else ""),
-                  flush=True)
-        except Failed as failure:
-            for line in str(failure).splitlines():
-                print(f"# {line}")
-            print(f"not ok {number} - {function.__name__}", flush=True)
-
-
-main()
+run_tests()

@@ -215,7 +215,8 @@ struct kvscratch_plane {
  * @saturated: out: elements that were clamped by appends so far, those that a
  *	truncate dropped included
  *
- * Describe the pad. Needs no rights. The fields are one consistent snapshot.
+ * Describe the pad. Needs no rights. The fields are one consistent snapshot, but
+ * for @saturated, which appends beside the call may have raised already.
  *
  * Errors: EBADFD, EINVAL, E2BIG, EFAULT.
  */
