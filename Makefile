@@ -45,7 +45,7 @@ help:
 
 tools: $(TOOLS:%=build/%)
 tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32)
-sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized
+sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized
 
 build:
 	mkdir -p $@

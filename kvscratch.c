@@ -93,7 +93,7 @@
 
 static unsigned long long max_bytes_per_pad;
 module_param(max_bytes_per_pad, ullong, 0644);
-MODULE_PARM_DESC(max_bytes_per_pad, "Largest pad in bytes, status page and page array included (default: half of RAM)");
+MODULE_PARM_DESC(max_bytes_per_pad, "Largest pad in bytes, status page, page array and staging buffer included (default: half of RAM)");
 
 static unsigned long long max_bytes_total;
 module_param(max_bytes_total, ullong, 0644);
@@ -757,6 +757,9 @@ int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero)
 		kvs_publish_truncate(pad, len);
 		if (zero)
 			kvs_scrub(pad, len);
+		/* what is to be forgotten passed through here */
+		if (zero && pad->staging)
+			memset(pad->staging, 0, KVS_STAGING_BYTES);
 	}
 	mutex_unlock(&pad->lock);
 	return err;
@@ -766,7 +769,8 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_truncate);
 /**
  * kvs_pad_info() - one consistent snapshot
  * @pad: the pad
- * @info: receives it; @info->size is left to the caller
+ * @info: receives it; @info->size is left to the caller. Only saturated may be ahead
+ *	of the rest.
  */
 void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info)
 {
@@ -1071,7 +1075,7 @@ static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	appended = kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
 	if (appended == -EAGAIN)
 		atomic_inc(&handle->refused);
-	else if (appended > 0 || appended == -ENOSPC)
+	else if (appended > 0 || appended == -ENOSPC || appended == -EFAULT || appended == -EDOM)
 		atomic_dec_if_positive(&handle->refused);
 	return appended;
 }

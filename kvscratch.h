@@ -34,8 +34,8 @@ struct seq_file;
  * @planes: the dense arrays, in mapping order
  * @status_offset: mapping offset of the status page, which ends the mapping
  * @nr_pages: pages of the whole mapping
- * @charged_bytes: what the pad takes from the module's limits: the mapping and
- *	the array of its pages
+ * @charged_bytes: what the pad takes from the module's limits: the mapping, the
+ *	array of its pages, and the staging buffer
  */
 struct kvs_layout {
 	u64 max_seq_len;

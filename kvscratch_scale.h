@@ -29,7 +29,7 @@
  *   and bf16 still give up to 64 steps, f64 below 2^-134 gives 0
  * - f16 never leaves the range; its subnormals have scales down to 2^-24
  * - negative zero gives 0
- * - the least negative integer of a FIXED type is not saturated if the value
+ * - the most negative integer of a FIXED type is not saturated if the value
  *   is exactly or by rounding that
  * - infinities and NaN are refused
  */
@@ -51,6 +51,11 @@
 
 /* A NaN or an infinity is among the input. */
 #define KVS_SCALE_NOT_FINITE	(-1)
+
+/* Callers hand over float[], double[], int64_t[]: their memory, by another name */
+typedef __u16 __attribute__((__may_alias__)) kvs_u16;
+typedef __u32 __attribute__((__may_alias__)) kvs_u32;
+typedef __u64 __attribute__((__may_alias__)) kvs_u64;
 
 /**
  * struct kvs_float - layout of an IEEE 754 format
@@ -145,11 +150,11 @@ static __always_inline __u64 kvs_float_load(struct kvs_float format, const void 
 {
 	switch (kvs_float_bits(format)) {
 	case 64:
-		return ((const __u64 *)in)[i];
+		return ((const kvs_u64 *)in)[i];
 	case 32:
-		return ((const __u32 *)in)[i];
+		return ((const kvs_u32 *)in)[i];
 	default:
-		return ((const __u16 *)in)[i];
+		return ((const kvs_u16 *)in)[i];
 	}
 }
 
@@ -167,7 +172,7 @@ static __always_inline __u64 kvs_mx_max(struct kvs_float format, const void *in)
 	if (kvs_float_bits(format) == 64) {
 #pragma GCC unroll 32
 		for (i = 0; i < KVS_MX_BLOCK; i++) {
-			__u64 doubled = ((const __u64 *)in)[i] << 1;
+			__u64 doubled = ((const kvs_u64 *)in)[i] << 1;
 
 			if (doubled > wide)
 				wide = doubled;
@@ -243,7 +248,7 @@ static __always_inline int kvs_mx_block_f64(const void *in, __s8 *elements, int 
 	__asm__("" : "+r" (least));
 #pragma GCC unroll 16
 	for (i = 0; i < KVS_MX_BLOCK; i++) {
-		__u64 bits = ((const __u64 *)in)[i];
+		__u64 bits = ((const kvs_u64 *)in)[i];
 		__u64 fixed = bits << 11 | 1ULL << 63;
 		int sign = (__s64)bits >> 63;
 		int above = (int)(bits << 1 >> 53) - base;
@@ -407,13 +412,13 @@ static __always_inline long kvs_fixed(struct kvs_float format, const void *in, u
 			((__u8 *)out)[i] = element;
 			break;
 		case 2:
-			((__u16 *)out)[i] = element;
+			((kvs_u16 *)out)[i] = element;
 			break;
 		case 4:
-			((__u32 *)out)[i] = element;
+			((kvs_u32 *)out)[i] = element;
 			break;
 		default:
-			((__u64 *)out)[i] = element;
+			((kvs_u64 *)out)[i] = element;
 		}
 	}
 	return saturated;

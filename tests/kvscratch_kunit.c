@@ -9,6 +9,7 @@
 #include <kunit/test.h>
 #include <linux/module.h>
 #include <linux/seq_file.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include "../kvscratch.h"
@@ -675,6 +676,38 @@ static void what_is_not_finite_is_refused(struct kunit *test)
 	kvs_pad_put(pad);
 }
 
+/* Far beyond what can be allocated, and the longest row */
+static void layout_of_two_planes(struct kunit *test)
+{
+	struct kvscratch_create create = {
+		.max_seq_len = U32_MAX,
+		.dim = 96,
+		.dtype = KVSCRATCH_DTYPE_MXINT8,
+		.input_dtype = KVSCRATCH_DTYPE_F32,
+	};
+	u64 data = PAGE_ALIGN(U32_MAX * 96ULL), scales = PAGE_ALIGN(U32_MAX * 3ULL);
+	u64 pages = (data + scales) / PAGE_SIZE + 1;
+	struct kvs_layout layout;
+
+	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, &create), 0);
+	KUNIT_EXPECT_EQ(test, layout.planes[1].offset, data);
+	KUNIT_EXPECT_EQ(test, layout.status_offset, data + scales);
+	KUNIT_EXPECT_EQ(test, layout.nr_pages, pages);
+	KUNIT_EXPECT_EQ(test, layout.charged_bytes,
+			pages * PAGE_SIZE + PAGE_ALIGN(pages * 8) + SZ_16K);
+	/* as it comes: no buffer */
+	create.input_dtype = 0;
+	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, &create), 0);
+	KUNIT_EXPECT_EQ(test, layout.charged_bytes, pages * PAGE_SIZE + PAGE_ALIGN(pages * 8));
+
+	/* 33 bytes for each 32 elements */
+	create.max_seq_len = 1;
+	create.dim = KVSCRATCH_MAX_ROW_BYTES / 33 * 32;
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, &create), 0);
+	create.dim += 32;
+	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, &create), -EINVAL);
+}
+
 static void fixed_point_is_clamped(struct kunit *test)
 {
 	/* 1.5, -1000, 2^-9 (a tie to even), -128 with f64's bits and 8 fraction bits in s16 */
@@ -781,6 +814,7 @@ static void records_are_taken_as_they_come(struct kunit *test)
 static struct kunit_case kvs_scaled_cases[] = {
 	KUNIT_CASE(mxint8_is_stored_in_two_planes),
 	KUNIT_CASE(what_is_not_finite_is_refused),
+	KUNIT_CASE(layout_of_two_planes),
 	KUNIT_CASE(fixed_point_is_clamped),
 	KUNIT_CASE(golden_mxint8),
 	KUNIT_CASE(golden_fixed),

@@ -566,18 +566,24 @@ static int truncate_pads(struct cache *cache, uint32_t len)
 
 /* Take-over */
 
+static const char *dtype_name(uint32_t dtype)
+{
+	const char *name = kvscratch_dtype_name(dtype);
+
+	return name ? name : "unknown";
+}
+
 static int check_geometry(const struct cache *cache, const struct store *store,
 			  const struct kvscratch_info *info)
 {
-	const char *dtype = kvscratch_dtype_name(info->dtype);
-
 	if (info->max_seq_len == cache->seq_len && info->dim == store->dim &&
 	    info->dtype == store->dtype && info->input_dtype == store->input_dtype)
 		return 0;
 	return fail(EXIT_PADS, "handle %d (%s): expected a pad of [%" PRIu32 ", %" PRIu32
-		    "] %s, got [%" PRIu64 ", %" PRIu32 "] %s", store->fd, store->name,
-		    cache->seq_len, store->dim, kvscratch_dtype_name(store->dtype),
-		    (uint64_t)info->max_seq_len, (uint32_t)info->dim, dtype ? dtype : "unknown");
+		    "] %s from %s, got [%" PRIu64 ", %" PRIu32 "] %s from %s", store->fd,
+		    store->name, cache->seq_len, store->dim, dtype_name(store->dtype),
+		    dtype_name(store->input_dtype), (uint64_t)info->max_seq_len,
+		    (uint32_t)info->dim, dtype_name(info->dtype), dtype_name(info->input_dtype));
 }
 
 static int inherit_handle(const struct cache *cache, struct store *store, int fd)

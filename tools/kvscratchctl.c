@@ -509,7 +509,7 @@ static int check_npy(struct input *input, const struct kvscratch_info *info)
 static int check_raw(const struct input *input, const struct kvscratch_info *info)
 {
 	uint32_t rest = input->size % info->input_row_bytes;
-	uint32_t element = kvscratch_dtype_size(info->input_dtype);
+	uint32_t element = info->input_row_bytes / info->dim;
 
 	if (!rest)
 		return 0;
@@ -683,11 +683,16 @@ static int64_t integer_at(uint32_t dtype, const char *at)
 	}
 }
 
+/* The scale byte of E8M0 that makes its block NaN */
+#define MX_NAN_SCALE 255
+
 /* What an integer stands for; a double holds all of it but the end of a long i64. */
 static double scaled_value(const struct kvscratch_info *info, const struct rows *rows, size_t i)
 {
 	const char *at = rows->data + i * kvscratch_dtype_size(info->dtype);
 
+	if (rows->scales && rows->scales[i / KVSCRATCH_MX_BLOCK] == MX_NAN_SCALE)
+		return __builtin_nan("");
 	if (rows->scales)
 		return __builtin_ldexp(integer_at(info->dtype, at),
 				       rows->scales[i / KVSCRATCH_MX_BLOCK] - 127 - 6);
@@ -696,7 +701,7 @@ static double scaled_value(const struct kvscratch_info *info, const struct rows 
 
 static void print_row(const struct kvscratch_info *info, const struct rows *rows, uint32_t row)
 {
-	uint32_t size = kvscratch_dtype_size(info->dtype);
+	uint32_t size = data_row_bytes(info) / info->dim;
 
 	for (uint32_t i = 0; i < info->dim; i++) {
 		size_t element = (size_t)row * info->dim + i;
@@ -750,7 +755,7 @@ static int copy_rows(const struct kvscratch_view *view, char **copy, uint32_t *l
 	return 0;
 }
 
-/* .npy has no scales: MXINT8 becomes f32, which holds it exactly, fractions f64. */
+/* .npy has no scales: MXINT8 becomes f32, which holds what was converted, fractions f64. */
 static uint32_t npy_dtype(const struct kvscratch_info *info)
 {
 	if (info->dtype == KVSCRATCH_DTYPE_MXINT8)
@@ -1170,7 +1175,7 @@ static const struct verb verbs[] = {
 "Print one line: Scratchpad(len=3, capacity=10, dim=4)\n"
 "and for scaled integers a second one: mxint8, from f32, 0 saturated\n"
 "\n"
-"  --json  all there is to know, as one JSON object\n",
+"  --json  more of it, as one JSON object\n",
 		.run = run_info,
 		.options = { OPTION("json", no_argument, OPT_JSON), HELP, END },
 	}, {
@@ -1193,7 +1198,9 @@ static const struct verb verbs[] = {
 		.help =
 "Usage: kvscratchctl [--fd N] dump [--format FORMAT] [--output FILE]\n"
 "Write all committed rows, as they are at one moment; they are copied first.\n"
-"Scaled integers are scaled back in text, and in npy as f32 (mxint8) or f64.\n"
+"Scaled integers are scaled back in text, and in npy as f32 (mxint8) or f64 (of\n"
+"long i64 the last bits are lost). What is to be appended to such a pad again is\n"
+"raw.\n"
 "\n"
 "  --format FORMAT    text (a row per line), raw or npy (text)\n"
 "  -o, --output FILE  instead of stdout\n",

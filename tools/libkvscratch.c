@@ -70,9 +70,15 @@ int kvscratch_open_reader(int src_fd)
 
 int kvscratch_info(int fd, struct kvscratch_info *info)
 {
+	int err;
+
 	memset(info, 0, sizeof(*info));
 	info->size = sizeof(*info);
-	return kvscratch_ioctl(fd, KVSCRATCH_IOC_INFO, info);
+	err = kvscratch_ioctl(fd, KVSCRATCH_IOC_INFO, info);
+	/* a module that knows no conversion */
+	if (!err && info->size < offsetof(struct kvscratch_info, frac_bits))
+		info->input_dtype = info->dtype;
+	return err;
 }
 
 int kvscratch_truncate(int fd, uint64_t len, uint32_t flags)
@@ -162,6 +168,8 @@ const char *kvscratch_strerror(int err)
 		return "no such device: is the module loaded?";
 	case EACCES:
 		return "no permission on the device, or not with this handle";
+	case E2BIG:
+		return "the module is too old for what was asked";
 	case EBADF:
 		return "not open, or not for this";
 	case EBADFD:

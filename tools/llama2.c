@@ -20,6 +20,7 @@
 /* What MXINT8 scales and elements count in; see <linux/kvscratch.h> */
 #define MX_BIAS		127
 #define MX_FRAC_BITS	6
+#define MX_NAN_SCALE	255
 
 static int no_memory(void)
 {
@@ -539,6 +540,11 @@ static void rotate(const struct llama2_model *model, float *x, size_t n)
 	}
 }
 
+static float step_of_scale(uint8_t scale)
+{
+	return scale == MX_NAN_SCALE ? NAN : ldexpf(1.0f, scale - MX_BIAS - MX_FRAC_BITS);
+}
+
 /*
  * Elements @at and up of row @row, one head's worth, as floats: where they lie, or
  * scaled back into model->head_row. Every product is exact.
@@ -556,8 +562,7 @@ static const float *head_of_row(struct llama2_model *model, const struct llama2_
 		size_t element = first + i;
 
 		if (!i || !(element % KVSCRATCH_MX_BLOCK))
-			step = ldexpf(1.0f, rows->scales[element / KVSCRATCH_MX_BLOCK] -
-				      MX_BIAS - MX_FRAC_BITS);
+			step = step_of_scale(rows->scales[element / KVSCRATCH_MX_BLOCK]);
 		model->head_row[i] = (float)elements[element] * step;
 	}
 	return model->head_row;

@@ -372,8 +372,9 @@ def golden_blocks():
         case("next to ties", form, -1, ulps(form, Fraction(1, 128), 1),
              ulps(form, Fraction(3, 128), -1), ulps(form, Fraction(-5, 128), 1))
         if form.fraction > 7:
-            case("below 127.5 steps, and half a step lower", form, ulps(form, Fraction(255, 128), -1),
-                 ulps(form, Fraction(-255, 128), -1), Fraction(253, 128), Fraction(-253, 128))
+            case("below 127.5 steps, and half a step lower", form,
+                 ulps(form, Fraction(255, 128), -1), ulps(form, Fraction(-255, 128), -1),
+                 Fraction(253, 128), Fraction(-253, 128))
         case("127.5 steps round to 128", form, Fraction(255, 128), Fraction(-255, 128), 1,
              Fraction(-127, 64))
         case("the largest finite value", form, largest, -largest, largest / 2, 0)
@@ -387,8 +388,8 @@ def golden_blocks():
              -power(4 - form.bias), 3 * power(3 - form.bias), form.value(2 ** form.fraction - 1))
         case("the exponent below that one", form, power(10 - form.bias), -power(3 - form.bias),
              3 * power(2 - form.bias), form.value(2 ** form.fraction - 1))
-    case("half a step of the least scale and next to it", F32, power(-134), power(-134) + power(-149),
-         -3 * power(-134), power(-149))
+    case("half a step of the least scale and next to it", F32, power(-134),
+         power(-134) + power(-149), -3 * power(-134), power(-149))
     case("subnormals have their own scales", F16, power(-24), -power(-24), 0, "-0")
     case("subnormal ties", F16, power(-17), power(-24), -3 * power(-24), 5 * power(-24))
     case("largest subnormal", F16, F16.value(1023), -F16.value(1020), F16.value(1), F16.value(4))

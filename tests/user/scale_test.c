@@ -304,6 +304,14 @@ struct row {
 	uint64_t bits[MAX_COUNT];
 };
 
+static void start(struct row *row, const struct format *format, unsigned int frac_bits)
+{
+	row->format = format;
+	row->frac_bits = frac_bits;
+	row->right = true;
+	row->count = 0;
+}
+
 static void flush(struct row *row)
 {
 	for (unsigned int bytes = 1; bytes <= 8 && row->right; bytes *= 2)
@@ -510,7 +518,7 @@ static bool each_beside_a_larger_one(const struct format *format)
 			for (unsigned int n = 0;; n++) {
 				uint64_t bits[BLOCK];
 
-				/* Sixteen magnitudes with both signs; the last one's other sign is next. */
+				/* sixteen magnitudes; the last one's other sign is in the next */
 				for (int i = 0; i < BLOCK; i++) {
 					bits[i] = v | (i & 1 ? 0x8000 : 0);
 					v += (i & 1) && i != BLOCK - 1 && v < largest;
@@ -541,9 +549,10 @@ TEST_F_TIMEOUT(scale, every_16_bit_value_beside_a_larger_one, TEST_SECONDS)
 
 static bool each_as_fixed(const struct format *format)
 {
-	for (unsigned int frac_bits = 0; frac_bits <= 62; frac_bits++) {
-		struct row row = { .format = format, .frac_bits = frac_bits, .right = true };
+	static struct row row;
 
+	for (unsigned int frac_bits = 0; frac_bits <= 62; frac_bits++) {
+		start(&row, format, frac_bits);
 		for (uint32_t v = 0; v < 1 << 15; v++)
 			feed(&row, v);
 		flush(&row);
@@ -657,7 +666,7 @@ TEST_F_TIMEOUT(scale, ties_at_every_exponent_of_fixed, TEST_SECONDS)
 		const struct format *format = &formats[t];
 
 		for (unsigned int frac_bits = 0; frac_bits <= 62; frac_bits++) {
-			row = (struct row) { .format = format, .frac_bits = frac_bits, .right = true };
+			start(&row, format, frac_bits);
 			for (int k = 0; k < 128; k++)
 				feed_around(&row, ldexpl(k + 0.5L, -(int)frac_bits));
 			for (int e = format->least; e <= format->most; e++) {
@@ -670,9 +679,10 @@ TEST_F_TIMEOUT(scale, ties_at_every_exponent_of_fixed, TEST_SECONDS)
 				/* below are no halves of steps, above nothing but whole ones */
 				for (unsigned int i = 0;
 				     above >= 0 && above < (int)format->fraction && i < 256; i++) {
-					long double whole = ldexpl(1, above) + some_integer(i, above);
+					long double tie = ldexpl(1, above) + 0.5L;
 
-					feed_around(&row, ldexpl(whole + 0.5L, -(int)frac_bits));
+					tie += some_integer(i, above);
+					feed_around(&row, ldexpl(tie, -(int)frac_bits));
 				}
 			}
 			flush(&row);
@@ -687,7 +697,7 @@ TEST(integers_saturate_at_both_ends)
 
 	for (size_t t = 0; t < ARRAY_SIZE(formats); t++) {
 		for (unsigned int frac_bits = 0; frac_bits <= 62; frac_bits++) {
-			row = (struct row) { .format = &formats[t], .frac_bits = frac_bits, .right = true };
+			start(&row, &formats[t], frac_bits);
 			for (unsigned int bytes = 1; bytes <= 8; bytes *= 2) {
 				long double end = ldexpl(1, 8 * bytes - 1);
 
@@ -793,7 +803,8 @@ static bool f32_blocks_are_right(const uint32_t *in, size_t blocks)
 	}
 	if (!clamped)
 		return true;
-	printf("# %zu f32 blocks from %#x: %ld more clamped than expected\n", blocks, in[0], clamped);
+	printf("# %zu f32 blocks from %#x: %ld more clamped than expected\n", blocks, in[0],
+	       clamped);
 	return false;
 }
 
@@ -902,7 +913,9 @@ static uint64_t any_bits(const struct format *format, unsigned int field)
 	}
 	if (bits >> 61 == 7)
 		return bits & sign_of(format);
-	return (uint64_t)field << format->fraction | fraction | (bits >> 47 & 1 ? sign_of(format) : 0);
+	if (bits >> 47 & 1)
+		fraction |= sign_of(format);
+	return (uint64_t)field << format->fraction | fraction;
 }
 
 TEST_F_TIMEOUT(scale, random_blocks, TEST_SECONDS)
@@ -936,9 +949,10 @@ TEST(blocks_are_independent)
 			long clamped = 0;
 
 			for (size_t i = 0; i < blocks * BLOCK; i++) {
+				unsigned int field = i / BLOCK * last_field(format) / MAX_BLOCKS;
+
 				/* with blocks of zeros among them */
-				bits[i] = i / BLOCK % 5 == 4 ? 0 :
-					  any_bits(format, i / BLOCK * last_field(format) / MAX_BLOCKS);
+				bits[i] = i / BLOCK % 5 == 4 ? 0 : any_bits(format, field);
 				/* and some that round to 128 */
 				if (i % 7 == 0 && bits[i])
 					bits[i] |= (1ULL << format->fraction) - 1;
@@ -1068,6 +1082,32 @@ TEST_F_TIMEOUT(scale, what_is_not_finite_is_refused, TEST_SECONDS)
 			}
 		}
 	}
+}
+
+/*
+ * As an engine would call it: the compiler sees that the memory is of another type,
+ * and must not conclude that the functions do not touch it.
+ */
+TEST(takes_the_types_that_callers_have)
+{
+	float row[32];
+	double wide[2] = { 1.5, 3.0 };
+	uint64_t bits[2] = { 0x4008000000000000ull, 0 };
+	int64_t fixed[2] = { 7, 7 };
+	__s8 elements[32];
+	__u8 scale;
+
+	for (int i = 0; i < 32; i++)
+		row[i] = 1.5f;
+	EXPECT_EQ(0, kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, 1, elements, &scale));
+	EXPECT_EQ(96, elements[0]);
+	EXPECT_EQ(127, scale);
+	EXPECT_EQ(0, kvs_scale_fixed(KVSCRATCH_DTYPE_F64, bits, 2, 0, 8, fixed));
+	EXPECT_EQ(3, fixed[0]);
+	EXPECT_EQ(0, fixed[1]);
+	EXPECT_EQ(0, kvs_scale_fixed(KVSCRATCH_DTYPE_F64, wide, 2, 0, 8, fixed));
+	EXPECT_EQ(2, fixed[0]);
+	EXPECT_EQ(3, fixed[1]);
 }
 
 TEST_HARNESS_MAIN

@@ -410,6 +410,83 @@ TEST(any_part_can_be_read)
 	free(input);
 }
 
+/* Segments that split an element, a block and a record, at odd addresses */
+TEST(writev_is_one_append)
+{
+	const size_t bytes = 2 * DIM * sizeof(float);
+	uint8_t *input = random_input(KVSCRATCH_DTYPE_F32, 2 * DIM, 9, true);
+	uint8_t whole[2 * RECORD_BYTES], parts[2 * RECORD_BYTES], *odd = malloc(bytes + 1);
+	int fd = new_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int records = new_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	struct iovec iov[3];
+
+	ASSERT_LE(0, fd);
+	ASSERT_LE(0, records);
+	ASSERT_NE(NULL, odd);
+	memcpy(odd + 1, input, bytes);
+	ASSERT_EQ(0, kvscratch_append(fd, input, bytes));
+	iov[0] = (struct iovec) { odd + 1, 6 };
+	iov[1] = (struct iovec) { odd + 7, 131 };
+	iov[2] = (struct iovec) { odd + 138, bytes - 137 };
+	ASSERT_EQ(bytes, writev(fd, iov, 3));
+	ASSERT_EQ(sizeof(whole), pread(fd, whole, sizeof(whole), 0));
+	ASSERT_EQ(sizeof(parts), pread(fd, parts, sizeof(parts), sizeof(whole)));
+	EXPECT_EQ(0, memcmp(whole, parts, sizeof(whole)));
+
+	iov[0] = (struct iovec) { whole, DIM - 1 };
+	iov[1] = (struct iovec) { whole + DIM - 1, 2 };
+	iov[2] = (struct iovec) { whole + DIM + 1, sizeof(whole) - DIM - 1 };
+	ASSERT_EQ(sizeof(whole), writev(records, iov, 3));
+	ASSERT_EQ(sizeof(parts), pread(records, parts, sizeof(parts), 0));
+	EXPECT_EQ(0, memcmp(whole, parts, sizeof(whole)));
+	close(records);
+	close(fd);
+	free(odd);
+	free(input);
+}
+
+/* A read beside truncates and appends gives the records of one generation. */
+static void rewrite_records(int fd)
+{
+	static uint8_t records[ROWS * RECORD_BYTES];
+
+	for (uint8_t round = 1;; round++) {
+		memset(records, round, sizeof(records));
+		CHILD_CHECK(!kvscratch_truncate(fd, 0, 0));
+		CHILD_CHECK(!kvscratch_append(fd, records, sizeof(records)));
+	}
+}
+
+FIXTURE(slow) { };
+
+FIXTURE_SETUP(slow) { }
+
+FIXTURE_TEARDOWN(slow) { }
+
+TEST_F_TIMEOUT(slow, reads_never_mix_generations, TEST_SECONDS)
+{
+	static uint8_t records[ROWS * RECORD_BYTES];
+	unsigned int reads = 0;
+	struct child writer;
+	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+
+	ASSERT_LE(0, fd);
+	if (start_child(&writer))
+		rewrite_records(fd);
+	while (reads < 50 || generation_of(fd) < 20) {
+		ssize_t got = pread(fd, records, sizeof(records), 0);
+
+		ASSERT_LE(0, got);
+		if (got < 2)
+			continue;
+		ASSERT_EQ(0, memcmp(records, records + 1, got - 1));
+		reads++;
+	}
+	kill(writer.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&writer));
+	close(fd);
+}
+
 /* What counts is committed: a batch that fails later does not count. */
 TEST(saturation_counts_what_was_committed)
 {

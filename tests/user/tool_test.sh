@@ -318,6 +318,12 @@ run kvscratchctl append records
 expect "append of records" 0 ""
 run sh -c 'kvscratchctl dump --format npy | cmp - back.npy'
 expect "records are the same pad again" 0 ""
+# the scale that stands for NaN, and the element that the conversion never gives
+printf '%32s\377' '' | tr ' ' '\200' | kvscratchctl append
+printf '%32s\177' '' | tr ' ' '\200' | kvscratchctl append
+run sh -c 'kvscratchctl dump | tail -n 2 | cut -d " " -f 1,32'
+expect "a block that is NaN" 0 "nan nan
+-2 -2"
 exec 3>&-
 exec 3<>/dev/kvscratch
 kvscratchctl create --max-seq-len 4 --dim 2 --dtype i16 --input f64 --frac-bits 8

@@ -58,7 +58,8 @@
  *   KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a position
  *   outside the pad, a src_fd that is not a kvscratch handle, an operation that
  *   pads do not have (splice, sendfile, SEEK_DATA)
- * - E2BIG: size is above a page, or a tail unknown to this kernel is not zero
+ * - E2BIG: size is above a page, or a field that this kernel is too old to know is
+ *   not zero
  * - EDQUOT: the pad is larger than the module's limits allow
  * - ENOMEM: no memory, or the memory cgroup is full: open, CREATE, page tables
  *   of mmap, and what Linux itself allocates before a call reaches the pad: its
@@ -140,7 +141,7 @@ enum kvscratch_dtype {
  * @flags: must be 0
  * @max_seq_len: capacity in rows, 1 to KVSCRATCH_MAX_SEQ_LEN
  * @dim: elements per row, at least 1; a row has at most
- *	KVSCRATCH_MAX_ROW_BYTES bytes
+ *	KVSCRATCH_MAX_ROW_BYTES bytes, as stored and as appended
  * @dtype: one of &enum kvscratch_dtype: what is stored
  * @input_dtype: what write() takes: 0 or @dtype for rows as they are stored; F64,
  *	F32, F16 or BF16 to have them converted to MXINT8, I8, I16, I32 or I64
@@ -158,7 +159,9 @@ enum kvscratch_dtype {
  * element i has the value i * 2^-6 * 2^(s - 127). With a the largest magnitude
  * of the 32 and e = floor(log2(a)), clamped to -127 .. 127, s is e + 127 and x is
  * stored as x * 2^(6 - e), rounded half to even and clamped to -127 .. 127; of
- * zeros s is 0. The first plane of the mapping is the [max_seq_len, dim] array of
+ * zeros s is 0. A scale of 255 makes its block NaN; the conversion gives neither
+ * that nor an element of -128, but rows that are appended as they are stored are
+ * not looked into. The first plane of the mapping is the [max_seq_len, dim] array of
  * elements, the second the [max_seq_len, dim / 32] array of scales. A stored
  * row, as read() gives it and write() takes it without an @input_dtype, is the
  * elements of a row and then its scales.
@@ -205,7 +208,7 @@ struct kvscratch_plane {
  * @input_row_bytes: out: bytes per row that write() takes
  * @generation: out: truncates so far, in full; the status page has the low half
  * @trunc_len: out: rows that the latest truncate kept, 0 before the first
- * @data_bytes: out: max_seq_len * row_bytes
+ * @data_bytes: out: max_seq_len * row_bytes, without what pads planes to pages
  * @status_offset: out: mapping offset of &struct kvscratch_status
  * @nr_planes: out: how many entries of @planes are in use
  * @reserved: 0
@@ -318,7 +321,8 @@ union kvscratch_word {
  * @max_seq_len: capacity in rows
  * @dim: elements per row
  * @dtype: one of &enum kvscratch_dtype
- * @row_bytes: bytes per stored row
+ * @row_bytes: bytes per stored row, over all planes; the strides of the mapping
+ *	are those of the planes that KVSCRATCH_IOC_INFO lists
  * @reserved: 0
  * @state: generation and committed rows
  * @trunc: generation of the latest truncate and the rows that it kept
