@@ -76,7 +76,9 @@ demo:
 test:
 	tests/run $(if $(MODEL),"$(MODEL)")
 
-bench: build/scale_bench
+bench:
+	tests/qemu/packages module qemu
+	$(MAKE) --no-print-directory build/scale_bench
 	tests/qemu/run --kernel debian-6.1 --virtual-time -- build/scale_bench
 
 check:
