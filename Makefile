@@ -18,7 +18,7 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test bench check mutants sanitized
+.PHONY: all modules_install clean help tools tests demo test test-all bench check mutants sanitized
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -37,7 +37,8 @@ help:
 	@echo '                   install it into /lib/modules'
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
-	@echo 'make test          run every suite in QEMU; MODEL=DIR adds the story test'
+	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
+	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
 	@echo 'make bench         instructions that the conversion to scaled integers takes'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
@@ -75,6 +76,9 @@ demo:
 
 test:
 	tests/run $(if $(MODEL),"$(MODEL)")
+
+test-all:
+	tests/run --all $(if $(MODEL),"$(MODEL)")
 
 bench:
 	tests/qemu/packages module qemu
