@@ -252,6 +252,7 @@ int kvs_layout_init(struct kvs_layout *layout, const struct kvscratch_create *cr
 		return -EINVAL;
 	layout->row_bytes = data_row_bytes + scales;
 	layout->input_row_bytes = input_row_bytes;
+	layout->stored_as_is = input == stored && !scales;
 	layout->planes[layout->nr_planes++].row_bytes = data_row_bytes;
 	if (scales)
 		layout->planes[layout->nr_planes++].row_bytes = scales;
@@ -449,39 +450,50 @@ static void kvs_wake(struct kvs_pad *pad, __poll_t events)
 		wake_up_interruptible_poll(&pad->wait, events);
 }
 
-/* -EFAULT, or what ended the task's copy */
-static int kvs_copy_in(void *to, size_t bytes, struct iov_iter *from)
+/*
+ * The bounds of a copy, checked here because copy_from_iter() and copy_to_iter()
+ * would look for them among the vmalloc areas of the whole system, under a lock
+ * that all CPUs share: the copies below are the underscored ones, which do not.
+ */
+static bool kvs_within_planes(const struct kvs_pad *pad, const void *at, size_t bytes)
 {
-	size_t done = 0;
+	u64 end = pad->layout.status_offset;
 
-	while (done < bytes) {
-		size_t piece = min_t(size_t, bytes - done, KVS_PIECE_BYTES);
+	return !WARN_ON_ONCE(bytes > end || at - pad->base > end - bytes);
+}
 
-		if (!copy_from_iter_full(to + done, piece, from))
+/* -EFAULT, or what ended the task's copy */
+static inline int kvs_copy_in(struct kvs_pad *pad, void *to, size_t bytes, struct iov_iter *from)
+{
+	if (!kvs_within_planes(pad, to, bytes))
+		return -EFAULT;
+	for (;;) {
+		size_t piece = min_t(size_t, bytes, KVS_PIECE_BYTES);
+
+		if (unlikely(_copy_from_iter(to, piece, from) != piece))
 			return fatal_signal_pending(current) ? -EINTR : -EFAULT;
-		done += piece;
-		if (done == bytes)
-			break;
+		bytes -= piece;
+		if (likely(!bytes))
+			return 0;
+		to += piece;
 		if (fatal_signal_pending(current))
 			return -EINTR;
 		cond_resched();
 	}
-	return 0;
 }
 
-/* Rows that are stored as they come: each is a row of every plane in turn. */
-static int kvs_store_records(struct kvs_pad *pad, struct iov_iter *from, u32 len, u64 rows)
+/* Rows of several planes that are stored as they come: a row of each in turn */
+static noinline int kvs_store_records(struct kvs_pad *pad, struct iov_iter *from, u32 len,
+				      u32 rows)
 {
 	const struct kvs_layout *layout = &pad->layout;
 	u64 row;
 	u32 plane;
 	int err;
 
-	if (layout->nr_planes == 1)
-		return kvs_copy_in(kvs_plane_row(pad, 0, len), rows * layout->row_bytes, from);
-	for (row = len; row < len + rows; row++) {
+	for (row = len; row < (u64)len + rows; row++) {
 		for (plane = 0; plane < layout->nr_planes; plane++) {
-			err = kvs_copy_in(kvs_plane_row(pad, plane, row),
+			err = kvs_copy_in(pad, kvs_plane_row(pad, plane, row),
 					  layout->planes[plane].row_bytes, from);
 			if (err)
 				return err;
@@ -518,13 +530,14 @@ static long kvs_convert(struct kvs_pad *pad, u64 first, size_t count)
  * Rows that are converted. Rows follow each other without a gap in every plane,
  * and so do the blocks of MXINT8: pieces need not end with a row.
  */
-static int kvs_store_converted(struct kvs_pad *pad, struct iov_iter *from, u32 len, u64 rows,
-			       u64 *saturated)
+static noinline int kvs_store_converted(struct kvs_pad *pad, struct iov_iter *from, u32 len,
+					u32 rows)
 {
 	const struct kvs_layout *layout = &pad->layout;
 	u32 size = kvs_dtypes[layout->input_dtype].size;
-	u64 end = (len + rows) * layout->dim;
+	u64 end = ((u64)len + rows) * layout->dim;
 	u64 at = (u64)len * layout->dim;
+	u64 saturated = 0;
 
 	while (at < end) {
 		size_t count = min_t(u64, end - at, KVS_STAGING_BYTES / size);
@@ -535,21 +548,21 @@ static int kvs_store_converted(struct kvs_pad *pad, struct iov_iter *from, u32 l
 		clamped = kvs_convert(pad, at, count);
 		if (clamped < 0)
 			return clamped;
-		*saturated += clamped;
+		saturated += clamped;
 		at += count;
 		if (fatal_signal_pending(current))
 			return -EINTR;
 		cond_resched();
 	}
+	if (saturated)
+		WRITE_ONCE(pad->saturated, pad->saturated + saturated);
 	return 0;
 }
 
-static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 rows)
+static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, size_t bytes, u32 rows)
 {
-	size_t bytes = iov_iter_count(from);
 	u64 state = pad->state;
 	u32 len = kvs_state_len(state);
-	u64 saturated = 0;
 	int err;
 
 	lockdep_assert_held(&pad->lock);
@@ -558,17 +571,17 @@ static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 row
 		return -ENOSPC;
 	/* before the copy: a failed one leaves parts of rows behind */
 	pad->dirty_rows = max_t(u32, pad->dirty_rows, len + rows);
-	if (kvs_converts(&pad->layout))
-		err = kvs_store_converted(pad, from, len, rows, &saturated);
+	if (likely(pad->layout.stored_as_is))
+		err = kvs_copy_in(pad, kvs_plane_row(pad, 0, len), bytes, from);
+	else if (kvs_converts(&pad->layout))
+		err = kvs_store_converted(pad, from, len, rows);
 	else
 		err = kvs_store_records(pad, from, len, rows);
-	if (err) {
+	if (unlikely(err)) {
 		/* as if it had never been touched */
 		iov_iter_revert(from, bytes - iov_iter_count(from));
 		return err;
 	}
-	if (saturated)
-		WRITE_ONCE(pad->saturated, pad->saturated + saturated);
 	kvs_publish(pad, state + rows);
 	kvs_wake(pad, EPOLLIN | EPOLLRDNORM);
 	return 0;
@@ -587,12 +600,16 @@ static int kvs_append_locked(struct kvs_pad *pad, struct iov_iter *from, u64 row
 ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 {
 	size_t bytes = iov_iter_count(from);
+	u32 rows;
 	int err;
 
 	if (!bytes)
 		return 0;
 	/* The VFS cuts longer counts to MAX_RW_COUNT without a word. */
-	if (bytes >= MAX_RW_COUNT || bytes % pad->layout.input_row_bytes)
+	if (bytes >= MAX_RW_COUNT)
+		return -EINVAL;
+	rows = (u32)bytes / pad->layout.input_row_bytes;
+	if (rows * pad->layout.input_row_bytes != bytes)
 		return -EINVAL;
 	if (nowait) {
 		if (!mutex_trylock(&pad->lock))
@@ -600,7 +617,7 @@ ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
 	} else if (mutex_lock_interruptible(&pad->lock)) {
 		return -ERESTARTSYS;
 	}
-	err = kvs_append_locked(pad, from, bytes / pad->layout.input_row_bytes);
+	err = kvs_append_locked(pad, from, bytes, rows);
 	mutex_unlock(&pad->lock);
 	return err ? err : bytes;
 }
@@ -643,8 +660,10 @@ static ssize_t kvs_copy_out(struct kvs_pad *pad, u64 pos, size_t total, struct i
 		size_t piece = min3((u64)(total - done), contiguous, (u64)KVS_PIECE_BYTES);
 		size_t copied;
 
+		if (!kvs_within_planes(pad, from, piece))
+			return -EFAULT;
 		/* a truncate and an append may overwrite it meanwhile */
-		copied = data_race(copy_to_iter(from, piece, to));
+		copied = data_race(_copy_to_iter(from, piece, to));
 		/* (C) in "Memory ordering", pairs with (D) */
 		smp_rmb();
 		if (kvs_state_generation(READ_ONCE(pad->state)) != generation) {
@@ -1063,21 +1082,42 @@ static int kvs_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/* An append has one place: ki_pos is neither looked at nor moved. */
-static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
+/* How many appends got EAGAIN and may come again, see kvs_poll() */
+static noinline void kvs_count_refusal(struct kvs_handle *handle, ssize_t appended)
 {
-	struct kvs_handle *handle = iocb->ki_filp->private_data;
-	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
-	ssize_t appended;
-
-	if (!pad)
-		return -EBADFD;
-	appended = kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
 	if (appended == -EAGAIN)
 		atomic_inc(&handle->refused);
 	else if (appended > 0 || appended == -ENOSPC || appended == -EFAULT || appended == -EDOM)
 		atomic_dec_if_positive(&handle->refused);
+}
+
+static inline ssize_t kvs_file_append(struct file *file, struct iov_iter *from, bool nowait)
+{
+	struct kvs_handle *handle = file->private_data;
+	struct kvs_pad *pad = kvs_file_pad(file);
+	ssize_t appended;
+
+	if (!pad)
+		return -EBADFD;
+	appended = kvs_pad_append(pad, from, nowait);
+	if (unlikely(appended == -EAGAIN || atomic_read(&handle->refused)))
+		kvs_count_refusal(handle, appended);
 	return appended;
+}
+
+/* An append has one place: the position is neither looked at nor moved. */
+static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
+{
+	return kvs_file_append(iocb->ki_filp, from, iocb->ki_flags & IOCB_NOWAIT);
+}
+
+/* write() alone; for a small row the kiocb of write_iter is a tenth of the call */
+static ssize_t kvs_write(struct file *file, const char __user *rows, size_t bytes, loff_t *pos)
+{
+	struct iov_iter from;
+
+	iov_iter_ubuf(&from, ITER_SOURCE, (void __user *)rows, bytes);
+	return kvs_file_append(file, &from, false);
 }
 
 static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
@@ -1202,6 +1242,7 @@ static const struct file_operations kvs_fops = {
 	.release = kvs_release,
 	.llseek = kvs_llseek,
 	.read_iter = kvs_read_iter,
+	.write = kvs_write,
 	.write_iter = kvs_write_iter,
 	.poll = kvs_poll,
 	.mmap = kvs_mmap,

@@ -30,6 +30,7 @@ struct seq_file;
  * @frac_bits: fraction bits of an integer element
  * @row_bytes: bytes per stored row, over all planes
  * @input_row_bytes: bytes per row of an append
+ * @stored_as_is: what an append takes is what lies in the one plane
  * @nr_planes: entries of @planes in use
  * @planes: the dense arrays, in mapping order
  * @status_offset: mapping offset of the status page, which ends the mapping
@@ -45,6 +46,7 @@ struct kvs_layout {
 	u32 frac_bits;
 	u32 row_bytes;
 	u32 input_row_bytes;
+	bool stored_as_is;
 	u32 nr_planes;
 	struct kvscratch_plane planes[KVSCRATCH_MAX_PLANES];
 	u64 status_offset;
