@@ -3,17 +3,10 @@
  * Memory: who pays for a pad, what the limits refuse, that failures and races
  * leave nothing behind, and that appends allocate nothing.
  */
-#include "common.h"
+#include "meters.h"
 
-#include <linux/perf_event.h>
 #include <sys/epoll.h>
 #include <sys/inotify.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-
-#define CGROUPS "/sys/fs/cgroup"
-
-#define MIB (1ull << 20)
 
 /* The module's limits, restored after each test */
 
@@ -24,15 +17,6 @@ FIXTURE(memory) {
 	char creator[64];
 	char other[64];
 };
-
-static void make_cgroup(char *path, size_t bytes, const char *name)
-{
-	snprintf(path, bytes, CGROUPS "/kvscratch-%s-%d", name, getpid());
-	if (mkdir(path, 0755)) {
-		perror(path);
-		abort();
-	}
-}
 
 FIXTURE_SETUP(memory) {
 	self->saved_per_pad = number_in_file(MAX_PER_PAD, NULL);
@@ -76,22 +60,6 @@ static int try_pad(uint64_t max_seq_len, uint32_t row_bytes)
 		return fd;
 	close(fd);
 	return 0;
-}
-
-static void join_cgroup(const char *path)
-{
-	char procs[96];
-
-	snprintf(procs, sizeof(procs), "%s/cgroup.procs", path);
-	write_file(procs, "0");
-}
-
-static long long cgroup_number(const char *cgroup, const char *file, const char *key)
-{
-	char path[96];
-
-	snprintf(path, sizeof(path), "%s/%s", cgroup, file);
-	return number_in_file(path, key);
 }
 
 /* Charges are given back in batches: look again, so often and no more. */
@@ -145,11 +113,9 @@ TEST_F_TIMEOUT(memory, is_charged_to_the_creator, TEST_SECONDS)
 TEST_F_TIMEOUT(memory, full_cgroup_refuses_and_kills_nobody, TEST_SECONDS)
 {
 	struct child sibling, child;
-	char path[96];
 
 	set_limits(128 * MIB, 128 * MIB);
-	snprintf(path, sizeof(path), "%s/memory.max", self->creator);
-	write_number(path, 32 * MIB);
+	limit_cgroup(self->creator, 32 * MIB);
 	if (start_child(&sibling)) {
 		join_cgroup(self->creator);
 		CHILD_CHECK(say(sibling.line));
@@ -179,11 +145,9 @@ TEST_F_TIMEOUT(memory, full_cgroup_refuses_and_kills_nobody, TEST_SECONDS)
 TEST_F_TIMEOUT(memory, failed_creates_give_everything_back, TEST_SECONDS)
 {
 	struct child child;
-	char path[96];
 
 	set_limits(300 * MIB, 300 * MIB);
-	snprintf(path, sizeof(path), "%s/memory.max", self->creator);
-	write_number(path, 6 * MIB);
+	limit_cgroup(self->creator, 6 * MIB);
 	if (start_child(&child)) {
 		join_cgroup(self->creator);
 		/* often enough that lost page arrays (512 KiB each) would show */
@@ -372,11 +336,9 @@ TEST_F_TIMEOUT(memory, flood_ends_at_the_limit, TEST_SECONDS)
 TEST_F_TIMEOUT(memory, flood_ends_at_the_cgroup, TEST_SECONDS)
 {
 	struct child child;
-	char path[96];
 
 	set_limits(256 * MIB, 256 * MIB);
-	snprintf(path, sizeof(path), "%s/memory.max", self->creator);
-	write_number(path, 32 * MIB);
+	limit_cgroup(self->creator, 32 * MIB);
 	if (start_child(&child)) {
 		int fd, count = -1;
 
@@ -1077,64 +1039,16 @@ TEST_F_TIMEOUT(faults, appends_survive_a_machine_without_memory, TEST_SECONDS)
 
 /* What the kernel itself counts, on every kernel */
 
-static const char *const allocation_events[] = {
-	"kmalloc", "kmem_cache_alloc", "mm_page_alloc",
-	/* gone in newer kernels */
-	"kmalloc_node", "kmem_cache_alloc_node",
-};
-
-#define REQUIRED_EVENTS 3
-
 FIXTURE(events) {
-	int fds[ARRAY_SIZE(allocation_events)];
+	struct allocation_meter meter;
 };
 
 FIXTURE_SETUP(events) {
-	for (size_t i = 0; i < ARRAY_SIZE(allocation_events); i++) {
-		struct perf_event_attr attr = {
-			.type = PERF_TYPE_TRACEPOINT,
-			.size = sizeof(attr),
-		};
-		char path[80];
-		long long id;
-
-		snprintf(path, sizeof(path), "/sys/kernel/tracing/events/kmem/%s/id",
-			 allocation_events[i]);
-		id = number_in_file(path, NULL);
-		self->fds[i] = -1;
-		if (id < 0 && i >= REQUIRED_EVENTS)
-			continue;
-		ASSERT_LE(0, id)
-			TH_LOG("%s", path);
-		attr.config = id;
-		self->fds[i] = syscall(SYS_perf_event_open, &attr, 0, -1, -1,
-				       PERF_FLAG_FD_CLOEXEC);
-		ASSERT_LE(0, self->fds[i]);
-	}
+	open_allocation_meter(_metadata, &self->meter);
 }
 
 FIXTURE_TEARDOWN(events) {
-	for (size_t i = 0; i < ARRAY_SIZE(allocation_events); i++)
-		if (self->fds[i] >= 0)
-			close(self->fds[i]);
-}
-
-static uint64_t count_event(int fd)
-{
-	uint64_t count = 0;
-
-	if (fd >= 0 && read(fd, &count, sizeof(count)) != sizeof(count))
-		abort();
-	return count;
-}
-
-static uint64_t count_events(FIXTURE_DATA(events) *self)
-{
-	uint64_t sum = 0;
-
-	for (size_t i = 0; i < ARRAY_SIZE(allocation_events); i++)
-		sum += count_event(self->fds[i]);
-	return sum;
+	close_allocation_meter(&self->meter);
 }
 
 TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
@@ -1152,10 +1066,10 @@ TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 
 	/* each meter works: the pad, the kernel's bookkeeping, the pages */
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++)
-		before[i] = count_event(self->fds[i]);
+		before[i] = count_event(self->meter.fds[i]);
 	ASSERT_EQ(0, kvscratch_create(handle, 64, 4096, KVSCRATCH_DTYPE_U8));
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++) {
-		EXPECT_LT(before[i], count_event(self->fds[i]))
+		EXPECT_LT(before[i], count_event(self->meter.fds[i]))
 			TH_LOG("%s", allocation_events[i]);
 	}
 	close(handle);
@@ -1163,13 +1077,13 @@ TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 
 	/* An interrupt that allocates counts as ours: not in every batch. */
 	for (int batch = 0; batch < 5 && fewest; batch++) {
-		uint64_t first = count_events(self), events;
+		uint64_t first = count_allocations(&self->meter), events;
 		int failed = 0;
 
 		for (int i = 0; i < 1000; i++)
 			failed |= kvscratch_append(pad, row, sizeof(row));
 		failed |= kvscratch_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO);
-		events = count_events(self) - first;
+		events = count_allocations(&self->meter) - first;
 		ASSERT_EQ(0, failed);
 		if (events < fewest)
 			fewest = events;

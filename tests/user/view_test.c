@@ -3,7 +3,7 @@
  * Views and handles that travel: what may be mapped, what a mapping shows, how
  * long it lives, and what a process can do with a handle it was given.
  */
-#include "common.h"
+#include "meters.h"
 
 #include <dirent.h>
 #include <limits.h>
@@ -433,15 +433,6 @@ static uint32_t sum_bytes(const volatile uint8_t *at, size_t bytes)
 	return sum;
 }
 
-static long faults(void)
-{
-	struct rusage usage;
-
-	if (getrusage(RUSAGE_SELF, &usage))
-		abort();
-	return usage.ru_minflt + usage.ru_majflt;
-}
-
 TEST_F_TIMEOUT(view, takes_no_faults, TEST_SECONDS)
 {
 	const size_t bytes = 8 << 20;
@@ -461,22 +452,22 @@ TEST_F_TIMEOUT(view, takes_no_faults, TEST_SECONDS)
 	ASSERT_EQ(0, kvscratch_append(fd, buffer, bytes));
 
 	/* a dry run brings in code and stack */
-	before = faults();
+	before = page_faults();
 	expected = sum_bytes(buffer, bytes);
-	after = faults();
+	after = page_faults();
 
 	ASSERT_EQ(0, kvscratch_map(fd, &view));
-	before = faults();
+	before = page_faults();
 	sum = sum_bytes(view.data, view.mapped_bytes - sizeof(*view.status));
 	sum += kvscratch_view_state(&view) >> 32;
-	after = faults();
+	after = page_faults();
 	EXPECT_EQ(0, after - before);
 	EXPECT_EQ(expected, sum);
 
 	/* the meter works */
-	before = faults();
+	before = page_faults();
 	sum_bytes(fresh, 64 * self->page);
-	EXPECT_LT(0, faults() - before);
+	EXPECT_LT(0, page_faults() - before);
 	kvscratch_unmap(&view);
 	munmap(buffer, bytes);
 	munmap(fresh, 64 * self->page);
