@@ -241,8 +241,8 @@ static inline bool await_stop(int faults)
 	return read(faults, &msg, sizeof(msg)) == sizeof(msg) && msg.event == UFFD_EVENT_PAGEFAULT;
 }
 
-/* Until @pid sleeps in a system call, or is gone */
-static inline void await_sleep(pid_t pid)
+/* Until @pid sleeps in a system call: 'S', or 'D' where signals do not end it; 0 when it is gone */
+static inline char await_sleep(pid_t pid)
 {
 	char path[64], text[512];
 
@@ -250,14 +250,17 @@ static inline void await_sleep(pid_t pid)
 	for (;;) {
 		int fd = open(path, O_RDONLY | O_CLOEXEC);
 		ssize_t got = read(fd, text, sizeof(text) - 1);
+		char state;
 
 		close(fd);
 		if (got <= 0)
-			return;
+			return 0;
 		text[got] = '\0';
-		/* interruptibly or not */
-		if (strchr("SD", strrchr(text, ')')[2]))
-			return;
+		state = strrchr(text, ')')[2];
+		if (state == 'S' || state == 'D')
+			return state;
+		if (state == 'Z')
+			return 0;
 		sched_yield();
 	}
 }
