@@ -18,7 +18,7 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test test-all bench check mutants sanitized
+.PHONY: all modules_install clean help tools tests demo test test-all bench comparison check mutants sanitized
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -40,6 +40,7 @@ help:
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
 	@echo 'make bench         instructions that the conversion to scaled integers takes'
+	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
 	@echo 'make clean         remove what was built, but not the cached kernels'
@@ -84,6 +85,11 @@ bench:
 	tests/qemu/packages module qemu
 	$(MAKE) --no-print-directory build/scale_bench
 	tests/qemu/run --kernel debian-6.1 --virtual-time -- build/scale_bench
+
+comparison:
+	tests/qemu/packages module qemu kernel test
+	$(MAKE) --no-print-directory build/baseline_test
+	tests/comparison
 
 check:
 	tests/check
