@@ -39,7 +39,8 @@ help:
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
-	@echo 'make bench         instructions that the conversion to scaled integers takes'
+	@echo 'make bench         what appends, views and a decoder cost, in instructions, beside'
+	@echo '                   their peers; fails when a goal is missed'
 	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
@@ -68,6 +69,12 @@ HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/tes
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
 
+BENCH := bench scale_bench kvdecode
+bench-sources := $(filter-out %/scale_bench.c,$(wildcard tests/bench/*.c))
+
+build/bench: $(bench-sources) tests/bench/bench.h $(LIBKVSCRATCH) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -static -o $@ $(bench-sources) $(LIBKVSCRATCH) -llmdb
+
 # The arithmetic as the kernel compiles it
 build/scale_bench: tests/bench/scale_bench.c $(LIBKVSCRATCH) $(HEADERS) | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) -mgeneral-regs-only -static -o $@ tests/bench/scale_bench.c $(LIBKVSCRATCH)
@@ -82,9 +89,13 @@ test-all:
 	tests/run --all $(if $(MODEL),"$(MODEL)")
 
 bench:
-	tests/qemu/packages module qemu
-	$(MAKE) --no-print-directory build/scale_bench
-	tests/qemu/run --kernel debian-6.1 --virtual-time -- build/scale_bench
+	tests/qemu/packages module qemu bench
+	$(MAKE) --no-print-directory $(BENCH:%=build/%)
+	tests/qemu/run --kernel debian-6.1 --virtual-time --out build/bench.out $(BENCH:%=--file build/%) -- \
+		sh -c 'bench --json /out/bench.json && scale_bench >/out/scale_bench.txt'
+	mv build/bench.out/bench.json build/bench.out/scale_bench.txt build
+	cat build/scale_bench.txt
+	tests/bench/report build/bench.json build/bench.svg
 
 comparison:
 	tests/qemu/packages module qemu kernel test
