@@ -6,9 +6,9 @@
  * count of allocations everywhere.
  */
 #include "common.h"
+#include "events.h"
 #include "ring.h"
 
-#include <linux/perf_event.h>
 #include <sys/epoll.h>
 #include <sys/inotify.h>
 
@@ -56,6 +56,7 @@ FIXTURE(faults) {
 	/* a pad with room, and what the sweep works on */
 	int pad;
 	int handle;
+	uint32_t rows;
 	struct kvscratch_view view;
 };
 
@@ -90,6 +91,7 @@ FIXTURE_SETUP(faults) {
 			    charged_bytes(SWEEP_ROWS, FAULT_ROW_BYTES));
 	self->pad = new_pad(FAULT_ROWS, FAULT_ROW_BYTES);
 	ASSERT_LE(0, self->pad);
+	self->rows = SWEEP_ROWS;
 	/* a first touch of code, stack or data would be an allocation too */
 	ASSERT_EQ(0, mlockall(MCL_CURRENT));
 }
@@ -170,7 +172,7 @@ static unsigned int sweep(struct __test_metadata *_metadata, FIXTURE_DATA(faults
 		}
 	}
 	EXPECT_GT(10000, n);
-	TH_LOG("%u allocations, %u made the call fail", n - 1, failures);
+	TH_LOG("%u fail-nth points, %u made the call fail", n - 1, failures);
 	return failures;
 }
 
@@ -196,7 +198,7 @@ TEST_F_TIMEOUT(faults, in_open, TEST_SECONDS)
 
 static int sweep_create(FIXTURE_DATA(faults) *self)
 {
-	return kvscratch_create(self->handle, SWEEP_ROWS, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_U8);
+	return kvscratch_create(self->handle, self->rows, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_U8);
 }
 
 /* A handle whose CREATE failed is as good as new, and so are the limits. */
@@ -217,6 +219,19 @@ TEST_F_TIMEOUT(faults, in_create, TEST_SECONDS)
 	ASSERT_LE(0, self->handle);
 	/* a page each, the pad, its array, the kernel's bookkeeping */
 	EXPECT_LE(SWEEP_ROWS + 1, sweep(_metadata, self, sweep_create, after_create));
+	close(self->handle);
+}
+
+/* The array of the pages is larger than a page, and has a second way to be had. */
+TEST_F_TIMEOUT(faults, in_create_of_many_pages, TEST_SECONDS)
+{
+	NEED_FAULT_INJECTION();
+	self->rows = 600;
+	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
+			    charged_bytes(self->rows, FAULT_ROW_BYTES));
+	self->handle = kvscratch_open(O_RDWR);
+	ASSERT_LE(0, self->handle);
+	EXPECT_LE(self->rows + 1, sweep(_metadata, self, sweep_create, after_create));
 	close(self->handle);
 }
 
@@ -363,6 +378,263 @@ static void unwatch(struct watchers *watchers)
 	EXPECT_EQ((long)(expected), __result); \
 } while (0)
 
+/* Every way to append that Linux itself allocates nothing for */
+enum way {
+	BY_WRITE,
+	BY_WRITEV,
+	BY_NOWAIT,
+	BY_RING,
+	BY_RING_VECTOR,
+	BY_RING_FIXED,
+	NR_WAYS
+};
+
+#define MOST_PARTS 8
+
+/* Source rows that never fault, and a ring that knows them and is warm */
+struct source {
+	uint8_t *rows;
+	size_t bytes;
+	struct ring ring;
+};
+
+/* Parts of any length, that of nothing included */
+static void split(struct iovec *parts, uint8_t *rows, size_t bytes)
+{
+	uint64_t at = 0;
+
+	for (uint64_t i = 0; i < MOST_PARTS; i++) {
+		uint64_t end = bytes * (i + 1) * (i + 1) / (MOST_PARTS * MOST_PARTS);
+
+		parts[i] = (struct iovec) { .iov_base = rows + at, .iov_len = end - at };
+		at = end;
+	}
+}
+
+static int done_by_ring(struct ring *ring, const struct io_uring_sqe *sqe, size_t bytes)
+{
+	int done = ring_do(ring, sqe);
+
+	if (done < 0)
+		return done;
+	return (size_t)done == bytes ? 0 : -EIO;
+}
+
+/* 0 or -errno, as kvscratch_append() */
+static int append_by(enum way way, struct source *source, int pad, size_t bytes)
+{
+	struct iovec parts[MOST_PARTS];
+	struct iovec whole = { .iov_base = source->rows, .iov_len = bytes };
+	struct io_uring_sqe sqe = {
+		.opcode = IORING_OP_WRITE,
+		.fd = pad,
+		.addr = (uintptr_t)source->rows,
+		.len = bytes,
+	};
+	ssize_t done;
+
+	switch (way) {
+	case BY_WRITEV:
+		split(parts, source->rows, bytes);
+		done = writev(pad, parts, MOST_PARTS);
+		break;
+	case BY_NOWAIT:
+		done = pwritev2(pad, &whole, 1, -1, RWF_NOWAIT);
+		break;
+	case BY_RING_VECTOR:
+		split(parts, source->rows, bytes);
+		sqe.opcode = IORING_OP_WRITEV;
+		sqe.addr = (uintptr_t)parts;
+		sqe.len = MOST_PARTS;
+		return done_by_ring(&source->ring, &sqe, bytes);
+	case BY_RING_FIXED:
+		sqe.opcode = IORING_OP_WRITE_FIXED;
+		return done_by_ring(&source->ring, &sqe, bytes);
+	case BY_RING:
+		return done_by_ring(&source->ring, &sqe, bytes);
+	default:
+		done = write(pad, source->rows, bytes);
+	}
+	if (done < 0)
+		return -errno;
+	return done == (ssize_t)bytes ? 0 : -EIO;
+}
+
+static bool make_source(struct source *source, size_t bytes)
+{
+	struct iovec buffer;
+	int pad = new_pad(1, 1);
+
+	source->bytes = bytes;
+	source->rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	buffer = (struct iovec) { .iov_base = source->rows, .iov_len = bytes };
+	if (pad < 0 || source->rows == MAP_FAILED || mlock(source->rows, bytes) ||
+	    ring_open(&source->ring) ||
+	    syscall(__NR_io_uring_register, source->ring.fd, IORING_REGISTER_BUFFERS, &buffer, 1))
+		return false;
+	/* the ring keeps the requests that it has allocated */
+	for (int i = 0; i < 64 * NR_WAYS; i++)
+		if (append_by(i % NR_WAYS, source, pad, 1) || kvscratch_truncate(pad, 0, 0))
+			return false;
+	close(pad);
+	return true;
+}
+
+static void drop_source(struct source *source)
+{
+	close(source->ring.fd);
+	munmap(source->rows, source->bytes);
+}
+
+/* Whether row @row of @rows begins at the edge of a page or of the pad, or beside it */
+static bool is_at_an_edge(uint64_t row, uint64_t rows, uint32_t row_bytes)
+{
+	uint64_t beside = (row * row_bytes + 1) % page_bytes();
+
+	return row <= 1 || row + 1 >= rows || beside <= 2;
+}
+
+/*
+ * From each edge to each edge, up to one row too many, which is refused. A large
+ * pad takes turns with the ways.
+ */
+static void append_between_edges(struct __test_metadata *_metadata, FIXTURE_DATA(faults) *self,
+				 struct source *source, int pad, uint64_t rows, uint32_t row_bytes)
+{
+	unsigned int nr_ways = rows * row_bytes > MIB ? 1 : NR_WAYS;
+	unsigned int turn = 0;
+
+	for (uint64_t start = rows; start--;) {
+		if (!is_at_an_edge(start, rows, row_bytes))
+			continue;
+		EXPECT_NO_ALLOCATION(0, kvscratch_truncate(pad, start, 0));
+		for (uint64_t end = start + 1; end <= rows + 1; end++) {
+			if (!is_at_an_edge(end, rows, row_bytes))
+				continue;
+			for (unsigned int i = 0; i < nr_ways; i++, turn++) {
+				int expected = end > rows ? -ENOSPC : 0;
+				size_t bytes = (end - start) * row_bytes;
+				int err;
+
+				arm(self, 1);
+				err = append_by(turn % NR_WAYS, source, pad, bytes);
+				EXPECT_TRUE(disarm(self) == 1 && err == expected)
+					TH_LOG("rows %llu to %llu of %llu, %u bytes each, way %u: %d",
+					       (unsigned long long)start, (unsigned long long)end,
+					       (unsigned long long)rows, row_bytes,
+					       turn % NR_WAYS, err);
+				EXPECT_EQ(expected ? start : end, len_of(pad));
+				EXPECT_NO_ALLOCATION(0, kvscratch_truncate(pad, start,
+						     turn % 2 ? KVSCRATCH_TRUNCATE_ZERO : 0));
+			}
+		}
+	}
+	TH_LOG("%u appends to %llu rows of %u bytes", turn, (unsigned long long)rows, row_bytes);
+}
+
+TEST_F_TIMEOUT(faults, appends_of_every_size, TEST_SECONDS)
+{
+	const uint32_t page = page_bytes();
+	const struct {
+		uint32_t rows;
+		uint32_t row_bytes;
+	} shapes[] = {
+		{ 2 * page - 1, 1 }, { 2 * page, 1 }, { 2 * page + 1, 1 },
+		{ 1, 1 }, { 3, 3 }, { 24, 512 }, { 3, page - 1 }, { 3, page }, { 3, page + 1 },
+		{ 3, 5 * page }, { 3, 65536 }, { 3, MIB - 1 },
+		/* a piece of a copy, and a byte more */
+		{ 3, 2 * MIB }, { 3, 2 * MIB + 1 },
+		{ 2, KVSCRATCH_MAX_ROW_BYTES },
+	};
+	struct kvscratch_view view;
+	struct source source;
+
+	NEED_FAULT_INJECTION();
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_TRUE(make_source(&source, 3 * KVSCRATCH_MAX_ROW_BYTES));
+	for (size_t i = 0; i < ARRAY_SIZE(shapes); i++) {
+		uint32_t rows = shapes[i].rows, row_bytes = shapes[i].row_bytes;
+		int pad = new_pad(rows, row_bytes);
+
+		ASSERT_LE(0, pad);
+		ASSERT_EQ(0, kvscratch_map(pad, &view));
+		/* so that a truncate can go to any row */
+		EXPECT_NO_ALLOCATION(0, append_by(BY_WRITE, &source, pad,
+						  (size_t)rows * row_bytes));
+		append_between_edges(_metadata, self, &source, pad, rows, row_bytes);
+		kvscratch_unmap(&view);
+		close(pad);
+	}
+	drop_source(&source);
+}
+
+/* Other processes that map the pad and sleep until something happens to it */
+
+#define NR_SLEEPERS 3
+
+static void sleep_for_rows(int line, int pad, int how)
+{
+	int reader = kvscratch_open_reader(pad);
+	int epoll = epoll_create1(EPOLL_CLOEXEC);
+	struct epoll_event event = { .events = EPOLLIN | EPOLLPRI };
+	struct pollfd poll_fd = { .fd = reader, .events = POLLIN | POLLPRI };
+	struct kvscratch_view view;
+	uint32_t len = 0;
+
+	if (how == 1)
+		event.events |= EPOLLET;
+	CHILD_CHECK(reader >= 0 && epoll >= 0);
+	CHILD_CHECK(!kvscratch_map(reader, &view));
+	CHILD_CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
+	do {
+		CHILD_CHECK(lseek(reader, len * FAULT_ROW_BYTES, SEEK_SET) >= 0);
+		if (how == 0)
+			CHILD_CHECK(poll(&poll_fd, 1, -1) == 1);
+		else
+			CHILD_CHECK(epoll_wait(epoll, &event, 1, -1) == 1);
+		len = kvscratch_state_len(kvscratch_view_state(&view));
+		CHILD_CHECK(!len || row_is(view.data, FAULT_ROW_BYTES, 1));
+	} while (say(line));
+	_exit(0);
+}
+
+TEST_F_TIMEOUT(faults, appends_wake_sleepers, TEST_SECONDS)
+{
+	struct child sleepers[NR_SLEEPERS];
+	struct source source;
+
+	NEED_FAULT_INJECTION();
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_TRUE(make_source(&source, FAULT_ROW_BYTES));
+	fill_row(source.rows, FAULT_ROW_BYTES, 1);
+	for (int i = 0; i < NR_SLEEPERS; i++)
+		if (start_child(&sleepers[i]))
+			sleep_for_rows(sleepers[i].line, self->pad, i);
+	for (unsigned int round = 0; round < 8 * (NR_WAYS + 1); round++) {
+		enum way way = round % (NR_WAYS + 1);
+
+		/* they sleep nowhere else */
+		for (int i = 0; i < NR_SLEEPERS; i++)
+			await_sleep(sleepers[i].pid);
+		if (way < NR_WAYS)
+			EXPECT_NO_ALLOCATION(0, append_by(way, &source, self->pad,
+							  FAULT_ROW_BYTES));
+		else
+			EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 0,
+								   KVSCRATCH_TRUNCATE_ZERO));
+		for (int i = 0; i < NR_SLEEPERS; i++) {
+			ASSERT_TRUE(hear(sleepers[i].line))
+				TH_LOG("sleeper %d, round %u", i, round);
+		}
+	}
+	for (int i = 0; i < NR_SLEEPERS; i++) {
+		kill(sleepers[i].pid, SIGKILL);
+		EXPECT_EQ(128 + SIGKILL, end_child(&sleepers[i]));
+	}
+	drop_source(&source);
+}
+
 TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 {
 	const size_t bytes = 600 * FAULT_ROW_BYTES;
@@ -466,33 +738,58 @@ TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
 	munmap(rows, bytes);
 }
 
-TEST_F_TIMEOUT(faults, appends_survive_a_machine_without_memory, TEST_SECONDS)
+#define STORM_APPENDS 100000
+#define STORM_ROWS 4096
+#define STORM_ROW_BYTES 256
+
+/* Each allocation of this task fails, all the time. */
+TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 {
-	uint8_t *row = mmap(NULL, FAULT_ROW_BYTES, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	int appended = 0, created, opened, truncated;
+	unsigned int appended = 0, truncated = 0, truncates = 0;
+	int created[2], opened[2];
+	struct source source;
+	uint64_t len = 0;
+	int pad;
 
 	NEED_FAULT_INJECTION();
-	ASSERT_NE(MAP_FAILED, (void *)row);
-	ASSERT_EQ(0, mlock(row, FAULT_ROW_BYTES));
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_TRUE(make_source(&source, 64 * STORM_ROW_BYTES));
+	pad = new_pad(STORM_ROWS, STORM_ROW_BYTES);
+	ASSERT_LE(0, pad);
 	self->handle = kvscratch_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
-	created = sweep_create(self);
-	for (int i = 0; i < 500; i++)
-		appended += !kvscratch_append(self->pad, row, FAULT_ROW_BYTES);
-	truncated = kvscratch_truncate(self->pad, 400, KVSCRATCH_TRUNCATE_ZERO);
-	opened = kvscratch_open(O_RDWR);
+	created[0] = sweep_create(self);
+	opened[0] = kvscratch_open(O_RDWR);
+	for (unsigned int i = 0; i < STORM_APPENDS; i++) {
+		uint64_t rows = i % 50 ? 1 : 64;
+
+		if (len + rows > STORM_ROWS) {
+			/* a clear, and half a pad given back */
+			len = truncates % 2 ? STORM_ROWS / 2 : 0;
+			truncates++;
+			truncated += !kvscratch_truncate(pad, len, truncates % 4 ?
+							 0 : KVSCRATCH_TRUNCATE_ZERO);
+		}
+		appended += !append_by(i % NR_WAYS, &source, pad, rows * STORM_ROW_BYTES);
+		len += rows;
+	}
+	created[1] = sweep_create(self);
+	opened[1] = kvscratch_open(O_RDWR);
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
 
-	EXPECT_EQ(-ENOMEM, created);
-	EXPECT_EQ(-ENOMEM, opened);
-	EXPECT_EQ(500, appended);
-	EXPECT_EQ(0, truncated);
-	EXPECT_EQ(400, len_of(self->pad));
+	for (int i = 0; i < 2; i++) {
+		EXPECT_EQ(-ENOMEM, created[i]);
+		EXPECT_EQ(-ENOMEM, opened[i]);
+	}
+	EXPECT_EQ(STORM_APPENDS, appended);
+	EXPECT_EQ(truncates, truncated);
+	EXPECT_EQ(len, len_of(pad));
+	TH_LOG("%u appends and %u truncates while every allocation failed", appended, truncated);
 	close(self->handle);
-	munmap(row, FAULT_ROW_BYTES);
+	close(pad);
+	drop_source(&source);
 }
 
 /* What the kernel itself counts, on every kernel */
@@ -505,31 +802,17 @@ static const char *const allocation_events[] = {
 
 #define REQUIRED_EVENTS 3
 
+#define EVENT_ROW_BYTES 512
+
 FIXTURE(events) {
 	int fds[ARRAY_SIZE(allocation_events)];
 };
 
 FIXTURE_SETUP(events) {
 	for (size_t i = 0; i < ARRAY_SIZE(allocation_events); i++) {
-		struct perf_event_attr attr = {
-			.type = PERF_TYPE_TRACEPOINT,
-			.size = sizeof(attr),
-		};
-		char path[80];
-		long long id;
-
-		snprintf(path, sizeof(path), "/sys/kernel/tracing/events/kmem/%s/id",
-			 allocation_events[i]);
-		id = number_in_file(path, NULL);
-		self->fds[i] = -1;
-		if (id < 0 && i >= REQUIRED_EVENTS)
-			continue;
-		ASSERT_LE(0, id)
-			TH_LOG("%s", path);
-		attr.config = id;
-		self->fds[i] = syscall(SYS_perf_event_open, &attr, 0, -1, -1,
-				       PERF_FLAG_FD_CLOEXEC);
-		ASSERT_LE(0, self->fds[i]);
+		self->fds[i] = open_event(allocation_events[i], 0, 0);
+		ASSERT_TRUE(self->fds[i] >= 0 || i >= REQUIRED_EVENTS)
+			TH_LOG("%s", allocation_events[i]);
 	}
 }
 
@@ -537,15 +820,6 @@ FIXTURE_TEARDOWN(events) {
 	for (size_t i = 0; i < ARRAY_SIZE(allocation_events); i++)
 		if (self->fds[i] >= 0)
 			close(self->fds[i]);
-}
-
-static uint64_t count_event(int fd)
-{
-	uint64_t count = 0;
-
-	if (fd >= 0 && read(fd, &count, sizeof(count)) != sizeof(count))
-		abort();
-	return count;
 }
 
 static uint64_t count_events(FIXTURE_DATA(events) *self)
@@ -557,18 +831,46 @@ static uint64_t count_events(FIXTURE_DATA(events) *self)
 	return sum;
 }
 
+/* Appends of all ways and several sizes, and truncates; 0 when all did what they should */
+static int append_and_truncate(struct source *source, int pad, int converting)
+{
+	const uint32_t rows[] = { 1, 3, 8, 17, 700 };
+	int failed = 0;
+
+	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+		for (unsigned int n = 0; n < 20 * NR_WAYS; n++) {
+			failed |= append_by(n % NR_WAYS, source, pad, rows[i] * EVENT_ROW_BYTES);
+			failed |= kvscratch_truncate(pad, n % 2, n % 3 ? 0 :
+						     KVSCRATCH_TRUNCATE_ZERO);
+			failed |= kvscratch_truncate(pad, 0, 0);
+		}
+	}
+	for (unsigned int n = 0; n < NR_WAYS; n++) {
+		failed |= append_by(n, source, converting, 100 * EVENT_ROW_BYTES);
+		failed |= kvscratch_truncate(converting, 0, KVSCRATCH_TRUNCATE_ZERO);
+	}
+	/* what is refused costs nothing either */
+	failed |= append_by(BY_WRITE, source, pad, 1001 * EVENT_ROW_BYTES) != -ENOSPC;
+	failed |= append_by(BY_WRITE, source, pad, 1) != -EINVAL;
+	return failed;
+}
+
 TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 {
 	uint64_t fewest = UINT64_MAX, before[REQUIRED_EVENTS];
 	int handle = kvscratch_open(O_RDWR);
-	uint8_t row[512];
-	int pad = new_pad(1000, sizeof(row));
+	int converting = kvscratch_open(O_RDWR);
+	int pad = new_pad(1000, EVENT_ROW_BYTES);
 	struct watchers watchers;
+	struct source source;
+	struct kvscratch_view view;
 
 	ASSERT_LE(0, handle);
 	ASSERT_LE(0, pad);
 	ASSERT_EQ(0, mlockall(MCL_CURRENT));
-	fill_row(row, sizeof(row), 1);
+	ASSERT_TRUE(make_source(&source, 1001 * EVENT_ROW_BYTES));
+	ASSERT_EQ(0, kvscratch_create_scaled(converting, 100, EVENT_ROW_BYTES / sizeof(float),
+					     KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0));
 
 	/* each meter works: the pad, the kernel's bookkeeping, the pages */
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++)
@@ -580,22 +882,23 @@ TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 	}
 	close(handle);
 	ASSERT_TRUE(watch(&watchers, pad));
+	ASSERT_EQ(0, kvscratch_map(pad, &view));
 
 	/* An interrupt that allocates counts as ours: not in every batch. */
-	for (int batch = 0; batch < 5 && fewest; batch++) {
+	for (int batch = 0; batch < 20 && fewest; batch++) {
 		uint64_t first = count_events(self), events;
-		int failed = 0;
+		int failed = append_and_truncate(&source, pad, converting);
 
-		for (int i = 0; i < 1000; i++)
-			failed |= kvscratch_append(pad, row, sizeof(row));
-		failed |= kvscratch_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO);
 		events = count_events(self) - first;
 		ASSERT_EQ(0, failed);
 		if (events < fewest)
 			fewest = events;
 	}
 	EXPECT_EQ(0, fewest);
+	kvscratch_unmap(&view);
 	unwatch(&watchers);
+	drop_source(&source);
+	close(converting);
 	close(pad);
 }
 
