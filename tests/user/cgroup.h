@@ -5,9 +5,9 @@
 #ifndef TESTS_USER_CGROUP_H
 #define TESTS_USER_CGROUP_H
 
-#include <sys/stat.h>
-
 #include "common.h"
+
+#include <sys/stat.h>
 
 #define CGROUPS "/sys/fs/cgroup"
 

@@ -5,9 +5,9 @@
 #ifndef TESTS_USER_EVENTS_H
 #define TESTS_USER_EVENTS_H
 
-#include <linux/perf_event.h>
-
 #include "common.h"
+
+#include <linux/perf_event.h>
 
 /*
  * Count the tracepoint kmem:@name for task @pid, 0 for the caller; with @period

@@ -332,64 +332,6 @@ TEST_F_TIMEOUT(memory, flood_ends_at_the_cgroup, TEST_SECONDS)
 	EXPECT_EQ(0, nothing_accounted());
 }
 
-/*
- * Kill a child inside a CREATE of @rows pages. True when the signal came in the
- * middle and ended the allocation there: the group never had all the bytes.
- */
-static bool kill_inside_create(struct __test_metadata *_metadata, uint64_t rows, int attempt)
-{
-	const long long bytes = rows * page_bytes();
-	struct child child;
-	char cgroup[64], name[16];
-	long long peak;
-	char byte;
-	bool finished;
-
-	snprintf(name, sizeof(name), "killed%d", attempt);
-	make_cgroup(cgroup, sizeof(cgroup), name);
-	if (start_child(&child)) {
-		join_cgroup(cgroup);
-		CHILD_CHECK(say(child.line));
-		CHILD_CHECK(new_pad(rows, page_bytes()) >= 0);
-		say(child.line);
-		hear(child.line);
-		_exit(1);
-	}
-	EXPECT_TRUE(hear(child.line));
-	do
-		finished = recv(child.line, &byte, 1, MSG_DONTWAIT) >= 0;
-	while (!finished &&
-	       cgroup_number(cgroup, "memory.current", NULL) < 8 * (long long)MIB);
-	kill(child.pid, SIGKILL);
-	EXPECT_EQ(128 + SIGKILL, wait_for(child.pid));
-	finished = finished || recv(child.line, &byte, 1, MSG_DONTWAIT) > 0;
-	close(child.line);
-	peak = cgroup_number(cgroup, "memory.peak", NULL);
-	EXPECT_LT(0, peak);
-	EXPECT_TRUE(charge_falls_below(cgroup, 8 * MIB));
-	EXPECT_EQ(0, rmdir(cgroup));
-	return !finished && peak < bytes;
-}
-
-TEST_F_TIMEOUT(memory, fatal_signal_ends_create, TEST_SECONDS)
-{
-	const long long available = number_in_file("/proc/meminfo", "MemAvailable");
-	const uint64_t rows = available * 1024 / 10 * 6 / page_bytes();
-	const uint64_t bytes = charged_bytes(rows, page_bytes());
-	int attempts = 0;
-	bool hit;
-
-	ASSERT_LT(0, available);
-	set_limits(bytes, bytes);
-	do
-		hit = kill_inside_create(_metadata, rows, attempts);
-	while (!hit && ++attempts < 20);
-	EXPECT_TRUE(hit);
-	/* as large a pad, while the limits have room for one and RAM as well */
-	EXPECT_EQ(0, try_pad(rows, page_bytes()));
-	EXPECT_EQ(0, nothing_accounted());
-}
-
 /* Races for one handle, which parent and child share as it is one open file */
 
 /* CREATE of @rows, or ATTACH to @source when that is 0 */

@@ -5,9 +5,9 @@
 #ifndef TESTS_USER_RING_H
 #define TESTS_USER_RING_H
 
-#include <linux/io_uring.h>
-
 #include "common.h"
+
+#include <linux/io_uring.h>
 
 struct ring {
 	int fd;
