@@ -617,12 +617,13 @@ TEST_F_TIMEOUT(faults, appends_wake_sleepers, TEST_SECONDS)
 		/* they sleep nowhere else */
 		for (int i = 0; i < NR_SLEEPERS; i++)
 			await_sleep(sleepers[i].pid);
-		if (way < NR_WAYS)
+		if (way < NR_WAYS) {
 			EXPECT_NO_ALLOCATION(0, append_by(way, &source, self->pad,
 							  FAULT_ROW_BYTES));
-		else
+		} else {
 			EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 0,
 								   KVSCRATCH_TRUNCATE_ZERO));
+		}
 		for (int i = 0; i < NR_SLEEPERS; i++) {
 			ASSERT_TRUE(hear(sleepers[i].line))
 				TH_LOG("sleeper %d, round %u", i, round);
@@ -706,8 +707,9 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 0, 0));
 
 	/* to the brim */
-	for (len = 0; len + 600 <= FAULT_ROWS; len += 600)
+	for (len = 0; len + 600 <= FAULT_ROWS; len += 600) {
 		EXPECT_NO_ALLOCATION(0, kvscratch_append(self->pad, rows, bytes));
+	}
 	EXPECT_NO_ALLOCATION(-ENOSPC, kvscratch_append(self->pad, rows, bytes));
 	EXPECT_EQ(len, len_of(self->pad));
 	unwatch(&watchers);

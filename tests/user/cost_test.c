@@ -178,9 +178,10 @@ TEST_F_TIMEOUT(cost, fork_copies_page_tables, TEST_SECONDS)
 		for (int mapped = 0; mapped < 2; mapped++) {
 			if (mapped) {
 				ASSERT_EQ(0, kvscratch_map(self->pad, &view));
-				if (dont)
+				if (dont) {
 					ASSERT_EQ(0, madvise((void *)view.data, view.mapped_bytes,
 							     MADV_DONTFORK));
+				}
 			}
 			if (start_child(&child)) {
 				CHILD_CHECK(say(child.line));
@@ -334,8 +335,9 @@ static bool reader_is_killed_first(struct __test_metadata *_metadata, FIXTURE_DA
 	victim = first_oom_victim(log);
 	EXPECT_TRUE(victim == reader.pid || victim == hog.pid)
 		TH_LOG("killed: %d", victim);
-	if (victim == hog.pid)
+	if (victim == hog.pid) {
 		EXPECT_TRUE(still_reads(&reader));
+	}
 	EXPECT_EQ(victim == hog.pid ? 0 : 128 + SIGKILL, end_child(&reader));
 	close(log);
 	return victim == reader.pid;
