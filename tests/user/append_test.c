@@ -4,8 +4,8 @@
  * source does and whoever is killed.
  */
 #include "common.h"
+#include "ring.h"
 
-#include <linux/io_uring.h>
 #include <sched.h>
 #include <sys/inotify.h>
 #include <time.h>
@@ -192,59 +192,7 @@ TEST(a_write_that_the_vfs_cuts_is_refused)
 	close(pad);
 }
 
-/* io_uring, by its system calls: a ring of one */
-
-struct ring {
-	int fd;
-	unsigned int *sq_tail, *sq_array;
-	unsigned int *cq_head, *cq_tail;
-	struct io_uring_sqe *sqe;
-	struct io_uring_cqe *cqes;
-	unsigned int cq_mask;
-};
-
-static int ring_open(struct ring *ring)
-{
-	struct io_uring_params params = { 0 };
-	char *sq, *cq;
-
-	ring->fd = syscall(__NR_io_uring_setup, 1, &params);
-	if (ring->fd < 0)
-		return -errno;
-	sq = mmap(NULL, params.sq_off.array + params.sq_entries * sizeof(unsigned int),
-		  PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_SQ_RING);
-	cq = mmap(NULL, params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe),
-		  PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_CQ_RING);
-	ring->sqe = mmap(NULL, params.sq_entries * sizeof(struct io_uring_sqe),
-			 PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_SQES);
-	if (sq == MAP_FAILED || cq == MAP_FAILED || ring->sqe == MAP_FAILED)
-		return -errno;
-	ring->sq_tail = (void *)(sq + params.sq_off.tail);
-	ring->sq_array = (void *)(sq + params.sq_off.array);
-	ring->cq_head = (void *)(cq + params.cq_off.head);
-	ring->cq_tail = (void *)(cq + params.cq_off.tail);
-	ring->cq_mask = params.cq_entries - 1;
-	ring->cqes = (void *)(cq + params.cq_off.cqes);
-	return 0;
-}
-
-/* Submit one request and return its result */
-static int ring_do(struct ring *ring, const struct io_uring_sqe *sqe)
-{
-	unsigned int head = *ring->cq_head;
-	int result;
-
-	*ring->sqe = *sqe;
-	ring->sq_array[0] = 0;
-	__atomic_store_n(ring->sq_tail, *ring->sq_tail + 1, __ATOMIC_RELEASE);
-	if (syscall(__NR_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) != 1)
-		return -errno;
-	if (__atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) == head)
-		return -ENODATA;
-	result = ring->cqes[head & ring->cq_mask].res;
-	__atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
-	return result;
-}
+/* io_uring */
 
 TEST_F(append, io_uring_appends_whatever_the_offset)
 {

@@ -6,6 +6,7 @@
  * A scenario returns in words what it saw. The words are the README's table,
  * which tests/comparison makes of the lines that begin with "# comparison".
  */
+#include "cgroup.h"
 #include "meters.h"
 
 #include <grp.h>

@@ -1,0 +1,522 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What pads and views cost others, and who pays: page tables, resident sets, the
+ * mapper's cgroup, the OOM killers, pinned pages, and kill -9 in the middle.
+ *
+ * Comment lines tell what was measured.
+ */
+#include "cgroup.h"
+#include "common.h"
+#include "events.h"
+
+#define ROW_BYTES 4096
+
+/* A page table maps 512 pages of 4 KiB. */
+#define PAGES_PER_TABLE 512
+
+/* Counters of the kernel that are kept per processor and summed up in batches */
+#define COUNTER_SLACK ((long long)MIB)
+
+FIXTURE(cost) {
+	uint64_t saved_per_pad;
+	uint64_t saved_total;
+	/* cgroups of the one who creates and of the one who maps */
+	char creator[64];
+	char mapper[64];
+	uint64_t bytes;
+	int pad;
+};
+
+FIXTURE_SETUP(cost) {
+	self->saved_per_pad = number_in_file(MAX_PER_PAD, NULL);
+	self->saved_total = number_in_file(MAX_TOTAL, NULL);
+	make_cgroup(self->creator, sizeof(self->creator), "creator");
+	make_cgroup(self->mapper, sizeof(self->mapper), "mapper");
+	set_limits(1 << 30, 1 << 30);
+	self->bytes = 64 * MIB;
+	self->pad = -1;
+}
+
+FIXTURE_TEARDOWN(cost) {
+	write_number(MAX_PER_PAD, self->saved_per_pad);
+	write_number(MAX_TOTAL, self->saved_total);
+	EXPECT_EQ(0, rmdir(self->creator));
+	EXPECT_EQ(0, rmdir(self->mapper));
+}
+
+/* Have a child in the creator's cgroup make a pad, whose handle is ours then. */
+static int pad_of_another(const char *cgroup, uint64_t bytes)
+{
+	const char *name = "pad";
+	struct child child;
+	char text[16];
+	int pad = -1;
+
+	if (start_child(&child)) {
+		join_cgroup(cgroup);
+		pad = new_pad(bytes / ROW_BYTES, ROW_BYTES);
+		CHILD_CHECK(pad >= 0);
+		CHILD_CHECK(!append_rows(pad, ROW_BYTES, 0, 1));
+		CHILD_CHECK(!kvscratch_send_handles(child.line, &name, &pad, 1));
+		_exit(0);
+	}
+	if (kvscratch_receive_handles(child.line, text, sizeof(text), &pad, 1) != 1 ||
+	    end_child(&child))
+		return -1;
+	return pad;
+}
+
+/* Bytes that /proc/PID/status tells in kB */
+static long long status_bytes(pid_t pid, const char *key)
+{
+	char path[40];
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	return number_in_file(path, key) * 1024;
+}
+
+static long long oom_score(pid_t pid)
+{
+	char path[40];
+
+	snprintf(path, sizeof(path), "/proc/%d/oom_score", pid);
+	return number_in_file(path, NULL);
+}
+
+/*
+ * Linux 6.1 adds what a task mapped to its RssFile when the task has taken some
+ * faults, and a reader of views takes none.
+ */
+static void take_faults(void)
+{
+	const size_t bytes = 256 * page_bytes();
+	uint8_t *fresh = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			      -1, 0);
+
+	CHILD_CHECK(fresh != MAP_FAILED);
+	for (size_t i = 0; i < bytes; i += page_bytes())
+		fresh[i] = 1;
+	munmap(fresh, bytes);
+}
+
+/* Map a pad so many times, and stay */
+static void map_and_stay(struct child *child, const char *cgroup, int pad, int count)
+{
+	struct kvscratch_view view;
+
+	join_cgroup(cgroup);
+	CHILD_CHECK(say(child->line));
+	CHILD_CHECK(hear(child->line));
+	for (int i = 0; i < count; i++)
+		CHILD_CHECK(!kvscratch_map(pad, &view));
+	take_faults();
+	CHILD_CHECK(say(child->line));
+	while (hear(child->line)) {
+		CHILD_CHECK(row_is(view.data, ROW_BYTES, 0));
+		CHILD_CHECK(say(child->line));
+	}
+	_exit(0);
+}
+
+static bool still_reads(struct child *child)
+{
+	return say(child->line) && hear(child->line);
+}
+
+TEST_F_TIMEOUT(cost, views_cost_page_tables, TEST_SECONDS)
+{
+	const int count = 8;
+	const long long viewed = count * (self->bytes + page_bytes());
+	const long long tables = viewed / PAGES_PER_TABLE;
+	long long before[3], grown[3], creator;
+	struct child child;
+
+	self->pad = pad_of_another(self->creator, self->bytes);
+	ASSERT_LE(0, self->pad);
+	if (start_child(&child))
+		map_and_stay(&child, self->mapper, self->pad, count);
+	ASSERT_TRUE(hear(child.line));
+	creator = cgroup_number(self->creator, "memory.current", NULL);
+	before[0] = status_bytes(child.pid, "VmPTE");
+	before[1] = status_bytes(child.pid, "RssFile");
+	before[2] = cgroup_number(self->mapper, "memory.current", NULL);
+	ASSERT_TRUE(still_reads(&child));
+	grown[0] = status_bytes(child.pid, "VmPTE") - before[0];
+	grown[1] = status_bytes(child.pid, "RssFile") - before[1];
+	grown[2] = cgroup_number(self->mapper, "memory.current", NULL) - before[2];
+	TH_LOG("%lld KiB of views: %lld KiB of page tables, RssFile + %lld KiB, cgroup of the mapper + %lld KiB",
+	       viewed / 1024, grown[0] / 1024, grown[1] / 1024, grown[2] / 1024);
+
+	/* a view begins and ends anywhere in a page table, and there are tables above */
+	EXPECT_LE(count * self->bytes / PAGES_PER_TABLE, grown[0]);
+	EXPECT_GE(tables + (2 * count + 4) * (long long)page_bytes(), grown[0]);
+	EXPECT_LE(viewed - COUNTER_SLACK, grown[1]);
+	EXPECT_GE(viewed + COUNTER_SLACK, grown[1]);
+	EXPECT_LE(tables - COUNTER_SLACK / 2, grown[2]);
+	EXPECT_GE(tables + COUNTER_SLACK, grown[2]);
+	/* of that the creator pays nothing */
+	EXPECT_GE(creator + COUNTER_SLACK / 2,
+		  cgroup_number(self->creator, "memory.current", NULL));
+	EXPECT_EQ(0, end_child(&child));
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+TEST_F_TIMEOUT(cost, fork_copies_page_tables, TEST_SECONDS)
+{
+	const long long tables = self->bytes / PAGES_PER_TABLE;
+	long long copied[2];
+
+	self->pad = new_pad(self->bytes / ROW_BYTES, ROW_BYTES);
+	ASSERT_LE(0, self->pad);
+	for (int dont = 0; dont < 2; dont++) {
+		struct kvscratch_view view;
+		struct child child;
+		long long without = 0;
+
+		/* twice: the first fork tells what is not the view's */
+		for (int mapped = 0; mapped < 2; mapped++) {
+			if (mapped) {
+				ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+				if (dont) {
+					ASSERT_EQ(0, madvise((void *)view.data, view.mapped_bytes,
+							     MADV_DONTFORK));
+				}
+			}
+			if (start_child(&child)) {
+				CHILD_CHECK(say(child.line));
+				hear(child.line);
+				_exit(0);
+			}
+			ASSERT_TRUE(hear(child.line));
+			copied[dont] = status_bytes(child.pid, "VmPTE");
+			if (!mapped)
+				without = copied[dont];
+			EXPECT_EQ(0, end_child(&child));
+		}
+		copied[dont] -= without;
+		kvscratch_unmap(&view);
+	}
+	TH_LOG("fork copies %lld KiB of page tables of a view of %lld KiB; %lld KiB with MADV_DONTFORK",
+	       copied[0] / 1024, (long long)self->bytes / 1024, copied[1] / 1024);
+	EXPECT_LE(tables, copied[0]);
+	EXPECT_GE(tables / 4, copied[1]);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* A mapper that maps until its own cgroup has no room for page tables */
+TEST_F_TIMEOUT(cost, cgroup_of_the_mapper_stops_the_mapper_alone, TEST_SECONDS)
+{
+	struct child reader, mapper;
+	unsigned int *views = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	int status;
+
+	ASSERT_NE(MAP_FAILED, (void *)views);
+	self->pad = pad_of_another(self->creator, self->bytes);
+	ASSERT_LE(0, self->pad);
+	if (start_child(&reader))
+		map_and_stay(&reader, CGROUPS, self->pad, 1);
+	ASSERT_TRUE(hear(reader.line));
+	ASSERT_TRUE(still_reads(&reader));
+
+	limit_cgroup(self->mapper, 2 * MIB);
+	if (start_child(&mapper)) {
+		struct kvscratch_view view;
+
+		join_cgroup(self->mapper);
+		/* 128 KiB of page tables each; 32 bits of address space hold 24 */
+		while (*views < 24 && !kvscratch_map(self->pad, &view))
+			++*views;
+		_exit(*views < 24 ? ENOMEM : 0);
+	}
+	status = end_child(&mapper);
+	TH_LOG("a cgroup of 2048 KiB: after %u views of %lld KiB the mapper %s", *views,
+	       (long long)self->bytes / 1024, status == 128 + SIGKILL ? "was killed" :
+	       status == ENOMEM ? "got ENOMEM" : "went on");
+	EXPECT_TRUE(status == 128 + SIGKILL || status == ENOMEM);
+	EXPECT_GE(16, *views);
+	EXPECT_LT(0, cgroup_number(self->mapper, "memory.events", "max"));
+
+	/* nobody else noticed */
+	EXPECT_EQ(0, cgroup_number(self->creator, "memory.events", "oom_kill"));
+	EXPECT_TRUE(still_reads(&reader));
+	EXPECT_EQ(0, append_rows(self->pad, ROW_BYTES, 1, 1));
+	EXPECT_EQ(0, end_child(&reader));
+	EXPECT_TRUE(charge_falls_below(self->mapper, MIB));
+	munmap(views, page_bytes());
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* Whom the global OOM killer ranks first: the one that maps, not the one that created */
+TEST_F_TIMEOUT(cost, global_oom_killer_ranks_by_views, TEST_SECONDS)
+{
+	const long long total = number_in_file("/proc/meminfo", "MemTotal") * 1024;
+	/* a thousandth of RAM is a point, scaled by 2/3 */
+	const long long points = (long long)self->bytes * 1000 / total * 2 / 3;
+	long long idle, holder, mapper;
+	struct child child;
+
+	idle = oom_score(getpid());
+	self->pad = new_pad(self->bytes / ROW_BYTES, ROW_BYTES);
+	ASSERT_LE(0, self->pad);
+	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 1));
+	holder = oom_score(getpid());
+	if (start_child(&child))
+		map_and_stay(&child, self->mapper, self->pad, 1);
+	ASSERT_TRUE(hear(child.line));
+	ASSERT_TRUE(still_reads(&child));
+	mapper = oom_score(child.pid);
+	TH_LOG("oom_score %lld; %lld after CREATE of %lld %% of RAM; of a mapper %lld", idle, holder,
+	       (long long)self->bytes * 100 / total, mapper);
+	EXPECT_GE(idle + 2, holder);
+	EXPECT_LE(idle + points - 2, mapper);
+	EXPECT_EQ(0, end_child(&child));
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* The first process that the kernel's log says was killed since @log was opened */
+static int first_oom_victim(int log)
+{
+	char record[8192];
+	ssize_t bytes;
+
+	while ((bytes = read(log, record, sizeof(record) - 1)) > 0) {
+		const char *at;
+
+		record[bytes] = '\0';
+		at = strstr(record, "Killed process ");
+		if (at)
+			return atoi(at + strlen("Killed process "));
+	}
+	return 0;
+}
+
+/*
+ * A cgroup that is full of what @hog takes, with a reader in it that maps much
+ * and has little: true when the reader is the first to be killed.
+ */
+static bool reader_is_killed_first(struct __test_metadata *_metadata, FIXTURE_DATA(cost) *self,
+				   const char *oom_score_adj)
+{
+	int log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	struct child reader, hog;
+	int victim;
+
+	EXPECT_LE(0, log);
+	lseek(log, 0, SEEK_END);
+	if (start_child(&reader)) {
+		write_file("/proc/self/oom_score_adj", oom_score_adj);
+		map_and_stay(&reader, self->mapper, self->pad, 2);
+	}
+	EXPECT_TRUE(hear(reader.line));
+	EXPECT_TRUE(still_reads(&reader));
+	limit_cgroup(self->mapper, 16 * MIB);
+	if (start_child(&hog)) {
+		uint8_t *all = mmap(NULL, self->bytes / 2, PROT_READ | PROT_WRITE,
+				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		CHILD_CHECK(all != MAP_FAILED);
+		join_cgroup(self->mapper);
+		for (size_t i = 0; i < self->bytes / 2; i += page_bytes())
+			all[i] = 1;
+		_exit(0);
+	}
+	/* its own cgroup cannot give it that much, whoever else dies */
+	EXPECT_EQ(128 + SIGKILL, wait_for(hog.pid));
+	close(hog.line);
+	victim = first_oom_victim(log);
+	EXPECT_TRUE(victim == reader.pid || victim == hog.pid)
+		TH_LOG("killed: %d", victim);
+	if (victim == hog.pid) {
+		EXPECT_TRUE(still_reads(&reader));
+	}
+	EXPECT_EQ(victim == hog.pid ? 0 : 128 + SIGKILL, end_child(&reader));
+	close(log);
+	return victim == reader.pid;
+}
+
+TEST_F_TIMEOUT(cost, oom_killer_of_a_cgroup_picks_a_reader, TEST_SECONDS)
+{
+	struct child outside;
+
+	self->pad = pad_of_another(self->creator, self->bytes);
+	ASSERT_LE(0, self->pad);
+	if (start_child(&outside))
+		map_and_stay(&outside, CGROUPS, self->pad, 1);
+	ASSERT_TRUE(hear(outside.line));
+	ASSERT_TRUE(still_reads(&outside));
+
+	EXPECT_TRUE(reader_is_killed_first(_metadata, self, "0"));
+	/* what helps */
+	EXPECT_FALSE(reader_is_killed_first(_metadata, self, "-1000"));
+
+	/* in no case did the pad or a reader elsewhere take harm */
+	EXPECT_TRUE(still_reads(&outside));
+	EXPECT_EQ(0, end_child(&outside));
+	EXPECT_EQ(0, append_rows(self->pad, ROW_BYTES, 1, 1));
+	EXPECT_EQ(0, cgroup_number(self->creator, "memory.events", "oom_kill"));
+	TH_LOG("a reader with two views of %lld KiB died before a process with 16384 KiB of its own; not with oom_score_adj -1000",
+	       (long long)self->bytes / 1024);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* A pipe holds pages of a view after view, handle and pad are gone. */
+TEST_F_TIMEOUT(cost, pinned_pages_leave_the_totals, TEST_SECONDS)
+{
+	const size_t pinned = 8 * MIB;
+	struct kvscratch_view view;
+	struct iovec from;
+	long long during;
+	int pipes[2];
+
+	self->pad = pad_of_another(self->creator, self->bytes);
+	ASSERT_LE(0, self->pad);
+	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
+	ASSERT_LE((int)pinned, fcntl(pipes[1], F_SETPIPE_SZ, pinned));
+	ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+	from = (struct iovec) { .iov_base = (void *)view.data, .iov_len = pinned };
+	ASSERT_EQ(pinned, vmsplice(pipes[1], &from, 1, 0));
+	kvscratch_unmap(&view);
+	close(self->pad);
+
+	/* the module knows nothing of them; the creator's cgroup still pays */
+	EXPECT_EQ(0, nothing_accounted());
+	EXPECT_TRUE(charge_falls_below(self->creator, self->bytes / 2));
+	during = cgroup_number(self->creator, "memory.current", NULL);
+	EXPECT_LE((long long)pinned, during);
+	close(pipes[0]);
+	close(pipes[1]);
+	EXPECT_TRUE(charge_falls_below(self->creator, MIB));
+	TH_LOG("%zu KiB pinned: module 0 KiB, cgroup of the creator %lld KiB; %lld KiB without the pipe",
+	       pinned / 1024, during / 1024,
+	       cgroup_number(self->creator, "memory.current", NULL) / 1024);
+}
+
+/*
+ * kill -9 in the middle. The kernel itself sends the signal when the task has
+ * allocated so many pages, so there is no race with what is to be interrupted.
+ */
+
+/* What a task still allocates: to unmap takes a page for each 510. */
+#define AFTER_THE_KILL 48
+
+struct killed {
+	/* pages allocated when the signal was sent, and until the end */
+	uint64_t at;
+	uint64_t in_all;
+};
+
+/* What the victim does; returns when it was not interrupted */
+typedef void (*victim_fn)(FIXTURE_DATA(cost) *self);
+
+static struct killed kill_in_the_middle(struct __test_metadata *_metadata, FIXTURE_DATA(cost) *self,
+					victim_fn act, uint64_t at)
+{
+	struct killed killed = { .at = at };
+	struct child child;
+	int event;
+
+	if (start_child(&child)) {
+		join_cgroup(self->mapper);
+		CHILD_CHECK(say(child.line));
+		CHILD_CHECK(hear(child.line));
+		act(self);
+		_exit(0);
+	}
+	EXPECT_TRUE(hear(child.line));
+	event = open_event("mm_page_alloc", child.pid, at);
+	EXPECT_LE(0, event);
+	EXPECT_EQ(0, fcntl(event, F_SETOWN, child.pid));
+	EXPECT_EQ(0, fcntl(event, F_SETSIG, SIGKILL));
+	EXPECT_EQ(0, fcntl(event, F_SETFL, O_ASYNC));
+	EXPECT_TRUE(say(child.line));
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	killed.in_all = count_event(event);
+	close(event);
+	return killed;
+}
+
+static void create_most_of_ram(FIXTURE_DATA(cost) *self)
+{
+	CHILD_CHECK(new_pad(self->bytes / ROW_BYTES, ROW_BYTES) >= 0);
+}
+
+static void map_most_of_ram(FIXTURE_DATA(cost) *self)
+{
+	struct kvscratch_view view;
+
+	CHILD_CHECK(!kvscratch_map(self->pad, &view));
+}
+
+/* Most of what there is, with the limits to match */
+static uint64_t most_of_ram(void)
+{
+	uint64_t available = number_in_file("/proc/meminfo", "MemAvailable") * 1024;
+	uint64_t bytes = available / 10 * 7 / ROW_BYTES * ROW_BYTES;
+	uint64_t charged = charged_bytes(bytes / ROW_BYTES, ROW_BYTES);
+
+	set_limits(charged, charged);
+	return bytes;
+}
+
+TEST_F_TIMEOUT(cost, fatal_signal_ends_create, TEST_SECONDS)
+{
+	uint64_t pages;
+
+	self->bytes = most_of_ram();
+	pages = self->bytes / page_bytes();
+	for (int quarter = 1; quarter < 4; quarter++) {
+		struct killed killed = kill_in_the_middle(_metadata, self, create_most_of_ram,
+							  pages * quarter / 4);
+
+		TH_LOG("CREATE of %llu pages: killed at %llu, ended after %llu",
+		       (unsigned long long)pages, (unsigned long long)killed.at,
+		       (unsigned long long)killed.in_all);
+		EXPECT_LE(killed.at, killed.in_all);
+		EXPECT_GE(killed.at + AFTER_THE_KILL, killed.in_all);
+		EXPECT_TRUE(charge_falls_below(self->mapper, 8 * MIB));
+	}
+	/* as large a pad, while the limits have room for one and RAM as well */
+	self->pad = new_pad(self->bytes / ROW_BYTES, ROW_BYTES);
+	EXPECT_LE(0, self->pad);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+TEST_F_TIMEOUT(cost, fatal_signal_ends_mmap, TEST_SECONDS)
+{
+	struct kvscratch_view view;
+	uint64_t tables;
+
+	self->bytes = most_of_ram();
+	tables = self->bytes / page_bytes() / PAGES_PER_TABLE;
+	self->pad = new_pad(self->bytes / ROW_BYTES, ROW_BYTES);
+	ASSERT_LE(0, self->pad);
+	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 1));
+	/* otherwise one that went on to the end would not show */
+	ASSERT_LT(tables / 4 + AFTER_THE_KILL, tables);
+	for (uint64_t at = tables / 8; at <= tables / 4; at += tables / 8) {
+		struct killed killed = kill_in_the_middle(_metadata, self, map_most_of_ram, at);
+
+		TH_LOG("mmap of %llu page tables: killed at %llu pages, ended after %llu",
+		       (unsigned long long)tables, (unsigned long long)killed.at,
+		       (unsigned long long)killed.in_all);
+		EXPECT_LE(killed.at, killed.in_all);
+		EXPECT_GE(killed.at + AFTER_THE_KILL, killed.in_all);
+		EXPECT_TRUE(charge_falls_below(self->mapper, 8 * MIB));
+	}
+	/* the pad is as it was */
+	ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+	EXPECT_TRUE(row_is(view.data, ROW_BYTES, 0));
+	EXPECT_EQ(1, kvscratch_view_state(&view));
+	kvscratch_unmap(&view);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+TEST_HARNESS_MAIN
