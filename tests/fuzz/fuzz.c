@@ -1,0 +1,1426 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A fuzzer of /dev/kvscratch that is guided by KCOV. Runs as root inside a guest
+ * whose module is built for KCOV, alone with it.
+ *
+ * usage: fuzz [--seed N] [--trace] --seconds N | --executions N CORPUS
+ *
+ * A program is a short sequence of calls, one a line: a name and its arguments
+ * in hex, which mean something whatever they are. Programs that reach what none
+ * before did are kept, cut down to what is needed for that, and written to
+ * /out/corpus.txt.
+ *
+ * Apart from what the kernel itself notices, a model of every pad knows what a
+ * program must leave behind. It follows the calls until the program forks; from
+ * then on several processes run the rest over the same handles, and only what
+ * holds for every interleaving is checked.
+ *
+ * The same seed gives the same programs, as far as what they reach is the same;
+ * that of programs that fork depends on the scheduler.
+ */
+#include "../user/common.h"
+
+#include <ctype.h>
+#include <getopt.h>
+#include <linux/kcov.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <sys/epoll.h>
+#include <sys/sendfile.h>
+#include <time.h>
+
+#define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
+
+#define OUT "/out/corpus.txt"
+#define KCOV "/sys/kernel/debug/kcov"
+#define KCOV_ENTRIES (1u << 16)
+/* More than the module's text has */
+#define MODULE_BYTES (1u << 18)
+/* The committed corpus reaches many more; one that only fails reaches fewer. */
+#define LEAST_POINTS 400
+
+#define PAGE 4096u
+#define ARENA_BYTES (16 * PAGE)
+#define IMAGE_BYTES (2 * PAGE)
+#define VIEW_STRIDE (1u << 20)
+/* What all pads of a program may take; one pad may take it all. */
+#define LIMIT_BYTES (32 * PAGE)
+
+#define NR_HANDLES 6
+#define NR_VIEWS 3
+#define NR_PADS 8
+#define NR_PROCESSES 3
+#define MAX_ARGS 10
+#define MAX_CALLS 16
+#define MAX_PROGRAMS 4096
+/* Of one process: a fork repeats what follows it */
+#define MAX_REPEATED_CALLS 32
+
+/* Random numbers: splitmix64 */
+
+static uint64_t random_state;
+
+static uint64_t random_word(void)
+{
+	uint64_t word = random_state += 0x9e3779b97f4a7c15;
+
+	word = (word ^ word >> 30) * 0xbf58476d1ce4e5b9;
+	word = (word ^ word >> 27) * 0x94d049bb133111eb;
+	return word ^ word >> 31;
+}
+
+static unsigned int below(unsigned int end)
+{
+	return random_word() % end;
+}
+
+static bool one_in(unsigned int n)
+{
+	return !below(n);
+}
+
+/* What went wrong first in a program */
+
+static char complaint[512];
+
+static __attribute__((format(printf, 1, 2))) void broken(const char *format, ...)
+{
+	va_list args;
+
+	if (complaint[0])
+		return;
+	va_start(args, format);
+	vsnprintf(complaint, sizeof(complaint), format, args);
+	va_end(args);
+}
+
+/*
+ * KCOV: each process of a program has a buffer of its own, which the first one
+ * reads at the end. Entry 0 counts the others.
+ */
+
+static struct {
+	int fd;
+	unsigned long *area;
+} tracers[NR_PROCESSES];
+
+static unsigned long module_base;
+static int nr_children;
+static bool is_child;
+
+static void open_tracers(void)
+{
+	FILE *modules = fopen("/proc/modules", "re");
+	char name[64] = "";
+
+	while (modules && fscanf(modules, "%63s %*u %*u %*s %*s %lx%*[^\n]", name, &module_base) == 2)
+		if (!strcmp(name, "kvscratch"))
+			break;
+	if (strcmp(name, "kvscratch"))
+		abort();
+	fclose(modules);
+
+	for (int i = 0; i < NR_PROCESSES; i++) {
+		tracers[i].fd = open(KCOV, O_RDWR | O_CLOEXEC);
+		if (tracers[i].fd < 0 || ioctl(tracers[i].fd, KCOV_INIT_TRACE, KCOV_ENTRIES)) {
+			perror(KCOV);
+			abort();
+		}
+		tracers[i].area = mmap(NULL, KCOV_ENTRIES * sizeof(unsigned long),
+				       PROT_READ | PROT_WRITE, MAP_SHARED, tracers[i].fd, 0);
+		if (tracers[i].area == MAP_FAILED)
+			abort();
+	}
+}
+
+static void trace_with(int tracer)
+{
+	if (ioctl(tracers[tracer].fd, KCOV_ENABLE, KCOV_TRACE_PC))
+		abort();
+}
+
+/* What the checks do is not what the program reaches. */
+static unsigned long stop_counting(void)
+{
+	return __atomic_load_n(&tracers[0].area[0], __ATOMIC_RELAXED);
+}
+
+static void go_on_counting(unsigned long count)
+{
+	__atomic_store_n(&tracers[0].area[0], count, __ATOMIC_RELAXED);
+}
+
+/* Points, and pairs of successive points, hashed */
+struct features {
+	uint64_t words[1024];
+};
+
+static void add_feature(struct features *features, uint64_t from, uint64_t to)
+{
+	uint64_t hash = (from * 0x9e3779b97f4a7c15 ^ to) * 0xbf58476d1ce4e5b9 >> 48;
+
+	features->words[hash / 64] |= 1ull << hash % 64;
+}
+
+/* By whom a point was reached */
+#define REACHED 1
+#define REACHED_AT_FIRST 2
+#define REACHED_AGAIN 4
+static uint8_t points[MODULE_BYTES];
+
+static void collect(struct features *seen, uint8_t by)
+{
+	memset(seen, 0, sizeof(*seen));
+	for (int i = 0; i <= nr_children; i++) {
+		const unsigned long *area = tracers[i].area;
+		unsigned long before = 0;
+
+		for (unsigned long n = 1; n <= area[0]; n++) {
+			unsigned long point = area[n] - module_base;
+
+			if (point >= MODULE_BYTES)
+				continue;
+			points[point] |= by;
+			add_feature(seen, 0, point);
+			/* in which order others get somewhere is chance */
+			if (!i)
+				add_feature(seen, before, point);
+			before = point;
+		}
+	}
+}
+
+static unsigned int count_points(uint8_t by, uint8_t not_by)
+{
+	unsigned int count = 0;
+
+	for (unsigned int i = 0; i < MODULE_BYTES; i++)
+		count += (points[i] & by) && !(points[i] & not_by);
+	return count;
+}
+
+/*
+ * The model: what is known of each pad, and which handle is bound to which. @shadow
+ * holds the committed rows as read() gives them.
+ */
+
+struct pad {
+	struct kvscratch_info info;
+	/* a writer that cannot read appended what it cannot know */
+	bool opaque;
+	/* no byte beyond the committed rows may be set */
+	bool zero_beyond;
+	uint8_t shadow[LIMIT_BYTES];
+};
+
+static struct handle {
+	int fd;
+	struct pad *pad;
+} handles[NR_HANDLES];
+
+static struct pad pads[NR_PADS];
+static unsigned int nr_pads;
+/* Nobody else has the handles: the model is exact. */
+static bool alone;
+
+static bool readable(int fd)
+{
+	int mode = fcntl(fd, F_GETFL) & O_ACCMODE;
+
+	/* there is a fourth one, that may do neither */
+	return mode == O_RDONLY || mode == O_RDWR;
+}
+
+static struct pad *pad_of_fd(int fd)
+{
+	for (int i = 0; i < NR_HANDLES; i++)
+		if (handles[i].fd == fd && fd >= 0)
+			return handles[i].pad;
+	return NULL;
+}
+
+static void check_info(const struct pad *pad, const struct kvscratch_info *now)
+{
+	if (now->len > now->max_seq_len)
+		broken("%llu rows of %llu", now->len, now->max_seq_len);
+	if (now->generation < pad->info.generation)
+		broken("generation %llu after %llu", now->generation, pad->info.generation);
+	if (alone && (now->len != pad->info.len || now->generation != pad->info.generation ||
+		      now->trunc_len != pad->info.trunc_len))
+		broken("len %llu, generation %llu, trunc_len %llu instead of %llu, %llu, %llu",
+		       now->len, now->generation, now->trunc_len, pad->info.len,
+		       pad->info.generation, pad->info.trunc_len);
+	if (now->max_seq_len != pad->info.max_seq_len || now->row_bytes != pad->info.row_bytes ||
+	    now->status_offset != pad->info.status_offset)
+		broken("the geometry has changed");
+}
+
+/* After a call that may have changed the pad of a handle */
+static void check_handle(const struct handle *handle)
+{
+	unsigned long count = stop_counting();
+	struct kvscratch_info info;
+
+	if (handle->pad && !is_child) {
+		if (kvscratch_info(handle->fd, &info))
+			broken("a bound handle without INFO");
+		else
+			check_info(handle->pad, &info);
+	}
+	go_on_counting(count);
+}
+
+static void check_fdinfo(int fd, const struct kvscratch_info *info)
+{
+	char path[64], pad[96], text[1024] = "";
+	int file;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	file = open(path, O_RDONLY | O_CLOEXEC);
+	if (file < 0 || read(file, text, sizeof(text) - 1) < 0)
+		broken("%s: %s", path, strerror(errno));
+	close(file);
+	snprintf(pad, sizeof(pad), "pad:\tScratchpad(len=%llu, capacity=%llu, dim=%u)\n",
+		 info->len, info->max_seq_len, info->dim);
+	if (!strstr(text, pad))
+		broken("fdinfo lacks %s", pad);
+	if ((uint64_t)number_in_file(path, "generation") != info->generation)
+		broken("fdinfo has another generation than %llu", info->generation);
+}
+
+static void check_rows(const struct pad *pad, int fd, const struct kvscratch_view *view,
+		       uint64_t rows)
+{
+	static uint8_t read_back[LIMIT_BYTES];
+	size_t bytes = rows * pad->info.row_bytes;
+
+	if (pread(fd, read_back, bytes, 0) != (ssize_t)bytes)
+		broken("%zu bytes of committed rows cannot be read", bytes);
+	else if (memcmp(read_back, pad->shadow, bytes))
+		broken("committed rows have changed");
+	if (view->info.nr_planes == 1 && memcmp(view->data, pad->shadow, bytes))
+		broken("a view shows other rows");
+}
+
+/* Of a pad that nobody uses any more, through a handle that can read */
+static void check_view(const struct pad *pad, int fd)
+{
+	struct kvscratch_view view;
+	uint64_t state;
+
+	if (kvscratch_map(fd, &view)) {
+		broken("cannot map a pad: %s", strerror(errno));
+		return;
+	}
+	state = kvscratch_view_state(&view);
+	if (kvscratch_state_len(state) != view.info.len ||
+	    kvscratch_state_generation(state) != (uint32_t)view.info.generation)
+		broken("the status page says %#llx", (unsigned long long)state);
+	state = kvscratch_word_load(&view.status->trunc);
+	if (kvscratch_state_len(state) != view.info.trunc_len ||
+	    kvscratch_state_generation(state) != (uint32_t)view.info.generation)
+		broken("the status page says trunc %#llx", (unsigned long long)state);
+	/* of those who came later only the beginning is known */
+	if (!pad->opaque && view.info.generation == pad->info.generation)
+		check_rows(pad, fd, &view, pad->info.len);
+	for (uint32_t i = 0; alone && pad->zero_beyond && i < view.info.nr_planes; i++) {
+		const struct kvscratch_plane *plane = &view.info.planes[i];
+
+		if (!all_zero((const uint8_t *)view.data + plane->offset +
+			      view.info.len * plane->row_bytes,
+			      (view.info.max_seq_len - view.info.len) * plane->row_bytes))
+			broken("plane %u is not zero beyond its rows", i);
+	}
+	kvscratch_unmap(&view);
+}
+
+static void check_quiet_handle(const struct handle *handle)
+{
+	struct kvscratch_info info;
+
+	if (!handle->pad)
+		return;
+	if (kvscratch_info(handle->fd, &info)) {
+		broken("a bound handle without INFO at the end");
+		return;
+	}
+	check_info(handle->pad, &info);
+	check_fdinfo(handle->fd, &info);
+	if (readable(handle->fd))
+		check_view(handle->pad, handle->fd);
+}
+
+static int max_total_fd;
+
+static void limit_total(uint64_t bytes)
+{
+	char text[24];
+	int length = snprintf(text, sizeof(text), "%llu", (unsigned long long)bytes);
+
+	if (pwrite(max_total_fd, text, length, 0) != length)
+		abort();
+}
+
+/* With all handles released, the smallest pad fits into the smallest limit. */
+static void check_nothing_is_left(void)
+{
+	int fd;
+
+	limit_total(charged_bytes(1, 1));
+	fd = new_pad(1, 1);
+	limit_total(LIMIT_BYTES);
+	if (fd < 0)
+		broken("released pads still count: %s", strerror(-fd));
+	else
+		close(fd);
+}
+
+/* Memory that calls are given: an arena with nothing behind it, and a read-only page */
+
+static uint8_t *arena, *arena_end, *read_only, *views;
+
+static void *map_at(void *at, size_t bytes, int prot)
+{
+	void *map = mmap(at, bytes, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
+			 (at ? MAP_FIXED : 0), -1, 0);
+
+	if (map == MAP_FAILED)
+		abort();
+	return map;
+}
+
+static void map_memory(void)
+{
+	arena = map_at(NULL, ARENA_BYTES + PAGE, PROT_NONE);
+	map_at(arena, ARENA_BYTES, PROT_READ | PROT_WRITE);
+	arena_end = arena + ARENA_BYTES;
+	read_only = map_at(NULL, IMAGE_BYTES, PROT_READ);
+	/* views go here, so that one call takes all of them away */
+	views = map_at(NULL, NR_VIEWS * VIEW_STRIDE, PROT_NONE);
+}
+
+static void *view_at(uint64_t slot)
+{
+	return views + slot % NR_VIEWS * VIEW_STRIDE;
+}
+
+enum place {
+	IN_ARENA,
+	UP_TO_A_HOLE,
+	INTO_A_HOLE,
+	NOWHERE,
+	IN_THE_KERNEL,
+	READ_ONLY,
+	UNALIGNED,
+	IN_A_VIEW,
+	NR_PLACES
+};
+
+/* Put @bytes somewhere and say where. */
+static void *put(uint64_t place, const void *bytes, size_t size)
+{
+	uint8_t *at = arena;
+
+	if (size > ARENA_BYTES)
+		size = ARENA_BYTES;
+	switch (place % NR_PLACES) {
+	case UP_TO_A_HOLE:
+		at = arena_end - size;
+		break;
+	case INTO_A_HOLE:
+		size -= !!size;
+		at = arena_end - size;
+		break;
+	case NOWHERE:
+		return NULL;
+	case IN_THE_KERNEL:
+		return (void *)-(uintptr_t)PAGE;
+	case READ_ONLY:
+		if (size > IMAGE_BYTES)
+			size = IMAGE_BYTES;
+		mprotect(read_only, IMAGE_BYTES, PROT_READ | PROT_WRITE);
+		memcpy(read_only, bytes, size);
+		mprotect(read_only, IMAGE_BYTES, PROT_READ);
+		return read_only;
+	case UNALIGNED:
+		size -= !!size;
+		at = arena + 1;
+		break;
+	case IN_A_VIEW:
+		return views;
+	}
+	memcpy(at, bytes, size);
+	return at;
+}
+
+/* ioctl() with a struct of any size and a tail of any byte */
+static int call_ioctl(const struct handle *handle, unsigned int cmd, const void *arg, size_t known,
+		      uint64_t tail, uint64_t place)
+{
+	uint8_t image[IMAGE_BYTES];
+	uint32_t size;
+
+	memset(image, tail, sizeof(image));
+	memcpy(image, arg, known);
+	memcpy(&size, image, sizeof(size));
+	if (size < sizeof(size))
+		size = sizeof(size);
+	if (size > sizeof(image))
+		size = sizeof(image);
+	/* what a view holds is not what the model believes */
+	if (place % NR_PLACES == IN_A_VIEW)
+		place = IN_THE_KERNEL;
+	return ioctl(handle->fd, cmd, put(place, image, size));
+}
+
+/* The calls */
+
+static struct handle *handle_at(uint64_t arg)
+{
+	return &handles[arg % NR_HANDLES];
+}
+
+static void release(struct handle *handle)
+{
+	if (handle->fd >= 0)
+		close(handle->fd);
+	*handle = (struct handle) { .fd = -1 };
+}
+
+static void do_open(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+
+	release(handle);
+	handle->fd = open(KVSCRATCH_DEVICE, (arg[1] & (O_ACCMODE | O_NONBLOCK | O_APPEND)) | O_CLOEXEC);
+}
+
+static void do_create(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_create create = {
+		.size = arg[1],
+		.flags = arg[2],
+		.max_seq_len = arg[3],
+		.dim = arg[4],
+		.dtype = arg[5],
+		.input_dtype = arg[6],
+		.frac_bits = arg[7],
+	};
+	unsigned long count;
+	struct pad *pad;
+
+	if (call_ioctl(handle, KVSCRATCH_IOC_CREATE, &create, sizeof(create), arg[8], arg[9]))
+		return;
+	if (handle->pad)
+		broken("a bound handle was bound again");
+	if (nr_pads == NR_PADS)
+		return;
+	pad = &pads[nr_pads++];
+	pad->opaque = false;
+	pad->zero_beyond = true;
+	count = stop_counting();
+	if (kvscratch_info(handle->fd, &pad->info))
+		broken("a new pad without INFO");
+	go_on_counting(count);
+	if (alone && (pad->info.len || pad->info.generation))
+		broken("a new pad has rows");
+	if (pad->info.max_seq_len != create.max_seq_len || pad->info.dim != create.dim ||
+	    pad->info.dtype != create.dtype)
+		broken("a new pad is not what was asked for");
+	handle->pad = pad;
+}
+
+static void do_info(const uint64_t *arg)
+{
+	struct kvscratch_info info = { .size = arg[1], .flags = arg[2] };
+
+	call_ioctl(handle_at(arg[0]), KVSCRATCH_IOC_INFO, &info, sizeof(info), arg[3], arg[4]);
+}
+
+static void do_truncate(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_truncate truncate = { .size = arg[1], .flags = arg[2], .len = arg[3] };
+	struct pad *pad = handle->pad;
+	int err = call_ioctl(handle, KVSCRATCH_IOC_TRUNCATE, &truncate, sizeof(truncate), arg[4],
+			     arg[5]);
+
+	if (!err && pad && alone) {
+		if (truncate.len > pad->info.len)
+			broken("truncated to %llu rows of %llu", truncate.len, pad->info.len);
+		if (truncate.flags & KVSCRATCH_TRUNCATE_ZERO)
+			pad->zero_beyond = true;
+		else if (truncate.len < pad->info.len)
+			pad->zero_beyond = false;
+		pad->info.len = truncate.len;
+		pad->info.trunc_len = truncate.len;
+		pad->info.generation++;
+	}
+	check_handle(handle);
+}
+
+static void do_attach(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_attach attach = {
+		.size = arg[1],
+		.flags = arg[2],
+		/* numbers that are no handle stay what they are */
+		.src_fd = arg[3] < NR_HANDLES ? handles[arg[3]].fd : (int)arg[3],
+		.reserved = arg[4],
+	};
+
+	if (call_ioctl(handle, KVSCRATCH_IOC_ATTACH, &attach, sizeof(attach), arg[5], arg[6]))
+		return;
+	if (handle->pad)
+		broken("a bound handle was attached");
+	handle->pad = pad_of_fd(attach.src_fd);
+	check_handle(handle);
+}
+
+/* A number that is no ioctl of the module */
+static void do_ioctl(const uint64_t *arg)
+{
+	unsigned int cmd = (arg[1] & ~0xff00u) | KVSCRATCH_IOC_MAGIC << 8;
+	uint32_t size = arg[2];
+
+	if (cmd >= KVSCRATCH_IOC_CREATE && cmd <= KVSCRATCH_IOC_ATTACH)
+		return;
+	if (!call_ioctl(handle_at(arg[0]), cmd, &size, sizeof(size), 0, arg[3]))
+		broken("there is an ioctl %#x", cmd);
+}
+
+static ssize_t transfer(bool write, int fd, void *at, size_t bytes, const uint64_t *arg)
+{
+	uint64_t how = arg[0], flags = arg[1], offset = arg[2], pieces = arg[3] % 16 + 1;
+	struct iovec iov[16];
+
+	for (uint64_t i = 0; i < pieces; i++) {
+		iov[i].iov_base = (uint8_t *)at + i * (bytes / pieces);
+		iov[i].iov_len = i + 1 < pieces ? bytes / pieces : bytes - i * (bytes / pieces);
+	}
+	switch (how % 4) {
+	case 0:
+		return write ? syscall(SYS_write, fd, at, bytes) : syscall(SYS_read, fd, at, bytes);
+	case 1:
+		return write ? writev(fd, iov, pieces) : readv(fd, iov, pieces);
+	case 2:
+		return write ? pwrite(fd, at, bytes, offset) : pread(fd, at, bytes, offset);
+	default:
+		return write ? pwritev2(fd, iov, pieces, offset, flags) :
+			       preadv2(fd, iov, pieces, offset, flags);
+	}
+}
+
+/* The model of a pad that took @bytes bytes; @from is NULL when nobody knows which */
+static void appended(struct pad *pad, int fd, const void *from, size_t bytes)
+{
+	uint64_t rows = bytes / pad->info.input_row_bytes;
+	uint64_t at = pad->info.len * pad->info.row_bytes;
+	uint64_t stored = rows * pad->info.row_bytes;
+
+	if (rows > pad->info.max_seq_len - pad->info.len) {
+		broken("%llu rows after %llu of %llu", (unsigned long long)rows, pad->info.len,
+		       pad->info.max_seq_len);
+		return;
+	}
+	pad->info.len += rows;
+	if (from && pad->info.input_dtype == pad->info.dtype) {
+		memcpy(pad->shadow + at, from, stored);
+	} else if (readable(fd)) {
+		if (pread(fd, pad->shadow + at, stored, at) != (ssize_t)stored)
+			broken("appended rows cannot be read");
+	} else {
+		pad->opaque = true;
+	}
+}
+
+static void do_write(const uint64_t *arg)
+{
+	static uint64_t pattern[ARENA_BYTES / sizeof(uint64_t)];
+	struct handle *handle = handle_at(arg[0]);
+	const uint64_t how[] = { arg[1], arg[4], arg[5], arg[9] };
+	struct pad *pad = handle->pad;
+	size_t bytes = arg[2] * (pad ? pad->info.input_row_bytes : 1) + arg[3];
+	enum place place = arg[8] % NR_PLACES;
+	unsigned long count;
+	ssize_t written;
+	void *from;
+
+	for (size_t i = 0; i < ARRAY_LEN(pattern) && i * sizeof(*pattern) < bytes; i++)
+		pattern[i] = arg[6] + i * arg[7];
+	from = put(place, pattern, bytes);
+	written = transfer(true, handle->fd, from, bytes, how);
+	if (written >= 0 && (size_t)written != bytes)
+		broken("a write of %zu bytes took %zd", bytes, written);
+	if (pad && alone) {
+		count = stop_counting();
+		/* a pad may have been appended to itself */
+		if (written > 0)
+			appended(pad, handle->fd, place == IN_A_VIEW ? NULL : from, written);
+		else
+			pad->zero_beyond = false;
+		go_on_counting(count);
+	}
+	check_handle(handle);
+}
+
+static void do_read(const uint64_t *arg)
+{
+	static const uint8_t zeros[ARENA_BYTES];
+	const uint64_t how[] = { arg[1], arg[3], arg[4], arg[6] };
+	void *to = put(arg[5], zeros, arg[2]);
+
+	if (transfer(false, handle_at(arg[0])->fd, to, arg[2], how) > (ssize_t)LIMIT_BYTES)
+		broken("read more than there is");
+}
+
+static void do_seek(const uint64_t *arg)
+{
+	lseek(handle_at(arg[0])->fd, arg[1], arg[2]);
+}
+
+static void do_poll(const uint64_t *arg)
+{
+	struct pollfd pollfd = { .fd = handle_at(arg[0])->fd, .events = arg[1] };
+	struct epoll_event event = { .events = arg[1] };
+	int epoll;
+
+	if (arg[2] % 2 == 0) {
+		poll(&pollfd, 1, 0);
+		return;
+	}
+	epoll = epoll_create1(EPOLL_CLOEXEC);
+	epoll_ctl(epoll, EPOLL_CTL_ADD, pollfd.fd, &event);
+	epoll_wait(epoll, &event, 1, 0);
+	close(epoll);
+}
+
+static void do_mmap(const uint64_t *arg)
+{
+	const int allowed = MAP_TYPE | MAP_POPULATE | MAP_NORESERVE | MAP_LOCKED | MAP_NONBLOCK;
+	int flags = arg[5] & allowed;
+	/* what does not fit its place has to be refused anyway */
+	bool fits = arg[3] <= VIEW_STRIDE;
+	void *view = (void *)syscall(SYS_mmap, fits ? view_at(arg[0]) : NULL, arg[3], arg[4],
+				     flags | (fits ? MAP_FIXED : 0), handle_at(arg[1])->fd,
+				     arg[2] * PAGE);
+
+	if (view == MAP_FAILED) {
+		/* it may have taken away what was there */
+		if (fits && arg[3])
+			map_at(view_at(arg[0]), arg[3], PROT_NONE);
+		return;
+	}
+	if (arg[4] & (PROT_WRITE | PROT_EXEC) || (flags & MAP_TYPE) == MAP_PRIVATE)
+		broken("mapped with prot %#llx, flags %#x", (unsigned long long)arg[4], flags);
+	if (!fits)
+		broken("mapped %llu bytes", (unsigned long long)arg[3]);
+}
+
+static sigjmp_buf no_memory;
+
+static void on_no_memory(int signal)
+{
+	siglongjmp(no_memory, signal);
+}
+
+static void do_touch(const uint64_t *arg)
+{
+	volatile uint8_t *at = (uint8_t *)view_at(arg[0]) + arg[1] % VIEW_STRIDE;
+
+	if (sigsetjmp(no_memory, 1))
+		return;
+	signal(SIGSEGV, on_no_memory);
+	signal(SIGBUS, on_no_memory);
+	if (arg[2] % 2)
+		*at = 1;
+	else
+		(void)*at;
+}
+
+static void do_mprotect(const uint64_t *arg)
+{
+	mprotect(view_at(arg[0]), arg[1] % VIEW_STRIDE, arg[2]);
+}
+
+static void do_mremap(const uint64_t *arg)
+{
+	size_t from = arg[1] % VIEW_STRIDE, bytes = arg[2] % VIEW_STRIDE;
+	uint8_t *old = view_at(arg[0]);
+	uint8_t *moved = mremap(old, from, bytes, arg[3] % 8, view_at(arg[4]));
+
+	if (moved == MAP_FAILED)
+		return;
+	if (moved < views || moved >= views + NR_VIEWS * VIEW_STRIDE)
+		munmap(moved, bytes);
+	/* nothing else may settle in a hole that it has left */
+	bytes = moved == old ? (bytes + PAGE - 1) / PAGE * PAGE : 0;
+	map_at(old + bytes, VIEW_STRIDE - bytes, PROT_NONE);
+}
+
+static void do_munmap(const uint64_t *arg)
+{
+	size_t offset = arg[1] * PAGE % VIEW_STRIDE;
+	size_t bytes = arg[2] % (VIEW_STRIDE - offset);
+	uint8_t *at = (uint8_t *)view_at(arg[0]) + offset;
+
+	if (bytes && !munmap(at, bytes))
+		map_at(at, bytes, PROT_NONE);
+}
+
+static void do_madvise(const uint64_t *arg)
+{
+	/* beyond these are those that make memory bad */
+	madvise(view_at(arg[0]), arg[1] % VIEW_STRIDE, arg[2] % 32);
+}
+
+static int pipe_ends[2] = { -1, -1 };
+
+static void need_pipe(void)
+{
+	if (pipe_ends[0] < 0 && pipe2(pipe_ends, O_CLOEXEC | O_NONBLOCK))
+		abort();
+}
+
+/* The pipe keeps the pages when the view and the pad are gone. */
+static void do_vmsplice(const uint64_t *arg)
+{
+	struct iovec iov = { view_at(arg[0]), arg[1] % VIEW_STRIDE };
+
+	need_pipe();
+	vmsplice(pipe_ends[1], &iov, 1, SPLICE_F_NONBLOCK);
+}
+
+static void do_splice(const uint64_t *arg)
+{
+	int fd = handle_at(arg[0])->fd;
+	ssize_t moved;
+
+	need_pipe();
+	switch (arg[1] % 3) {
+	case 0:
+		moved = splice(fd, NULL, pipe_ends[1], NULL, arg[2], SPLICE_F_NONBLOCK);
+		break;
+	case 1:
+		moved = splice(pipe_ends[0], NULL, fd, NULL, arg[2], SPLICE_F_NONBLOCK);
+		break;
+	default:
+		moved = sendfile(pipe_ends[1], fd, NULL, arg[2]);
+	}
+	if (moved > 0)
+		broken("a pad spliced %zd bytes", moved);
+}
+
+static void do_dup(const uint64_t *arg)
+{
+	struct handle *from = handle_at(arg[0]), *to = handle_at(arg[1]);
+
+	if (from == to)
+		return;
+	release(to);
+	to->fd = fcntl(from->fd, F_DUPFD_CLOEXEC, 0);
+	to->pad = from->pad;
+}
+
+static void do_pass(const uint64_t *arg)
+{
+	struct handle *from = handle_at(arg[0]), *to = handle_at(arg[1]);
+	const char *name = "pad";
+	char text[16];
+	int ends[2], fd;
+
+	if (from == to || from->fd < 0)
+		return;
+	release(to);
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
+		abort();
+	if (kvscratch_send_handles(ends[0], &name, &from->fd, 1) ||
+	    kvscratch_receive_handles(ends[1], text, sizeof(text), &fd, 1) != 1)
+		broken("a handle was not passed");
+	else
+		*to = (struct handle) { .fd = fd, .pad = from->pad };
+	close(ends[0]);
+	close(ends[1]);
+}
+
+static void do_close(const uint64_t *arg)
+{
+	release(handle_at(arg[0]));
+}
+
+static void do_fdinfo(const uint64_t *arg)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", handle_at(arg[0])->fd);
+	number_in_file(path, NULL);
+}
+
+static void do_setfl(const uint64_t *arg)
+{
+	fcntl(handle_at(arg[0])->fd, F_SETFL, arg[1]);
+}
+
+/* Programs */
+
+static void do_fork(const uint64_t *arg);
+
+/*
+ * Each letter of @args says what values are likely, see sample(). @size is that of
+ * the struct.
+ */
+static const struct call_type {
+	const char *name;
+	void (*run)(const uint64_t *arg);
+	const char *args;
+	unsigned int size;
+} call_types[] = {
+	{ "open", do_open, "ha", 0 },
+	{ "create", do_create, "hz0nnttf0q", sizeof(struct kvscratch_create) },
+	{ "info", do_info, "hz00q", sizeof(struct kvscratch_info) },
+	{ "truncate", do_truncate, "hzfn0q", sizeof(struct kvscratch_truncate) },
+	{ "attach", do_attach, "hz0h00q", sizeof(struct kvscratch_attach) },
+	{ "ioctl", do_ioctl, "hczq", 0 },
+	{ "write", do_write, "hnn0fbvvqn", 0 },
+	{ "read", do_read, "hnbfbqn", 0 },
+	{ "seek", do_seek, "hbn", 0 },
+	{ "poll", do_poll, "hbn", 0 },
+	{ "mmap", do_mmap, "nhnlpm", 0 },
+	{ "touch", do_touch, "nbn", 0 },
+	{ "mprotect", do_mprotect, "nlp", 0 },
+	{ "mremap", do_mremap, "nllnn", 0 },
+	{ "munmap", do_munmap, "nnl", 0 },
+	{ "madvise", do_madvise, "nln", 0 },
+	{ "vmsplice", do_vmsplice, "nl", 0 },
+	{ "splice", do_splice, "hnb", 0 },
+	{ "dup", do_dup, "hh", 0 },
+	{ "pass", do_pass, "hh", 0 },
+	{ "close", do_close, "h", 0 },
+	{ "fdinfo", do_fdinfo, "h", 0 },
+	{ "setfl", do_setfl, "hf", 0 },
+	{ "fork", do_fork, "n", 0 },
+};
+
+struct call {
+	const struct call_type *type;
+	uint64_t arg[MAX_ARGS];
+};
+
+struct program {
+	unsigned int nr_calls;
+	struct call calls[MAX_CALLS];
+};
+
+static const struct program *running;
+static unsigned int next_call, calls_left;
+
+static void run_rest(void)
+{
+	while (next_call < running->nr_calls && calls_left) {
+		const struct call *call = &running->calls[next_call++];
+
+		calls_left--;
+		call->type->run(call->arg);
+	}
+}
+
+/* Two processes run the rest of the program at once, several times over. */
+static void do_fork(const uint64_t *arg)
+{
+	unsigned int rest = next_call;
+	struct child child;
+
+	if (is_child || nr_children == NR_PROCESSES - 1)
+		return;
+	alone = false;
+	nr_children++;
+	tracers[nr_children].area[0] = 0;
+	is_child = start_child(&child);
+	if (is_child) {
+		trace_with(nr_children);
+		say(child.line);
+	} else if (!hear(child.line)) {
+		broken("a child did not start");
+	}
+	close(child.line);
+	for (uint64_t i = 0; i <= arg[0] % 4; i++) {
+		next_call = rest;
+		run_rest();
+	}
+	if (is_child)
+		_exit(complaint[0] ? 1 : 0);
+}
+
+static void run(const struct program *program, struct features *seen, uint8_t by)
+{
+	unsigned long count;
+	int status;
+
+	running = program;
+	next_call = 0;
+	calls_left = MAX_REPEATED_CALLS;
+	complaint[0] = '\0';
+	nr_children = 0;
+	nr_pads = 0;
+	alone = true;
+	go_on_counting(0);
+
+	run_rest();
+	while (wait(&status) > 0)
+		if (status)
+			broken("a child ended with status %#x", status);
+	count = stop_counting();
+	for (int i = 0; i < NR_HANDLES; i++)
+		check_quiet_handle(&handles[i]);
+	go_on_counting(count);
+	for (int i = 0; i < NR_HANDLES; i++)
+		release(&handles[i]);
+	map_at(views, NR_VIEWS * VIEW_STRIDE, PROT_NONE);
+	if (pipe_ends[0] >= 0) {
+		close(pipe_ends[0]);
+		close(pipe_ends[1]);
+		pipe_ends[0] = -1;
+	}
+	collect(seen, by);
+	check_nothing_is_left();
+}
+
+/* As text */
+
+static void print_program(FILE *file, const char *before, const struct program *program)
+{
+	for (unsigned int i = 0; i < program->nr_calls; i++) {
+		const struct call *call = &program->calls[i];
+
+		fprintf(file, "%s%s", before, call->type->name);
+		for (unsigned int arg = 0; call->type->args[arg]; arg++)
+			fprintf(file, " %llx", (unsigned long long)call->arg[arg]);
+		fprintf(file, "\n");
+	}
+}
+
+static bool parse_call(char *line, struct call *call)
+{
+	char *word = strtok(line, " \n"), *end;
+
+	*call = (struct call) { 0 };
+	for (unsigned int i = 0; i < ARRAY_LEN(call_types); i++)
+		if (!strcmp(word, call_types[i].name))
+			call->type = &call_types[i];
+	if (!call->type)
+		return false;
+	for (unsigned int i = 0; call->type->args[i]; i++) {
+		word = strtok(NULL, " \n");
+		if (!word)
+			return false;
+		call->arg[i] = strtoull(word, &end, 16);
+		if (*end)
+			return false;
+	}
+	return !strtok(NULL, " \n");
+}
+
+static struct program *corpus[MAX_PROGRAMS];
+static unsigned int nr_programs;
+
+static void keep(const struct program *program)
+{
+	if (nr_programs == MAX_PROGRAMS)
+		return;
+	corpus[nr_programs] = malloc(sizeof(*program));
+	if (!corpus[nr_programs])
+		abort();
+	*corpus[nr_programs++] = *program;
+}
+
+static bool read_corpus(const char *path)
+{
+	FILE *file = fopen(path, "re");
+	struct program program = { 0 };
+	char line[512];
+
+	if (!file) {
+		perror(path);
+		return false;
+	}
+	while (fgets(line, sizeof(line), file)) {
+		if (line[0] == '#')
+			continue;
+		if (line[0] == '\n') {
+			if (program.nr_calls)
+				keep(&program);
+			program.nr_calls = 0;
+		} else if (program.nr_calls == MAX_CALLS ||
+			   !parse_call(line, &program.calls[program.nr_calls++])) {
+			printf("# %s: not a call: %s\n", path, line);
+			return false;
+		}
+	}
+	if (program.nr_calls)
+		keep(&program);
+	fclose(file);
+	return nr_programs != 0;
+}
+
+static void write_corpus(void)
+{
+	FILE *file = fopen(OUT, "we");
+
+	if (!file)
+		return;
+	for (unsigned int i = 0; i < nr_programs; i++) {
+		fprintf(file, i ? "\n" : "");
+		print_program(file, "", corpus[i]);
+	}
+	fclose(file);
+}
+
+/* New programs */
+
+static const uint64_t interesting[] = {
+	0, 1, 2, 3, 4, 7, 8, 31, 32, 33, 63, 64, 127, 128, 255, 256, 511, 512, 1024, 4095, 4096,
+	4097, 8191, 8192, 16383, 16384, 16385, 65535, 65536, 1 << 20, 0x1000000, 0x1000001,
+	0x7ffeffff, 0x7fffefff, 0x7ffff000, 0x7fffffff, 0x80000000, 0xfffff000, 0xffffffff,
+	0x100000000, 0x100000001, 0xfffffffffffff, 0x10000000000000, 0x7fffffffffffffff,
+	0x8000000000000000, -4096, -1,
+	/* elements: f64, pairs of f32, fours of f16 and bf16; ones, large, small, not finite */
+	0x3ff0000000000000, 0x3ff0000000000001, 0x47f0000000000000, 0x7fefffffffffffff,
+	0x7ff0000000000000, 0x3f8000003f800000, 0x7f7fffff7f7fffff, 0x7f800000, 0x3c003c003c003c00,
+	0x7bff7bff7bff7bff, 0x3f803f803f803f80, 0x7f7f7f7f7f7f7f7f, 0x0001000100010001,
+};
+
+static uint64_t any_of(const uint64_t *values, size_t count)
+{
+	return values[below(count)];
+}
+
+static uint64_t sample_size(unsigned int known)
+{
+	const uint64_t sizes[] = { known, known, known, known, known, known, known - 8, known - 1,
+				   known + 1, known + 8, 0, 1, 4, 4095, 4096, 4097, below(160) };
+
+	return any_of(sizes, ARRAY_LEN(sizes));
+}
+
+static uint64_t sample(char kind, unsigned int size)
+{
+	if (one_in(12))
+		return any_of(interesting, ARRAY_LEN(interesting));
+	switch (kind) {
+	case 'h': /* a handle: few, so that they meet */
+		return one_in(2) ? 0 : below(NR_HANDLES);
+	case 'a': /* an access mode */
+		return one_in(3) ? below(4) : O_RDWR;
+	case 'z':
+		return sample_size(size);
+	case '0': /* zero, or else EINVAL */
+		return one_in(8) ? 1ull << below(32) : 0;
+	case 'n': /* a small number */
+		return one_in(3) ? below(2) : one_in(2) ? below(8) : 1u << below(9);
+	case 't': /* a dtype */
+		return below(12);
+	case 'f': /* flags, or fraction bits */
+		return one_in(2) ? 0 : one_in(2) ? 1u << below(7) : below(64);
+	case 'c': /* an ioctl number */
+		return below(6) | (one_in(2) ? random_word() << 16 : 0);
+	case 'q':
+		return one_in(2) ? 0 : below(NR_PLACES);
+	case 'l': /* a length: pages */
+		return below(36) * PAGE + (one_in(4) ? below(3) - 1 : 0);
+	case 'p':
+		return one_in(3) ? below(16) : PROT_READ;
+	case 'm':
+		return one_in(3) ? random_word() : MAP_SHARED;
+	case 'b': /* bytes */
+		return one_in(2) ? below(300) : below(LIMIT_BYTES);
+	default: /* elements */
+		return one_in(2) ? random_word() : any_of(interesting, ARRAY_LEN(interesting));
+	}
+}
+
+static struct call random_call(void)
+{
+	/* most calls are of no use on a handle without a pad */
+	const unsigned int type = one_in(3) ? below(7) : below(ARRAY_LEN(call_types));
+	struct call call = { .type = &call_types[type] };
+
+	for (unsigned int i = 0; call.type->args[i]; i++)
+		call.arg[i] = sample(call.type->args[i], call.type->size);
+	return call;
+}
+
+static void insert_call(struct program *program, unsigned int at)
+{
+	if (program->nr_calls == MAX_CALLS)
+		return;
+	memmove(&program->calls[at + 1], &program->calls[at],
+		(program->nr_calls++ - at) * sizeof(program->calls[0]));
+	program->calls[at] = random_call();
+}
+
+static void remove_call(struct program *program, unsigned int at)
+{
+	memmove(&program->calls[at], &program->calls[at + 1],
+		(--program->nr_calls - at) * sizeof(program->calls[0]));
+}
+
+/* The beginning of @program and the end of @other */
+static void splice_program(struct program *program, const struct program *other)
+{
+	unsigned int from = below(other->nr_calls + 1);
+
+	program->nr_calls = below(program->nr_calls + 1);
+	while (from < other->nr_calls && program->nr_calls < MAX_CALLS)
+		program->calls[program->nr_calls++] = other->calls[from++];
+}
+
+static void mutate_argument(struct call *call)
+{
+	unsigned int i = below(strlen(call->type->args));
+
+	switch (below(4)) {
+	case 0:
+		call->arg[i] ^= 1ull << below(64);
+		break;
+	case 1:
+		call->arg[i] += below(3) - 1ull;
+		break;
+	default:
+		call->arg[i] = sample(call->type->args[i], call->type->size);
+	}
+}
+
+static void mutate(struct program *program)
+{
+	do {
+		unsigned int at = below(program->nr_calls + 1);
+
+		if (one_in(3) || at == program->nr_calls)
+			insert_call(program, at);
+		else if (one_in(6))
+			remove_call(program, at);
+		else
+			mutate_argument(&program->calls[at]);
+	} while (!one_in(3));
+}
+
+static struct program new_program(void)
+{
+	struct program program = { 0 };
+
+	if (!one_in(20))
+		program = *corpus[below(nr_programs)];
+	if (one_in(6))
+		splice_program(&program, corpus[below(nr_programs)]);
+	mutate(&program);
+	return program;
+}
+
+/* The fuzzer */
+
+static uint64_t executions, max_executions = UINT64_MAX;
+static double max_seconds = 1e9;
+static bool tracing;
+
+static double seconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec + now.tv_nsec / 1e9;
+}
+
+/* False when the program broke something, which is told. */
+static bool execute(const struct program *program, struct features *seen, uint8_t by)
+{
+	executions++;
+	if (tracing) {
+		printf("# execution %llu\n", (unsigned long long)executions);
+		print_program(stdout, "#   ", program);
+		fflush(stdout);
+	}
+	run(program, seen, by);
+	if (!complaint[0])
+		return true;
+	printf("# execution %llu: %s\n", (unsigned long long)executions, complaint);
+	print_program(stdout, "#   ", program);
+	return false;
+}
+
+static bool has_all(const struct features *seen, const struct features *wanted)
+{
+	for (unsigned int i = 0; i < ARRAY_LEN(seen->words); i++)
+		if (wanted->words[i] & ~seen->words[i])
+			return false;
+	return true;
+}
+
+static bool forks(const struct program *program)
+{
+	for (unsigned int i = 0; i < program->nr_calls; i++)
+		if (program->calls[i].type->run == do_fork)
+			return true;
+	return false;
+}
+
+/* Cut away what is not needed to reach @wanted. */
+static bool minimise(struct program *program, const struct features *wanted)
+{
+	struct features seen;
+	struct program shorter;
+
+	for (unsigned int i = program->nr_calls; i--;) {
+		shorter = *program;
+		remove_call(&shorter, i);
+		if (!execute(&shorter, &seen, REACHED))
+			return false;
+		if (has_all(&seen, wanted))
+			*program = shorter;
+	}
+	return true;
+}
+
+static struct features known;
+
+/* Run a program and keep it if it reached anything new. */
+static bool try(struct program *program)
+{
+	struct features seen, fresh;
+	bool any = false;
+
+	if (!execute(program, &seen, REACHED))
+		return false;
+	for (unsigned int i = 0; i < ARRAY_LEN(seen.words); i++) {
+		fresh.words[i] = seen.words[i] & ~known.words[i];
+		any |= fresh.words[i] != 0;
+		known.words[i] |= seen.words[i];
+	}
+	if (!any)
+		return true;
+	if (!minimise(program, &fresh))
+		return false;
+	keep(program);
+	return true;
+}
+
+static bool fuzz(void)
+{
+	double start = seconds();
+	uint64_t first = executions;
+
+	while (executions - first < max_executions && seconds() - start < max_seconds) {
+		struct program program = new_program();
+
+		if (!try(&program))
+			return false;
+	}
+	return true;
+}
+
+static bool replay(uint8_t by)
+{
+	struct features seen;
+
+	for (unsigned int i = 0; i < nr_programs; i++) {
+		/* where a program gets that forks is partly chance */
+		uint8_t mark = by == REACHED_AT_FIRST && forks(corpus[i]) ? 0 : by;
+
+		if (!execute(corpus[i], &seen, REACHED | mark))
+			return false;
+		for (unsigned int word = 0; word < ARRAY_LEN(seen.words); word++)
+			known.words[word] |= seen.words[word];
+	}
+	return true;
+}
+
+/* TAP */
+
+static int number;
+static bool failed;
+
+/* Like kselftest_harness.h: who reads the output knows what ran when it ends. */
+static void begin(const char *name)
+{
+	printf("#  RUN           fuzz.%s ...\n", name);
+	fflush(stdout);
+}
+
+static void result(bool good, const char *name)
+{
+	printf("%s %d fuzz.%s\n", good ? "ok" : "not ok", ++number, name);
+	fflush(stdout);
+	failed |= !good;
+}
+
+static void usage(void)
+{
+	fprintf(stderr, "usage: fuzz [--seed N] [--trace] --seconds N | --executions N CORPUS\n");
+	exit(2);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "seed", required_argument, NULL, 'r' },
+		{ "seconds", required_argument, NULL, 's' },
+		{ "executions", required_argument, NULL, 'e' },
+		{ "trace", no_argument, NULL, 't' },
+		{ 0 },
+	};
+	uint64_t seed = 1;
+	double start;
+	bool good;
+	int option;
+
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (option) {
+		case 'r':
+			seed = strtoull(optarg, NULL, 0);
+			break;
+		case 's':
+			max_seconds = strtod(optarg, NULL);
+			break;
+		case 'e':
+			max_executions = strtoull(optarg, NULL, 0);
+			break;
+		case 't':
+			tracing = true;
+			break;
+		default:
+			usage();
+		}
+	}
+	if (optind + 1 != argc || (max_seconds == 1e9 && max_executions == UINT64_MAX))
+		usage();
+	random_state = seed;
+	for (int i = 0; i < NR_HANDLES; i++)
+		handles[i].fd = -1;
+	map_memory();
+	open_tracers();
+	write_number(MAX_PER_PAD, LIMIT_BYTES);
+	max_total_fd = open(MAX_TOTAL, O_WRONLY | O_CLOEXEC);
+	limit_total(LIMIT_BYTES);
+	trace_with(0);
+	start = seconds();
+
+	printf("TAP version 13\n1..4\n");
+	begin("corpus_replays");
+	good = read_corpus(argv[optind]) && replay(REACHED_AT_FIRST);
+	result(good, "corpus_replays");
+	begin("kcov_sees_the_module");
+	printf("# %u points\n", count_points(REACHED, 0));
+	result(count_points(REACHED, 0) >= LEAST_POINTS, "kcov_sees_the_module");
+	begin("corpus_reaches_its_points_again");
+	good = replay(REACHED_AGAIN) && !count_points(REACHED_AT_FIRST, REACHED_AGAIN);
+	result(good, "corpus_reaches_its_points_again");
+	begin("executions_break_nothing");
+	good = nr_programs && fuzz();
+	result(good, "executions_break_nothing");
+	write_corpus();
+	printf("# seed %llu: %llu executions, %.0f per second, %u programs, %u points\n",
+	       (unsigned long long)seed, (unsigned long long)executions,
+	       executions / (seconds() - start), nr_programs, count_points(REACHED, 0));
+	return failed;
+}
