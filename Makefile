@@ -18,7 +18,8 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test test-all bench comparison check mutants sanitized
+.PHONY: all modules_install clean help tools tests demo test test-all bench comparison check mutants
+.PHONY: sanitized fuzz coverage
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -44,6 +45,8 @@ help:
 	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
+	@echo 'make fuzz          fuzz the module for SECONDS=60, SEED=1; what it kept is in build/fuzz'
+	@echo 'make coverage      which lines of the module KUnit and the user tests run'
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
@@ -74,6 +77,9 @@ bench-sources := $(filter-out %/scale_bench.c,$(wildcard tests/bench/*.c))
 
 build/bench: $(bench-sources) tests/bench/bench.h $(LIBKVSCRATCH) $(HEADERS) | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) -static -o $@ $(bench-sources) $(LIBKVSCRATCH) -llmdb
+
+build/fuzzer: tests/fuzz/fuzz.c $(LIBKVSCRATCH) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(HARNESS) -static -o $@ tests/fuzz/fuzz.c $(LIBKVSCRATCH)
 
 # The arithmetic as the kernel compiles it
 build/scale_bench: tests/bench/scale_bench.c $(LIBKVSCRATCH) $(HEADERS) | build
@@ -107,3 +113,12 @@ check:
 
 mutants:
 	tests/mutants
+
+fuzz: SECONDS = 60
+fuzz: SEED = 1
+fuzz: build/fuzzer
+	FUZZ_TIMEOUT=$$(($(SECONDS) + 900)) tests/fuzz/run --seconds $(SECONDS) --seed $(SEED)
+	tests/coverage build/fuzz
+
+coverage:
+	tests/coverage
