@@ -113,7 +113,8 @@ static void open_tracers(void)
 	FILE *modules = fopen("/proc/modules", "re");
 	char name[64] = "";
 
-	while (modules && fscanf(modules, "%63s %*u %*u %*s %*s %lx%*[^\n]", name, &module_base) == 2)
+	while (modules &&
+	       fscanf(modules, "%63s %*u %*u %*s %*s %lx%*[^\n]", name, &module_base) == 2)
 		if (!strcmp(name, "kvscratch"))
 			break;
 	if (strcmp(name, "kvscratch"))
@@ -703,9 +704,14 @@ static void do_mmap(const uint64_t *arg)
 	int flags = arg[5] & allowed;
 	/* what does not fit its place has to be refused anyway */
 	bool fits = arg[3] <= VIEW_STRIDE;
+	const struct pad *pad = handle_at(arg[1])->pad;
+	/* what is left of the number in an offset of 64 bits */
+	uint64_t page = arg[2] & UINT64_MAX / PAGE;
+	uint64_t pages = arg[3] / PAGE + !!(arg[3] % PAGE);
+	uint64_t nr_pages = pad ? pad->info.status_offset / PAGE + 1 : 0;
 	void *view = (void *)syscall(SYS_mmap, fits ? view_at(arg[0]) : NULL, arg[3], arg[4],
 				     flags | (fits ? MAP_FIXED : 0), handle_at(arg[1])->fd,
-				     arg[2] * PAGE);
+				     page * PAGE);
 
 	if (view == MAP_FAILED) {
 		/* it may have taken away what was there */
@@ -715,8 +721,9 @@ static void do_mmap(const uint64_t *arg)
 	}
 	if (arg[4] & (PROT_WRITE | PROT_EXEC) || (flags & MAP_TYPE) == MAP_PRIVATE)
 		broken("mapped with prot %#llx, flags %#x", (unsigned long long)arg[4], flags);
-	if (!fits)
-		broken("mapped %llu bytes", (unsigned long long)arg[3]);
+	if (!fits || (pad && (page >= nr_pages || pages > nr_pages - page)))
+		broken("mapped %llu bytes from page %llu on", (unsigned long long)arg[3],
+		       (unsigned long long)page);
 }
 
 static sigjmp_buf no_memory;
