@@ -1,0 +1,1490 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Producers and consumers that are killed at random moments, in the manner of
+ * ztest. usage: torture [KILLS [SEED]]
+ *
+ * One process, the director, starts writers, readers and strays on one pad after
+ * the other, kills them, and checks what is left against notes that each of them
+ * keeps in shared memory. All that is chosen follows from the seed; what the
+ * scheduler makes of it does not. Nothing waits for time to pass: a hang ends
+ * with the guest. Prints TAP; the first thing that is wrong ends the run.
+ */
+#include "../user/common.h"
+#include "../user/ring.h"
+#include "rows.h"
+
+#include <stdarg.h>
+#include <sys/stat.h>
+
+#define DEFAULT_KILLS 10000
+#define DEFAULT_SEED 1
+
+#define WRITERS 4
+#define READERS 2
+#define FIRST_READER WRITERS
+#define STRAY (FIRST_READER + READERS)
+#define ACTORS (STRAY + 1)
+
+/* Writers that append to a pad between two checks of it */
+#define MAX_PAST 32
+
+/* of the pads below */
+#define MAX_ROWS 1024
+
+#define STRAY_PAGES 512
+#define CGROUP "/sys/fs/cgroup/kvscratch-torture"
+/* what the kernel may keep of its own, far less than all pads of a run */
+#define CGROUP_SLACK_BYTES (4ll << 20)
+
+enum check {
+	NO_ROW_IS_TORN,
+	NO_ROW_IS_OF_ANOTHER_GENERATION,
+	BATCHES_ARE_WHOLE,
+	NO_COMMITTED_ROW_IS_LOST,
+	A_FAULTING_WRITE_LEAVES_NOTHING,
+	ROWS_SURVIVE_TRUNCATES,
+	ZERO_MEANS_ZERO,
+	MEMORY_COMES_BACK,
+	NO_CALL_FAILS,
+	EVERY_CALL_MET_A_KILL,
+	NR_CHECKS
+};
+
+static const char *const check_names[NR_CHECKS] = {
+	[NO_ROW_IS_TORN] = "no_row_is_torn",
+	[NO_ROW_IS_OF_ANOTHER_GENERATION] = "no_row_is_of_another_generation",
+	[BATCHES_ARE_WHOLE] = "batches_are_whole",
+	[NO_COMMITTED_ROW_IS_LOST] = "no_committed_row_is_lost",
+	[A_FAULTING_WRITE_LEAVES_NOTHING] = "a_faulting_write_leaves_nothing",
+	[ROWS_SURVIVE_TRUNCATES] = "rows_survive_truncates",
+	[ZERO_MEANS_ZERO] = "zero_means_zero",
+	[MEMORY_COMES_BACK] = "memory_comes_back",
+	[NO_CALL_FAILS] = "no_call_fails",
+	[EVERY_CALL_MET_A_KILL] = "every_call_met_a_kill",
+};
+
+/* Where a process can be when it is killed */
+enum place {
+	OUTSIDE,
+	IN_WRITE,
+	IN_WRITEV,
+	IN_URING,
+	IN_FAULTING_WRITE,
+	IN_TRUNCATE,
+	IN_CREATE,
+	IN_ATTACH,
+	IN_PASS,
+	IN_MMAP,
+	IN_READ,
+	IN_FAULTING_READ,
+	IN_POLL,
+	NR_PLACES
+};
+
+static const char *const place_names[NR_PLACES] = {
+	[OUTSIDE] = "between calls",
+	[IN_WRITE] = "write",
+	[IN_WRITEV] = "writev",
+	[IN_URING] = "io_uring",
+	[IN_FAULTING_WRITE] = "a write that faults",
+	[IN_TRUNCATE] = "TRUNCATE",
+	[IN_CREATE] = "CREATE",
+	[IN_ATTACH] = "open and ATTACH",
+	[IN_PASS] = "passing a handle",
+	[IN_MMAP] = "mmap",
+	[IN_READ] = "read",
+	[IN_FAULTING_READ] = "a read that faults",
+	[IN_POLL] = "poll",
+};
+
+enum count {
+	APPENDS,
+	ROWS_APPENDED,
+	ROWS_VERIFIED,
+	TRUNCATES,
+	ZERO_TRUNCATES,
+	ZERO_CHECKS,
+	CREATES,
+	ATTACHES,
+	PASSES,
+	MAPS,
+	READS,
+	POLLS,
+	NR_COUNTS
+};
+
+#define NO_EPOCH UINT32_MAX
+
+/**
+ * struct notes - what an actor writes down, in shared memory
+ *
+ * Only the actor writes here while it lives, and the director reads; afterwards
+ * they are the director's.
+ *
+ * @inside: where it is, one of &enum place
+ * @writer: its number, the one in its rows
+ * @started: batches that it began to append
+ * @done: batches that write() reported as appended, one less while it is in one
+ * @epoch: truncates of the whole pad when it last appended; NO_EPOCH during one
+ * @first_safe: its first batch of that epoch: from there on nothing may be lost
+ * @truncates_started: never reset
+ * @truncates_done: never reset
+ * @min_kept: the fewest rows that its truncates left
+ * @generation: of the pad before its latest truncate
+ * @zeroing: whether that was with ZERO
+ * @steps: things that it did, of whatever kind
+ * @seen_generation: of the last state that a reader went through
+ * @seen_len: of that as well
+ * @counts: by &enum count, never reset
+ */
+struct notes {
+	uint32_t inside;
+	uint32_t writer;
+	uint32_t started;
+	uint32_t done;
+	uint32_t epoch;
+	uint32_t first_safe;
+	uint32_t truncates_started;
+	uint32_t truncates_done;
+	uint32_t min_kept;
+	uint32_t generation;
+	uint32_t zeroing;
+	uint32_t steps;
+	uint32_t seen_generation;
+	uint32_t seen_len;
+	unsigned long counts[NR_COUNTS];
+};
+
+static struct shared {
+	struct notes notes[ACTORS + 1];
+	/* the check that failed first, plus 1 */
+	uint32_t failed;
+} *shared;
+
+/* The director takes its notes as well. */
+#define DIRECTOR ACTORS
+static struct notes *me;
+
+#define LOAD(variable) __atomic_load_n(&(variable), __ATOMIC_ACQUIRE)
+#define STORE(variable, value) __atomic_store_n(&(variable), value, __ATOMIC_RELEASE)
+
+static const struct shape shapes[] = {
+	{ KVSCRATCH_DTYPE_U8, 0, 64, 8, MAX_ROWS, 32 },
+	/* rows across pages */
+	{ KVSCRATCH_DTYPE_U8, 0, 200, 25, 512, 32 },
+	{ KVSCRATCH_DTYPE_U8, 0, 4104, 513, 128, 16 },
+	/* batches of more than the 2 MiB that are copied in one go */
+	{ KVSCRATCH_DTYPE_U8, 0, 65536, 8192, 96, 40 },
+	/* converted */
+	{ KVSCRATCH_DTYPE_I64, KVSCRATCH_DTYPE_F64, 100, 100, 256, 24 },
+	{ KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 256, 32, 256, 24 },
+};
+
+/**
+ * struct pad - the pad that all is about, as a process sees it
+ * @shape: its rows
+ * @cut: truncates keep multiples of this many rows: there, and nowhere else, a
+ *	batch may end early
+ * @lone: one writer at a time: generations and zeros are exact
+ * @fd: a handle, or -1
+ * @access: its access mode
+ * @view: a view
+ * @words: room for one row
+ * @row: room for a row of input
+ */
+struct pad {
+	const struct shape *shape;
+	uint32_t cut;
+	bool lone;
+	int fd;
+	int access;
+	struct kvscratch_view view;
+	uint64_t *words;
+};
+
+/* Chance */
+
+static uint64_t random_state;
+
+static uint32_t below(uint32_t bound)
+{
+	uint64_t z = random_state += 0x9e3779b97f4a7c15;
+
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+	z = (z ^ z >> 27) * 0x94d049bb133111eb;
+	return (uint32_t)((z ^ z >> 31) >> 32) % bound;
+}
+
+static bool one_in(uint32_t n)
+{
+	return !below(n);
+}
+
+/* What goes wrong */
+
+static void finish(void) __attribute__((noreturn));
+
+static void complain(enum check check, const char *format, ...)
+	__attribute__((noreturn, format(printf, 2, 3)));
+
+static void complain(enum check check, const char *format, ...)
+{
+	uint32_t nothing = 0;
+	char text[256];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	__atomic_compare_exchange_n(&shared->failed, &nothing, check + 1, false, __ATOMIC_ACQ_REL,
+				    __ATOMIC_ACQUIRE);
+	fprintf(stderr, "# %s: actor %d: %s\n", check_names[check], (int)(me - shared->notes),
+		text);
+	if (me != &shared->notes[DIRECTOR])
+		_exit(1);
+	finish();
+}
+
+#define MUST(call) do { \
+	long must_result = (call); \
+	if (must_result < 0) \
+		complain(NO_CALL_FAILS, "line %d: %s: %ld, errno %d", __LINE__, #call, \
+			 must_result, errno); \
+} while (0)
+
+static void enter(enum place place)
+{
+	STORE(me->inside, place);
+}
+
+static void leave(enum count count)
+{
+	STORE(me->inside, OUTSIDE);
+	me->counts[count]++;
+}
+
+/* Another processor, emulated or not, or another task of this one goes on. */
+static void step_aside(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#endif
+	sched_yield();
+}
+
+/* Scans of rows */
+
+/**
+ * struct scan - rows in the order in which they lie
+ * @pad: whose rows
+ * @first: where it began
+ * @row: the next row, or the one that is wrong
+ * @generation: rows cannot be younger
+ * @kept: from here on they cannot be older either
+ * @id: of the previous row
+ * @why: what is wrong, or NULL
+ * @check: which check that breaks
+ */
+struct scan {
+	const struct pad *pad;
+	uint32_t first;
+	uint32_t row;
+	uint32_t generation;
+	uint32_t kept;
+	struct row_id id;
+	const char *why;
+	enum check check;
+};
+
+static bool scan_fails(struct scan *scan, enum check check, const char *why)
+{
+	scan->check = check;
+	scan->why = why;
+	return false;
+}
+
+static bool batch_is_open(const struct scan *scan)
+{
+	return scan->row > scan->first && scan->row % scan->pad->cut &&
+	       scan->id.index + 1 < scan->id.count;
+}
+
+static bool row_follows(const struct row_id *id, const struct row_id *previous)
+{
+	return id->writer == previous->writer && id->batch == previous->batch &&
+	       id->count == previous->count && id->index == previous->index + 1;
+}
+
+/* False when @words are not a row that can be there. */
+static bool scan_row(struct scan *scan, const uint64_t *words)
+{
+	struct row_id id = row_id(words);
+
+	if (!row_is_whole(words, scan->pad->shape->words))
+		return scan_fails(scan, NO_ROW_IS_TORN, "checksum");
+	if ((int32_t)(id.generation - scan->generation) > 0)
+		return scan_fails(scan, NO_ROW_IS_OF_ANOTHER_GENERATION, "too young");
+	if (scan->row >= scan->kept && id.generation != scan->generation)
+		return scan_fails(scan, NO_ROW_IS_OF_ANOTHER_GENERATION, "too old");
+	if (!id.index) {
+		if (batch_is_open(scan))
+			return scan_fails(scan, BATCHES_ARE_WHOLE, "the one before has no end");
+	} else if (scan->row == scan->first) {
+		if (!scan->first)
+			return scan_fails(scan, BATCHES_ARE_WHOLE, "no beginning");
+	} else if (!row_follows(&id, &scan->id)) {
+		return scan_fails(scan, BATCHES_ARE_WHOLE, "rows do not belong together");
+	}
+	scan->id = id;
+	scan->row++;
+	me->counts[ROWS_VERIFIED]++;
+	return true;
+}
+
+/* Nothing follows. */
+static bool scan_end(struct scan *scan)
+{
+	if (!batch_is_open(scan))
+		return true;
+	scan->row--;
+	return scan_fails(scan, BATCHES_ARE_WHOLE, "the last one has no end");
+}
+
+static void complain_about(const struct scan *scan)
+{
+	complain(scan->check, "%s: row %u of %s %ux%u, generation %u, follows writer %u batch %u row %u of %u",
+		 scan->why, scan->row, kvscratch_dtype_name(scan->pad->shape->dtype),
+		 scan->pad->shape->rows, scan->pad->shape->dim, scan->generation,
+		 scan->id.writer, scan->id.batch, scan->id.index, scan->id.count);
+}
+
+static const uint64_t *view_row(const struct pad *pad, uint32_t row)
+{
+	const uint8_t *scales = kvscratch_view_scales(&pad->view);
+	size_t scale_bytes = mx_scale_bytes(pad->shape);
+
+	return decode_row(pad->shape,
+			  (const uint8_t *)pad->view.data +
+			  row * (stored_row_bytes(pad->shape) - scale_bytes),
+			  scales ? scales + row * scale_bytes : NULL, pad->words);
+}
+
+/* A scan of all rows of @state, at its beginning */
+static struct scan scan_of(const struct pad *pad, uint64_t state)
+{
+	uint64_t trunc = kvscratch_word_load(&pad->view.status->trunc);
+	struct scan scan = {
+		.pad = pad,
+		.generation = kvscratch_state_generation(state),
+		.kept = UINT32_MAX,
+	};
+
+	/* otherwise an append that overlaps a truncate knows an older generation */
+	if (pad->lone && kvscratch_state_generation(trunc) == scan.generation)
+		scan.kept = kvscratch_state_len(trunc);
+	if (kvscratch_state_len(state) > pad->shape->rows)
+		complain(NO_ROW_IS_TORN, "%u rows of %u", kvscratch_state_len(state),
+			 pad->shape->rows);
+	return scan;
+}
+
+/* As the status page's protocol has it: what is not believed may be anything. */
+static void scan_view(const struct pad *pad)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+	uint32_t len = kvscratch_state_len(state);
+	struct scan scan = scan_of(pad, state);
+	uint32_t valid;
+
+	while (scan.row < len && scan_row(&scan, view_row(pad, scan.row)))
+		;
+	if (!scan.why)
+		scan_end(&scan);
+	valid = kvscratch_view_valid_rows(&pad->view, state);
+	if (scan.why && scan.row < valid)
+		complain_about(&scan);
+	if (valid == len) {
+		STORE(me->seen_len, len);
+		STORE(me->seen_generation, kvscratch_state_generation(state));
+	}
+}
+
+/* All bytes of rows @row and up are zero. */
+static void check_zero_from(const struct pad *pad, uint32_t row)
+{
+	for (uint32_t plane = 0; plane < pad->view.info.nr_planes; plane++) {
+		const struct kvscratch_plane *p = &pad->view.info.planes[plane];
+		const uint8_t *at = (const uint8_t *)pad->view.data + p->offset;
+		size_t end = (size_t)pad->shape->rows * p->row_bytes;
+
+		for (size_t i = (size_t)row * p->row_bytes; i < end; i += sizeof(uint64_t)) {
+			uint64_t word = 0;
+
+			memcpy(&word, at + i, end - i < sizeof(word) ? end - i : sizeof(word));
+			if (word)
+				complain(ZERO_MEANS_ZERO, "plane %u of %s %ux%u, byte %zu, from row %u",
+					 plane, kvscratch_dtype_name(pad->shape->dtype),
+					 pad->shape->rows, pad->shape->dim, i, row);
+		}
+	}
+	me->counts[ZERO_CHECKS]++;
+}
+
+/* Handles */
+
+static void map_pad(struct pad *pad)
+{
+	enter(IN_MMAP);
+	MUST(kvscratch_map(pad->fd, &pad->view));
+	leave(MAPS);
+}
+
+static void attach_anew(struct pad *pad)
+{
+	int fd;
+
+	enter(IN_ATTACH);
+	fd = kvscratch_open(pad->access);
+	MUST(fd);
+	MUST(kvscratch_attach(fd, pad->fd));
+	leave(ATTACHES);
+	close(pad->fd);
+	pad->fd = fd;
+}
+
+static int receive_handle(int line)
+{
+	char text[16];
+	int fd;
+
+	if (kvscratch_receive_handles(line, text, sizeof(text), &fd, 1) != 1)
+		complain(NO_CALL_FAILS, "no handle came, errno %d", errno);
+	return fd;
+}
+
+static void send_handle(int line, int fd)
+{
+	const char *name = "handle";
+
+	MUST(kvscratch_send_handles(line, &name, &fd, 1));
+}
+
+/* For a while the pad is held by what lies in a socket's queue. */
+static void pass_to_myself(struct pad *pad)
+{
+	int ends[2];
+
+	MUST(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends));
+	enter(IN_PASS);
+	send_handle(ends[0], pad->fd);
+	close(pad->fd);
+	close(ends[0]);
+	pad->fd = receive_handle(ends[1]);
+	leave(PASSES);
+	close(ends[1]);
+}
+
+static void change_handle(struct pad *pad)
+{
+	switch (below(3)) {
+	case 0:
+		attach_anew(pad);
+		break;
+	case 1:
+		pass_to_myself(pad);
+		break;
+	default:
+		kvscratch_unmap(&pad->view);
+		map_pad(pad);
+	}
+}
+
+/* Writers */
+
+struct writer {
+	struct pad *pad;
+	uint8_t *source;
+	struct ring ring;
+};
+
+/* Truncates of the pad so far, or NO_EPOCH while one may be under way */
+static uint32_t current_epoch(void)
+{
+	uint32_t started = 0, done = 0;
+
+	for (int i = 0; i <= ACTORS; i++) {
+		done += LOAD(shared->notes[i].truncates_done);
+		started += LOAD(shared->notes[i].truncates_started);
+	}
+	return started == done ? started : NO_EPOCH;
+}
+
+static uint8_t *map_memory(size_t bytes)
+{
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		complain(NO_CALL_FAILS, "mmap of %zu bytes: errno %d", bytes, errno);
+	return memory;
+}
+
+static void truncate_pad(struct pad *pad, uint32_t kept, bool zero)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+	int err;
+
+	if (kept < me->min_kept)
+		STORE(me->min_kept, kept);
+	STORE(me->generation, kvscratch_state_generation(state));
+	STORE(me->zeroing, zero);
+	STORE(me->truncates_started, me->truncates_started + 1);
+	enter(IN_TRUNCATE);
+	err = kvscratch_truncate(pad->fd, kept, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	leave(zero ? ZERO_TRUNCATES : TRUNCATES);
+	STORE(me->truncates_done, me->truncates_done + 1);
+	/* another one may have been faster */
+	if (err && (err != -EINVAL || pad->lone))
+		complain(NO_CALL_FAILS, "truncate to %u: %d", kept, err);
+}
+
+static void truncate_somewhere(struct pad *pad)
+{
+	uint32_t len = kvscratch_state_len(kvscratch_view_state(&pad->view));
+	uint32_t kept = one_in(2) ? 0 : pad->cut * below(len / pad->cut + 1);
+	bool zero = one_in(2);
+
+	truncate_pad(pad, kept, zero);
+	if (zero && pad->lone && one_in(4))
+		check_zero_from(pad, kept);
+}
+
+/* The rows of the next batch, somewhere in the source; returns where */
+static uint8_t *make_batch(struct writer *writer, uint32_t count)
+{
+	const struct shape *shape = writer->pad->shape;
+	uint8_t *rows = writer->source + below(page_bytes() / 8) * 8;
+	struct row_id id = {
+		.writer = me->writer,
+		.batch = me->done + 1,
+		.count = count,
+		.generation = kvscratch_state_generation(kvscratch_view_state(&writer->pad->view)),
+	};
+
+	for (id.index = 0; id.index < count; id.index++) {
+		make_row(writer->pad->words, shape->words, &id);
+		encode_row(shape, writer->pad->words, rows + id.index * input_row_bytes(shape));
+	}
+	return rows;
+}
+
+/* What the director will expect of the batch that comes next */
+static void note_start(void)
+{
+	uint32_t epoch = current_epoch();
+
+	if (epoch != me->epoch) {
+		STORE(me->first_safe, me->done + 1);
+		STORE(me->epoch, epoch);
+	}
+	STORE(me->started, me->done + 1);
+}
+
+static ssize_t append_in_pieces(int fd, uint8_t *rows, size_t bytes)
+{
+	struct iovec iov[4];
+	int count = 0;
+
+	while (bytes) {
+		size_t piece = count == ARRAY_SIZE(iov) - 1 ? bytes : 1 + below(bytes);
+
+		iov[count++] = (struct iovec) { rows, piece };
+		rows += piece;
+		bytes -= piece;
+	}
+	return writev(fd, iov, count);
+}
+
+static ssize_t append_by_ring(struct writer *writer, uint8_t *rows, size_t bytes)
+{
+	const struct io_uring_sqe sqe = {
+		.opcode = IORING_OP_WRITE,
+		.fd = writer->pad->fd,
+		.addr = (uintptr_t)rows,
+		.len = bytes,
+	};
+	int result = ring_do(&writer->ring, &sqe);
+
+	if (result >= 0)
+		return result;
+	errno = -result;
+	return -1;
+}
+
+/* In one of the ways that there are; @place is IN_FAULTING_WRITE or OUTSIDE */
+static ssize_t append(struct writer *writer, uint8_t *rows, size_t bytes, enum place place)
+{
+	uint32_t way = writer->ring.fd < 0 ? below(2) : below(3);
+
+	enter(place ? place : IN_WRITE + way);
+	switch (way) {
+	case 0:
+		return write(writer->pad->fd, rows, bytes);
+	case 1:
+		return append_in_pieces(writer->pad->fd, rows, bytes);
+	default:
+		return append_by_ring(writer, rows, bytes);
+	}
+}
+
+static uint32_t batch_rows(const struct shape *shape)
+{
+	/* most are small */
+	return 1 + below(one_in(3) ? shape->max_batch : 4);
+}
+
+static void append_batch(struct writer *writer)
+{
+	uint32_t count = batch_rows(writer->pad->shape);
+	size_t bytes = count * input_row_bytes(writer->pad->shape);
+	uint8_t *rows = make_batch(writer, count);
+	ssize_t appended;
+
+	note_start();
+	appended = append(writer, rows, bytes, OUTSIDE);
+	if (appended == (ssize_t)bytes) {
+		STORE(me->done, me->done + 1);
+		leave(APPENDS);
+		me->counts[ROWS_APPENDED] += count;
+		return;
+	}
+	if (appended >= 0 || errno != ENOSPC)
+		complain(NO_CALL_FAILS, "append of %zu bytes: %zd, errno %d", bytes, appended, errno);
+	STORE(me->inside, OUTSIDE);
+	truncate_somewhere(writer->pad);
+}
+
+/* Append a batch of which one page does not come, and say so on @line before. */
+static void append_and_get_stuck(struct writer *writer, int line)
+{
+	const struct shape *shape = writer->pad->shape;
+	uint32_t count = 1 + below(shape->max_batch);
+	size_t bytes = count * input_row_bytes(shape);
+	size_t page = page_bytes();
+	uint8_t *rows, *first, *hole;
+	ssize_t appended;
+
+	truncate_pad(writer->pad, 0, one_in(2));
+	rows = make_batch(writer, count);
+	first = (uint8_t *)((uintptr_t)rows & ~(page - 1));
+	hole = first + page * below((rows + bytes - 1 - first) / page + 1);
+	MUST(madvise(hole, page, MADV_DONTNEED));
+	send_handle(line, stop_at(hole, page));
+	for (;;) {
+		note_start();
+		appended = append(writer, rows, bytes, IN_FAULTING_WRITE);
+		if (appended >= 0 || errno != ENOSPC)
+			break;
+		/* others have filled the pad again, and the source was not looked at */
+		STORE(me->inside, OUTSIDE);
+		truncate_pad(writer->pad, 0, false);
+	}
+	complain(A_FAULTING_WRITE_LEAVES_NOTHING, "it returned %zd, errno %d", appended, errno);
+}
+
+static void act_as_writer(struct pad *pad, int line, bool gets_stuck)
+{
+	size_t batch_bytes = pad->shape->max_batch * input_row_bytes(pad->shape);
+	uint32_t batches = below(4);
+	struct writer writer = { .pad = pad, .ring.fd = -1 };
+
+	writer.source = map_memory(batch_bytes + 2 * page_bytes());
+	if (one_in(3))
+		MUST(ring_open(&writer.ring));
+	while (!gets_stuck || batches--) {
+		STORE(me->steps, me->steps + 1);
+		switch (below(12)) {
+		case 0:
+			change_handle(pad);
+			break;
+		case 1:
+			truncate_somewhere(pad);
+			break;
+		default:
+			append_batch(&writer);
+		}
+	}
+	append_and_get_stuck(&writer, line);
+}
+
+/* Readers */
+
+/* Rows from a random one on, by pread() or read() */
+static void read_rows(struct pad *pad, uint8_t *buffer)
+{
+	uint32_t len = kvscratch_state_len(kvscratch_view_state(&pad->view));
+	uint32_t first = one_in(2) ? 0 : below(len + 1);
+	size_t row_bytes = stored_row_bytes(pad->shape);
+	size_t data_bytes = row_bytes - mx_scale_bytes(pad->shape);
+	off_t at = first * row_bytes;
+	struct scan scan = { .pad = pad, .first = first, .row = first, .kept = UINT32_MAX };
+	size_t bytes = (1 + below(pad->shape->rows)) * row_bytes;
+	ssize_t got = 0;
+
+	/* to look at them takes so much longer that no kill would come in between */
+	for (uint32_t times = 1 + below(8); times; times--) {
+		enter(IN_READ);
+		if (one_in(2)) {
+			got = pread(pad->fd, buffer, bytes, at);
+		} else {
+			MUST(lseek(pad->fd, at, SEEK_SET));
+			got = read(pad->fd, buffer, bytes);
+		}
+		leave(READS);
+		MUST(got);
+	}
+	scan.generation = kvscratch_state_generation(kvscratch_view_state(&pad->view));
+	/* a truncate may have ended it anywhere */
+	for (size_t end = got / row_bytes; end; end--, buffer += row_bytes)
+		if (!scan_row(&scan, decode_row(pad->shape, buffer, buffer + data_bytes, pad->words)))
+			complain_about(&scan);
+}
+
+/* Acknowledge, look, sleep, as the uapi header tells. */
+static void wait_for_news(struct pad *pad)
+{
+	struct pollfd news = { .fd = pad->fd, .events = POLLIN | POLLPRI };
+	uint64_t state;
+
+	if (me->seen_len == UINT32_MAX)
+		return;
+	MUST(lseek(pad->fd, (off_t)me->seen_len * stored_row_bytes(pad->shape), SEEK_SET));
+	state = kvscratch_view_state(&pad->view);
+	if (kvscratch_state_len(state) != me->seen_len ||
+	    kvscratch_state_generation(state) != me->seen_generation)
+		return;
+	enter(IN_POLL);
+	MUST(poll(&news, 1, -1));
+	leave(POLLS);
+	if (news.revents & (POLLERR | POLLHUP | POLLNVAL))
+		complain(NO_CALL_FAILS, "poll: %#x", news.revents);
+}
+
+static void act_as_reader(struct pad *pad)
+{
+	uint8_t *buffer = map_memory(pad->shape->rows * stored_row_bytes(pad->shape));
+
+	if (one_in(2)) {
+		/* the view needs no handle */
+		close(pad->fd);
+		pad->fd = -1;
+	}
+	for (;;) {
+		STORE(me->steps, me->steps + 1);
+		scan_view(pad);
+		if (pad->fd < 0) {
+			step_aside();
+			continue;
+		}
+		switch (below(8)) {
+		case 0:
+			change_handle(pad);
+			break;
+		case 1:
+		case 2:
+		case 3:
+			read_rows(pad, buffer);
+			break;
+		default:
+			wait_for_news(pad);
+		}
+	}
+}
+
+/* Read into a page that does not come, as soon as there is something to read. */
+static void read_and_get_stuck(struct pad *pad, int line)
+{
+	size_t bytes = pad->shape->rows * stored_row_bytes(pad->shape);
+	uint8_t *buffer = map_memory(bytes);
+
+	send_handle(line, stop_at(buffer, page_bytes()));
+	enter(IN_FAULTING_READ);
+	while (!pread(pad->fd, buffer, bytes, 0))
+		step_aside();
+	complain(NO_CALL_FAILS, "a read that faults ended, errno %d", errno);
+}
+
+/* Strays: what else happens to a device */
+
+/* A pad of its own, which is zero */
+static void make_another(void)
+{
+	uint32_t rows = 1 + below(STRAY_PAGES);
+	int fd = kvscratch_open(O_RDWR);
+	struct kvscratch_view view;
+	uint32_t row;
+
+	MUST(fd);
+	enter(IN_CREATE);
+	MUST(kvscratch_create(fd, rows, page_bytes(), KVSCRATCH_DTYPE_U8));
+	leave(CREATES);
+	enter(IN_MMAP);
+	MUST(kvscratch_map(fd, &view));
+	leave(MAPS);
+	close(fd);
+	row = below(rows);
+	if (!all_zero((const uint8_t *)view.data + row * page_bytes(), page_bytes()))
+		complain(ZERO_MEANS_ZERO, "row %u of %u of a new pad", row, rows);
+	kvscratch_unmap(&view);
+}
+
+static void act_as_stray(struct pad *pad)
+{
+	for (;;) {
+		STORE(me->steps, me->steps + 1);
+		if (one_in(3))
+			make_another();
+		else
+			change_handle(pad);
+	}
+}
+
+/* The director */
+
+enum role {
+	WRITER,
+	STUCK_WRITER,
+	READER,
+	STUCK_READER,
+	STRAY_ONE,
+};
+
+static int access_of(enum role role)
+{
+	return role == READER || role == STUCK_READER ? O_RDONLY : O_RDWR;
+}
+
+static struct child children[ACTORS];	/* pid 0: there is none */
+static uint32_t serial;
+static unsigned long kills_wanted, kills;
+static unsigned long kills_in[NR_PLACES];
+static unsigned long pads;
+static uint64_t seed;
+static long long refcnt_before, cgroup_before;
+static uint64_t limits_before[2];
+
+/**
+ * struct past - what is known of a writer that was killed since the last check
+ * @writer: its number
+ * @started: batches it began
+ * @done: batches it knew to be appended
+ * @first_safe: from this batch on none may be lost; above @started when all may
+ * @next: what the scan expects next, or more
+ * @stuck: it was killed in a write that faulted
+ */
+struct past {
+	uint32_t writer;
+	uint32_t started;
+	uint32_t done;
+	uint32_t first_safe;
+	uint32_t next;
+	bool stuck;
+	uint32_t epoch;
+};
+
+/**
+ * struct ledger - what the pad has to hold
+ * @past: writers since the last check
+ * @nr_past: how many
+ * @min_kept: the fewest rows that truncates left since then
+ * @len: rows at the last check
+ * @checks: their checksums
+ */
+static struct ledger {
+	struct past past[MAX_PAST];
+	uint32_t nr_past;
+	uint32_t len;
+	uint64_t checks[MAX_ROWS];
+} ledger;
+
+static bool every_place_was_met(void)
+{
+	for (int place = 0; place < NR_PLACES; place++)
+		if (!kills_in[place])
+			return false;
+	return true;
+}
+
+static bool is_running(uint32_t actor)
+{
+	return children[actor].pid;
+}
+
+static void check_children(void)
+{
+	siginfo_t info = { 0 };
+
+	if (!LOAD(shared->failed) &&
+	    (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) || !info.si_pid))
+		return;
+	if (!LOAD(shared->failed))
+		complain(NO_CALL_FAILS, "a child ended by itself: code %d, status %d",
+			 info.si_code, info.si_status);
+	finish();
+}
+
+#define AWAIT(condition) do { \
+	while (!(condition)) { \
+		check_children(); \
+		step_aside(); \
+	} \
+} while (0)
+
+/* A handle of one's own instead of the director's */
+static void equip(struct pad *pad, int line, int access, bool passed)
+{
+	pad->access = access;
+	if (passed) {
+		close(pad->fd);
+		pad->fd = receive_handle(line);
+	} else {
+		attach_anew(pad);
+	}
+	/* a fork has copied the director's view: as good as another */
+	if (one_in(2)) {
+		kvscratch_unmap(&pad->view);
+		map_pad(pad);
+	}
+}
+
+static void act(struct pad *pad, enum role role, int line, bool passed)
+{
+	equip(pad, line, access_of(role), passed);
+	switch (role) {
+	case WRITER:
+	case STUCK_WRITER:
+		act_as_writer(pad, line, role == STUCK_WRITER);
+		break;
+	case READER:
+		act_as_reader(pad);
+		break;
+	case STUCK_READER:
+		read_and_get_stuck(pad, line);
+		break;
+	case STRAY_ONE:
+		act_as_stray(pad);
+		break;
+	}
+}
+
+static void start(struct pad *pad, uint32_t actor, enum role role)
+{
+	struct notes *notes = &shared->notes[actor];
+	bool passed = one_in(2);
+	struct child child;
+	int handle;
+
+	notes->inside = OUTSIDE;
+	notes->writer = ++serial;
+	notes->started = 0;
+	notes->done = 0;
+	notes->epoch = NO_EPOCH;
+	notes->first_safe = 1;
+	notes->seen_generation = 0;
+	notes->seen_len = UINT32_MAX;
+	if (start_child(&child)) {
+		me = notes;
+		random_state ^= (uint64_t)serial << 32;
+		act(pad, role, child.line, passed);
+		_exit(1);
+	}
+	children[actor] = child;
+	if (passed) {
+		handle = kvscratch_open(access_of(role));
+		MUST(handle);
+		MUST(kvscratch_attach(handle, pad->fd));
+		send_handle(child.line, handle);
+		close(handle);
+	}
+}
+
+/* The writer is dead: its truncate, if any, has come to its end. */
+static void note_past(struct pad *pad, struct notes *notes)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+
+	STORE(notes->truncates_done, notes->truncates_started);
+	if (ledger.nr_past == MAX_PAST)
+		complain(NO_CALL_FAILS, "too many writers between two checks");
+	ledger.past[ledger.nr_past++] = (struct past) {
+		.writer = notes->writer,
+		.started = notes->started,
+		.done = notes->done,
+		.first_safe = notes->first_safe,
+		.epoch = notes->epoch,
+		.stuck = notes->inside == IN_FAULTING_WRITE,
+	};
+	if (pad->lone && notes->inside == IN_TRUNCATE && notes->zeroing &&
+	    notes->generation != kvscratch_state_generation(state))
+		check_zero_from(pad, kvscratch_state_len(state));
+}
+
+static void kill_actor(struct pad *pad, uint32_t actor)
+{
+	struct notes *notes = &shared->notes[actor];
+	struct child *child = &children[actor];
+	int status;
+
+	kill(child->pid, SIGKILL);
+	status = end_child(child);
+	child->pid = 0;
+	if (status != 128 + SIGKILL)
+		complain(NO_CALL_FAILS, "actor %u ended with %d", actor, status);
+	kills++;
+	kills_in[notes->inside]++;
+	if (actor < WRITERS)
+		note_past(pad, notes);
+}
+
+/* After some steps, at any moment; where no kill has been yet at once */
+static void kill_some_time(struct pad *pad, uint32_t actor)
+{
+	struct notes *notes = &shared->notes[actor];
+	uint32_t steps = LOAD(notes->steps);
+	uint32_t more = below(6);
+	uint32_t looks = below(4);
+
+	/* a reader may sleep until somebody else goes on */
+	if (actor < WRITERS || actor == STRAY)
+		AWAIT(LOAD(notes->steps) - steps >= more);
+	if (!every_place_was_met())
+		looks += 16;
+	while (looks-- && kills_in[LOAD(notes->inside)])
+		step_aside();
+	kill_actor(pad, actor);
+}
+
+/* One of the actors from @first that is running, or UINT32_MAX */
+static uint32_t any_running(uint32_t first, uint32_t count)
+{
+	uint32_t skip = below(count);
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t actor = first + (i + skip) % count;
+
+		if (is_running(actor))
+			return actor;
+	}
+	return UINT32_MAX;
+}
+
+static uint32_t free_writer(void)
+{
+	uint32_t actor = 0;
+
+	while (is_running(actor))
+		actor++;
+	return actor;
+}
+
+static void kill_writers(struct pad *pad)
+{
+	uint32_t actor;
+
+	while ((actor = any_running(0, WRITERS)) != UINT32_MAX)
+		kill_some_time(pad, actor);
+}
+
+/* While a writer is stuck no state of the pad changes. */
+static void nothing_shows_of(struct pad *pad, const struct notes *stuck)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+	struct scan scan = scan_of(pad, state);
+
+	while (scan.row < kvscratch_state_len(state)) {
+		if (!scan_row(&scan, view_row(pad, scan.row)))
+			complain_about(&scan);
+		if (scan.id.writer == stuck->writer && scan.id.batch > stuck->done)
+			complain(A_FAULTING_WRITE_LEAVES_NOTHING, "row %u shows before the end",
+				 scan.row - 1);
+	}
+	if (!scan_end(&scan))
+		complain_about(&scan);
+}
+
+/* Wait for the fault; the peer of @line may die instead. */
+static void await_fault(int faults)
+{
+	struct pollfd fault = { .fd = faults, .events = POLLIN };
+
+	/* poll() of it reports an error otherwise */
+	MUST(fcntl(faults, F_SETFL, O_NONBLOCK));
+	AWAIT(poll(&fault, 1, 0) == 1 && await_stop(faults));
+}
+
+static void kill_in_faulting_write(struct pad *pad)
+{
+	uint32_t victim, other, before;
+	int faults;
+
+	if (pad->lone)
+		kill_writers(pad);
+	victim = free_writer();
+	other = any_running(0, WRITERS);
+	start(pad, victim, STUCK_WRITER);
+	faults = receive_handle(children[victim].line);
+	await_fault(faults);
+	nothing_shows_of(pad, &shared->notes[victim]);
+	if (other == UINT32_MAX) {
+		other = free_writer();
+		start(pad, other, WRITER);
+	}
+	before = LOAD(shared->notes[other].done);
+	kill_actor(pad, victim);
+	close(faults);
+	/* nobody else holds it up */
+	AWAIT(LOAD(shared->notes[other].done) != before);
+}
+
+/* A reader that is stuck holds nobody up. */
+static void kill_in_faulting_read(struct pad *pad)
+{
+	uint32_t victim = FIRST_READER + below(READERS);
+	uint32_t writer = any_running(0, WRITERS);
+	uint32_t before;
+	int faults;
+
+	if (is_running(victim))
+		kill_some_time(pad, victim);
+	start(pad, victim, STUCK_READER);
+	faults = receive_handle(children[victim].line);
+	await_fault(faults);
+	before = LOAD(shared->notes[writer].done);
+	AWAIT(LOAD(shared->notes[writer].done) != before);
+	kill_actor(pad, victim);
+	close(faults);
+	start(pad, victim, READER);
+}
+
+/* Rows that the last check saw and no truncate took */
+static uint32_t surviving_rows(void)
+{
+	uint32_t rows = ledger.len;
+
+	for (int i = 0; i <= ACTORS; i++)
+		if (shared->notes[i].min_kept < rows)
+			rows = shared->notes[i].min_kept;
+	return rows;
+}
+
+static struct past *past_writer(uint32_t writer)
+{
+	for (uint32_t i = 0; i < ledger.nr_past; i++)
+		if (ledger.past[i].writer == writer)
+			return &ledger.past[i];
+	return NULL;
+}
+
+/* The batch that begins at @row must be the next of its writer. */
+static void check_batch(const struct row_id *id, uint32_t row, uint64_t check)
+{
+	struct past *past = past_writer(id->writer);
+
+	if (!past) {
+		/* a truncate that was noted, but came too late or not at all, spared it */
+		if (row >= ledger.len || check != ledger.checks[row])
+			complain(NO_COMMITTED_ROW_IS_LOST, "row %u is of writer %u, who is long gone",
+				 row, id->writer);
+		return;
+	}
+	if (past->stuck && id->batch > past->done)
+		complain(A_FAULTING_WRITE_LEAVES_NOTHING, "row %u is of it", row);
+	if (id->batch > past->started || id->batch < past->next)
+		complain(NO_COMMITTED_ROW_IS_LOST,
+			 "row %u is of batch %u of writer %u, of %u to %u of whom it may be", row,
+			 id->batch, id->writer, past->next, past->started);
+	if (id->batch > past->next && id->batch > past->first_safe)
+		complain(NO_COMMITTED_ROW_IS_LOST, "row %u: batch %u of writer %u follows %u", row,
+			 id->batch, id->writer, past->next - 1);
+	past->next = id->batch + 1;
+}
+
+static void check_past(const struct past *past)
+{
+	if (past->first_safe <= past->done && past->next <= past->done)
+		complain(NO_COMMITTED_ROW_IS_LOST,
+			 "writer %u was told of batches to %u, there are those before %u (%u on)",
+			 past->writer, past->done, past->next, past->first_safe);
+}
+
+/* No writer lives: every row is accounted for. */
+static void check_pad(struct pad *pad)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+	uint32_t len = kvscratch_state_len(state);
+	struct scan scan = scan_of(pad, state);
+	uint32_t surviving = surviving_rows();
+	uint32_t epoch = current_epoch();
+
+	for (uint32_t i = 0; i < ledger.nr_past; i++) {
+		/* a truncate began after its last append did: all may be gone */
+		if (ledger.past[i].epoch != epoch)
+			ledger.past[i].first_safe = UINT32_MAX;
+		ledger.past[i].next = 1;
+	}
+	if (len < surviving)
+		complain(NO_COMMITTED_ROW_IS_LOST, "%u rows, there were %u", len, surviving);
+	while (scan.row < len) {
+		const uint64_t *words = view_row(pad, scan.row);
+
+		if (!scan_row(&scan, words))
+			complain_about(&scan);
+		if (scan.row <= surviving) {
+			if (words[ROW_CHECK] != ledger.checks[scan.row - 1])
+				complain(ROWS_SURVIVE_TRUNCATES, "row %u of %u", scan.row - 1,
+					 surviving);
+		} else if (!scan.id.index) {
+			check_batch(&scan.id, scan.row - 1, words[ROW_CHECK]);
+		}
+		ledger.checks[scan.row - 1] = words[ROW_CHECK];
+	}
+	if (!scan_end(&scan))
+		complain_about(&scan);
+	for (uint32_t i = 0; i < ledger.nr_past; i++)
+		check_past(&ledger.past[i]);
+	ledger.len = len;
+	ledger.nr_past = 0;
+	for (int i = 0; i <= ACTORS; i++)
+		shared->notes[i].min_kept = UINT32_MAX;
+}
+
+/* Wake-ups are not lost: each reader comes to see what there is. */
+static void await_readers(struct pad *pad)
+{
+	uint64_t state = kvscratch_view_state(&pad->view);
+
+	for (uint32_t i = FIRST_READER; i < FIRST_READER + READERS; i++)
+		if (is_running(i))
+			AWAIT(LOAD(shared->notes[i].seen_generation) ==
+			      kvscratch_state_generation(state) &&
+			      LOAD(shared->notes[i].seen_len) == kvscratch_state_len(state));
+}
+
+static void replace(struct pad *pad, uint32_t actor, enum role role)
+{
+	if (is_running(actor))
+		kill_some_time(pad, actor);
+	start(pad, actor, role);
+}
+
+/* Some writers, until the last is killed; then look */
+static void run_phase(struct pad *pad)
+{
+	uint32_t writers = pad->lone ? 1 : 1 + below(WRITERS - 1);
+
+	for (uint32_t i = 0; i < writers; i++)
+		start(pad, i, WRITER);
+	for (uint32_t more = below(6); more; more--) {
+		switch (below(9)) {
+		case 0:
+		case 1:
+		case 2:
+			kill_in_faulting_write(pad);
+			break;
+		case 3:
+			kill_in_faulting_read(pad);
+			break;
+		case 4:
+			replace(pad, FIRST_READER + below(READERS), READER);
+			break;
+		case 5:
+			replace(pad, STRAY, STRAY_ONE);
+			break;
+		default:
+			replace(pad, any_running(0, WRITERS), WRITER);
+		}
+	}
+	kill_writers(pad);
+	check_pad(pad);
+	await_readers(pad);
+	if (one_in(2)) {
+		uint32_t kept = pad->cut * below(ledger.len / pad->cut + 1);
+
+		truncate_pad(pad, kept, true);
+		check_zero_from(pad, kept);
+		check_pad(pad);
+		await_readers(pad);
+	}
+	if (one_in(4))
+		change_handle(pad);
+}
+
+static void make_pad(struct pad *pad)
+{
+	const struct shape *shape = &shapes[below(ARRAY_SIZE(shapes))];
+
+	*pad = (struct pad) {
+		.shape = shape,
+		.cut = shape->rows / (1 + below(4)) - below(3),
+		.lone = one_in(2),
+		.fd = kvscratch_open(O_RDWR),
+		.access = O_RDWR,
+		.words = calloc(shape->words, sizeof(uint64_t)),
+	};
+	MUST(pad->fd);
+	enter(IN_CREATE);
+	MUST(kvscratch_create_scaled(pad->fd, shape->rows, shape->dim, shape->dtype,
+				     shape->input_dtype, 0));
+	leave(CREATES);
+	map_pad(pad);
+	ledger.len = 0;
+	for (int i = 0; i <= ACTORS; i++)
+		shared->notes[i].min_kept = UINT32_MAX;
+	pads++;
+}
+
+/*
+ * A dead process has closed its files, but what a ring or a socket's queue held
+ * the kernel drops late: look again, so often and no more.
+ */
+static void check_memory(void)
+{
+	long long refcnt = -1;
+	int err = -1;
+
+	for (int i = 0; i < 100000; i++) {
+		refcnt = number_in_file(REFCNT, NULL);
+		err = refcnt == refcnt_before ? nothing_accounted() : -1;
+		if (!err)
+			break;
+		step_aside();
+	}
+	set_limits(limits_before[0], limits_before[1]);
+	if (err)
+		complain(MEMORY_COMES_BACK, "refcnt is %lld, was %lld; a pad of one page: %d",
+			 refcnt, refcnt_before, err);
+}
+
+static void end_pad(struct pad *pad)
+{
+	uint32_t reader = any_running(FIRST_READER, READERS);
+	uint32_t steps;
+
+	for (uint32_t i = 0; i < ACTORS; i++)
+		if (i != reader && is_running(i))
+			kill_some_time(pad, i);
+	kvscratch_unmap(&pad->view);
+	close(pad->fd);
+	free(pad->words);
+	/* the last to hold the pad; one with a handle sleeps in poll() */
+	if (reader != UINT32_MAX) {
+		steps = LOAD(shared->notes[reader].steps);
+		AWAIT(LOAD(shared->notes[reader].inside) == IN_POLL ||
+		      LOAD(shared->notes[reader].steps) - steps > 2);
+		kill_actor(pad, reader);
+	}
+	check_memory();
+}
+
+static long long cgroup_bytes(void)
+{
+	return number_in_file(CGROUP "/memory.current", NULL);
+}
+
+static void torture(void)
+{
+	struct pad pad;
+
+	while (kills < kills_wanted || (!every_place_was_met() && kills < 2 * kills_wanted)) {
+		make_pad(&pad);
+		for (uint32_t i = 0; i < READERS; i++)
+			if (!i || one_in(2))
+				start(&pad, FIRST_READER + i, READER);
+		if (one_in(2))
+			start(&pad, STRAY, STRAY_ONE);
+		for (uint32_t phases = 1 + below(5); phases; phases--)
+			run_phase(&pad);
+		end_pad(&pad);
+		if (pads == 1)
+			cgroup_before = cgroup_bytes();
+	}
+	if (!every_place_was_met())
+		complain(EVERY_CALL_MET_A_KILL, "not after %lu kills", kills);
+}
+
+/* Charges are given back in batches: look again, so often and no more. */
+static void check_cgroup(void)
+{
+	for (int i = 0; i < 100000; i++) {
+		if (cgroup_bytes() < cgroup_before + CGROUP_SLACK_BYTES)
+			return;
+		step_aside();
+	}
+	complain(MEMORY_COMES_BACK, "%lld bytes are charged, %lld were", cgroup_bytes(),
+		 cgroup_before);
+}
+
+static unsigned long total(enum count count)
+{
+	unsigned long sum = 0;
+
+	for (int i = 0; i <= ACTORS; i++)
+		sum += shared->notes[i].counts[count];
+	return sum;
+}
+
+/* Print the verdict; whoever is left dies with us. */
+static void finish(void)
+{
+	uint32_t failed = LOAD(shared->failed);
+
+	for (uint32_t i = 0; i < ACTORS; i++)
+		if (is_running(i))
+			kill(children[i].pid, SIGKILL);
+	for (int place = 0; place < NR_PLACES; place++)
+		ksft_print_msg("%lu killed in: %s\n", kills_in[place], place_names[place]);
+	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; %lu pads, "
+		       "%lu appends of %lu rows, %lu rows verified, %lu truncates, %lu with ZERO, "
+		       "%lu times all found zero, %lu pads created, %lu attached, %lu passed, "
+		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n", (unsigned long long)seed, kills,
+		       kills_in[IN_FAULTING_WRITE], pads, total(APPENDS), total(ROWS_APPENDED),
+		       total(ROWS_VERIFIED), total(TRUNCATES) + total(ZERO_TRUNCATES),
+		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(ATTACHES),
+		       total(PASSES), total(MAPS), total(READS), total(POLLS), cgroup_bytes() >> 10,
+		       cgroup_before >> 10);
+	for (uint32_t check = 0; check < NR_CHECKS; check++)
+		ksft_test_result(check + 1 != failed, "%s\n", check_names[check]);
+	exit(failed ? 1 : 0);
+}
+
+static void join_cgroup(void)
+{
+	if (mkdir(CGROUP, 0755) && errno != EEXIST)
+		complain(MEMORY_COMES_BACK, "%s: errno %d", CGROUP, errno);
+	write_file(CGROUP "/cgroup.procs", "0");
+}
+
+int main(int argc, char **argv)
+{
+	kills_wanted = argc > 1 ? strtoul(argv[1], NULL, 10) : DEFAULT_KILLS;
+	seed = argc > 2 ? strtoull(argv[2], NULL, 10) : DEFAULT_SEED;
+	if (argc > 3 || !kills_wanted) {
+		fprintf(stderr, "usage: %s [KILLS [SEED]]\n", argv[0]);
+		return 2;
+	}
+	random_state = seed;
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+		      -1, 0);
+	if (shared == MAP_FAILED)
+		abort();
+	me = &shared->notes[DIRECTOR];
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	ksft_print_header();
+	ksft_set_plan(NR_CHECKS);
+	join_cgroup();
+	refcnt_before = number_in_file(REFCNT, NULL);
+	limits_before[0] = number_in_file(MAX_PER_PAD, NULL);
+	limits_before[1] = number_in_file(MAX_TOTAL, NULL);
+	torture();
+	check_cgroup();
+	finish();
+}
