@@ -15,11 +15,11 @@ kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c tools/cli.c
 kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
-HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h)
+HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test test-all bench comparison check mutants
-.PHONY: sanitized fuzz coverage
+.PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check
+.PHONY: mutants sanitized fuzz coverage
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -40,6 +40,7 @@ help:
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
+	@echo 'make torture       kill writers and readers 10^4 times; ROUNDS= SEED= KERNEL='
 	@echo 'make bench         what appends, views and a decoder cost, in instructions, beside'
 	@echo '                   their peers; fails when a goal is missed'
 	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
@@ -50,7 +51,7 @@ help:
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
-tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32)
+tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized
 
 build:
@@ -71,6 +72,7 @@ endef
 HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/testing/selftests)$(HARNESS)
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
+$(eval $(call program,torture,tests/torture/torture.c,$$(HARNESS)))
 
 BENCH := bench scale_bench kvdecode
 bench-sources := $(filter-out %/scale_bench.c,$(wildcard tests/bench/*.c))
@@ -93,6 +95,14 @@ test:
 
 test-all:
 	tests/run --all $(if $(MODEL),"$(MODEL)")
+
+# a second for each kill is far more than it takes, and ends what hangs
+ROUNDS ?= 10000
+KERNEL ?= debian-6.1
+torture:
+	tests/qemu/packages module qemu test
+	$(MAKE) --no-print-directory build/torture
+	tests/qemu/run --kernel $(KERNEL) --timeout $$(($(ROUNDS) + 300)) -- build/torture $(ROUNDS) $(SEED)
 
 bench:
 	tests/qemu/packages module qemu bench
