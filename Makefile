@@ -96,9 +96,10 @@ test:
 test-all:
 	tests/run --all $(if $(MODEL),"$(MODEL)")
 
+torture: ROUNDS = 10000
+torture: SEED = 1
+torture: KERNEL = debian-6.1
 # a second for each kill is far more than it takes, and ends what hangs
-ROUNDS ?= 10000
-KERNEL ?= debian-6.1
 torture:
 	tests/qemu/packages module qemu test
 	$(MAKE) --no-print-directory build/torture
