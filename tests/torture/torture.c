@@ -9,12 +9,12 @@
  * scheduler makes of it does not. Nothing waits for time to pass: a hang ends
  * with the guest. Prints TAP; the first thing that is wrong ends the run.
  */
+#include "../user/cgroup.h"
 #include "../user/common.h"
 #include "../user/ring.h"
 #include "rows.h"
 
 #include <stdarg.h>
-#include <sys/stat.h>
 
 #define DEFAULT_KILLS 10000
 #define DEFAULT_SEED 1
@@ -32,7 +32,6 @@
 #define MAX_ROWS 1024
 
 #define STRAY_PAGES 512
-#define CGROUP "/sys/fs/cgroup/kvscratch-torture"
 /* what the kernel may keep of its own, far less than all pads of a run */
 #define CGROUP_SLACK_BYTES (4ll << 20)
 
@@ -124,7 +123,7 @@ enum count {
  * @inside: where it is, one of &enum place
  * @writer: its number, the one in its rows
  * @started: batches that it began to append
- * @done: batches that write() reported as appended, one less while it is in one
+ * @done: batches that write() reported as appended
  * @epoch: truncates of the whole pad when it last appended; NO_EPOCH during one
  * @first_safe: its first batch of that epoch: from there on nothing may be lost
  * @truncates_started: never reset
@@ -190,7 +189,6 @@ static const struct shape shapes[] = {
  * @access: its access mode
  * @view: a view
  * @words: room for one row
- * @row: room for a row of input
  */
 struct pad {
 	const struct shape *shape;
@@ -352,7 +350,8 @@ static bool scan_end(struct scan *scan)
 
 static void complain_about(const struct scan *scan)
 {
-	complain(scan->check, "%s: row %u of %s %ux%u, generation %u, follows writer %u batch %u row %u of %u",
+	complain(scan->check,
+		 "%s: row %u of %s %ux%u, generation %u, follows writer %u batch %u row %u of %u",
 		 scan->why, scan->row, kvscratch_dtype_name(scan->pad->shape->dtype),
 		 scan->pad->shape->rows, scan->pad->shape->dim, scan->generation,
 		 scan->id.writer, scan->id.batch, scan->id.index, scan->id.count);
@@ -422,7 +421,8 @@ static void check_zero_from(const struct pad *pad, uint32_t row)
 
 			memcpy(&word, at + i, end - i < sizeof(word) ? end - i : sizeof(word));
 			if (word)
-				complain(ZERO_MEANS_ZERO, "plane %u of %s %ux%u, byte %zu, from row %u",
+				complain(ZERO_MEANS_ZERO,
+					 "plane %u of %s %ux%u, byte %zu, from row %u",
 					 plane, kvscratch_dtype_name(pad->shape->dtype),
 					 pad->shape->rows, pad->shape->dim, i, row);
 		}
@@ -457,8 +457,7 @@ static int receive_handle(int line)
 	char text[16];
 	int fd;
 
-	if (kvscratch_receive_handles(line, text, sizeof(text), &fd, 1) != 1)
-		complain(NO_CALL_FAILS, "no handle came, errno %d", errno);
+	MUST(kvscratch_receive_handles(line, text, sizeof(text), &fd, 1));
 	return fd;
 }
 
@@ -521,7 +520,8 @@ static uint32_t current_epoch(void)
 
 static uint8_t *map_memory(size_t bytes)
 {
-	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			    -1, 0);
 
 	if (memory == MAP_FAILED)
 		complain(NO_CALL_FAILS, "mmap of %zu bytes: errno %d", bytes, errno);
@@ -658,7 +658,8 @@ static void append_batch(struct writer *writer)
 		return;
 	}
 	if (appended >= 0 || errno != ENOSPC)
-		complain(NO_CALL_FAILS, "append of %zu bytes: %zd, errno %d", bytes, appended, errno);
+		complain(NO_CALL_FAILS, "append of %zu bytes: %zd, errno %d", bytes, appended,
+			 errno);
 	STORE(me->inside, OUTSIDE);
 	truncate_somewhere(writer->pad);
 }
@@ -744,9 +745,13 @@ static void read_rows(struct pad *pad, uint8_t *buffer)
 	}
 	scan.generation = kvscratch_state_generation(kvscratch_view_state(&pad->view));
 	/* a truncate may have ended it anywhere */
-	for (size_t end = got / row_bytes; end; end--, buffer += row_bytes)
-		if (!scan_row(&scan, decode_row(pad->shape, buffer, buffer + data_bytes, pad->words)))
+	for (size_t rows = got / row_bytes; rows; rows--, buffer += row_bytes) {
+		const uint64_t *words = decode_row(pad->shape, buffer, buffer + data_bytes,
+						   pad->words);
+
+		if (!scan_row(&scan, words))
 			complain_about(&scan);
+	}
 }
 
 /* Acknowledge, look, sleep, as the uapi header tells. */
@@ -869,7 +874,9 @@ static unsigned long kills_wanted, kills;
 static unsigned long kills_in[NR_PLACES];
 static unsigned long pads;
 static uint64_t seed;
-static long long refcnt_before, cgroup_before;
+static long long refcnt_before;
+static char cgroup[64];
+static long long cgroup_before;
 static uint64_t limits_before[2];
 
 /**
@@ -878,6 +885,7 @@ static uint64_t limits_before[2];
  * @started: batches it began
  * @done: batches it knew to be appended
  * @first_safe: from this batch on none may be lost; above @started when all may
+ * @epoch: truncates of the pad when it last appended
  * @next: what the scan expects next, or more
  * @stuck: it was killed in a write that faulted
  */
@@ -886,16 +894,15 @@ struct past {
 	uint32_t started;
 	uint32_t done;
 	uint32_t first_safe;
+	uint32_t epoch;
 	uint32_t next;
 	bool stuck;
-	uint32_t epoch;
 };
 
 /**
  * struct ledger - what the pad has to hold
  * @past: writers since the last check
  * @nr_past: how many
- * @min_kept: the fewest rows that truncates left since then
  * @len: rows at the last check
  * @checks: their checksums
  */
@@ -1192,8 +1199,8 @@ static void check_batch(const struct row_id *id, uint32_t row, uint64_t check)
 	if (!past) {
 		/* a truncate that was noted, but came too late or not at all, spared it */
 		if (row >= ledger.len || check != ledger.checks[row])
-			complain(NO_COMMITTED_ROW_IS_LOST, "row %u is of writer %u, who is long gone",
-				 row, id->writer);
+			complain(NO_COMMITTED_ROW_IS_LOST,
+				 "row %u is of writer %u, who is long gone", row, id->writer);
 		return;
 	}
 	if (past->stuck && id->batch > past->done)
@@ -1387,7 +1394,14 @@ static void end_pad(struct pad *pad)
 
 static long long cgroup_bytes(void)
 {
-	return number_in_file(CGROUP "/memory.current", NULL);
+	return cgroup_number(cgroup, "memory.current", NULL);
+}
+
+static void check_cgroup(void)
+{
+	if (!charge_falls_below(cgroup, cgroup_before + CGROUP_SLACK_BYTES))
+		complain(MEMORY_COMES_BACK, "%lld bytes are charged, %lld were", cgroup_bytes(),
+			 cgroup_before);
 }
 
 static void torture(void)
@@ -1406,21 +1420,10 @@ static void torture(void)
 		end_pad(&pad);
 		if (pads == 1)
 			cgroup_before = cgroup_bytes();
+		check_cgroup();
 	}
 	if (!every_place_was_met())
 		complain(EVERY_CALL_MET_A_KILL, "not after %lu kills", kills);
-}
-
-/* Charges are given back in batches: look again, so often and no more. */
-static void check_cgroup(void)
-{
-	for (int i = 0; i < 100000; i++) {
-		if (cgroup_bytes() < cgroup_before + CGROUP_SLACK_BYTES)
-			return;
-		step_aside();
-	}
-	complain(MEMORY_COMES_BACK, "%lld bytes are charged, %lld were", cgroup_bytes(),
-		 cgroup_before);
 }
 
 static unsigned long total(enum count count)
@@ -1442,10 +1445,11 @@ static void finish(void)
 			kill(children[i].pid, SIGKILL);
 	for (int place = 0; place < NR_PLACES; place++)
 		ksft_print_msg("%lu killed in: %s\n", kills_in[place], place_names[place]);
-	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; %lu pads, "
-		       "%lu appends of %lu rows, %lu rows verified, %lu truncates, %lu with ZERO, "
+	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; "
+		       "%lu pads, %lu appends of %lu rows, %lu rows verified, %lu truncates, %lu with ZERO, "
 		       "%lu times all found zero, %lu pads created, %lu attached, %lu passed, "
-		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n", (unsigned long long)seed, kills,
+		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n",
+		       (unsigned long long)seed, kills,
 		       kills_in[IN_FAULTING_WRITE], pads, total(APPENDS), total(ROWS_APPENDED),
 		       total(ROWS_VERIFIED), total(TRUNCATES) + total(ZERO_TRUNCATES),
 		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(ATTACHES),
@@ -1454,13 +1458,6 @@ static void finish(void)
 	for (uint32_t check = 0; check < NR_CHECKS; check++)
 		ksft_test_result(check + 1 != failed, "%s\n", check_names[check]);
 	exit(failed ? 1 : 0);
-}
-
-static void join_cgroup(void)
-{
-	if (mkdir(CGROUP, 0755) && errno != EEXIST)
-		complain(MEMORY_COMES_BACK, "%s: errno %d", CGROUP, errno);
-	write_file(CGROUP "/cgroup.procs", "0");
 }
 
 int main(int argc, char **argv)
@@ -1480,11 +1477,11 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	ksft_print_header();
 	ksft_set_plan(NR_CHECKS);
-	join_cgroup();
+	make_cgroup(cgroup, sizeof(cgroup), "torture");
+	join_cgroup(cgroup);
 	refcnt_before = number_in_file(REFCNT, NULL);
 	limits_before[0] = number_in_file(MAX_PER_PAD, NULL);
 	limits_before[1] = number_in_file(MAX_TOTAL, NULL);
 	torture();
-	check_cgroup();
 	finish();
 }
