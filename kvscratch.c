@@ -13,6 +13,7 @@
 #include <linux/atomic.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/kcsan-checks.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -434,6 +435,7 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_put);
 static void kvs_publish(struct kvs_pad *pad, u64 state)
 {
 	lockdep_assert_held(&pad->lock);
+	ASSERT_EXCLUSIVE_WRITER(pad->state);
 
 	preempt_disable();
 	/* (B) in "Memory ordering", pairs with (A) */
@@ -1178,7 +1180,7 @@ static loff_t kvs_llseek(struct file *file, loff_t offset, int whence)
 {
 	struct kvs_handle *handle = file->private_data;
 	struct kvs_pad *pad = kvs_file_pad(file);
-	u64 state;
+	u64 state, end;
 	loff_t pos;
 
 	if (!pad)
@@ -1189,9 +1191,11 @@ static loff_t kvs_llseek(struct file *file, loff_t offset, int whence)
 	spin_lock(&pad->trunc_lock);
 	state = READ_ONCE(pad->state);
 	spin_unlock(&pad->trunc_lock);
-	pos = generic_file_llseek_size(file, offset, whence,
-				       pad->layout.max_seq_len * pad->layout.row_bytes,
-				       (u64)kvs_state_len(state) * pad->layout.row_bytes);
+	end = (u64)kvs_state_len(state) * pad->layout.row_bytes;
+	/* f_pos is not locked for devices; of two lseeks at once either stays */
+	pos = data_race(generic_file_llseek_size(file, offset, whence,
+						 pad->layout.max_seq_len * pad->layout.row_bytes,
+						 end));
 	if (whence == SEEK_SET && pos >= 0)
 		WRITE_ONCE(handle->seen_generation, kvs_state_generation(state));
 	return pos;
