@@ -4,8 +4,8 @@
  *
  * ttyS0 is the kernel's console, ttyS1 the program's terminal, ttyS2 takes the
  * verdict: one line "exit N" or "signal N", one "kernel TEXT" for each
- * suspicious line of the kernel log, and a last line "end". A guest that dies
- * writes no "end".
+ * suspicious line of the kernel log, one "aside TEXT" for what is worth telling,
+ * and a last line "end". A guest that dies writes no "end".
  *
  * /modules names the modules to load, /command holds the NUL-separated program
  * and arguments, and /interactive is there if a person sits at ttyS1. With
@@ -128,6 +128,20 @@ static char *read_file(const char *path, size_t *bytes)
 	*bytes = st.st_size;
 	close(fd);
 	return text;
+}
+
+#define KCSAN "/sys/kernel/debug/kcsan"
+
+/*
+ * Races of the boot are not ours. Nor is each one that is found later: a report
+ * must not panic, so that judge_kernel_log() can tell.
+ */
+static void look_for_races(void)
+{
+	if (access(KCSAN, W_OK))
+		return;
+	write_to("/proc/sys/kernel/panic_on_warn", "0");
+	write_to(KCSAN, "on");
 }
 
 static char *modules[MAX_MODULES];
@@ -272,6 +286,41 @@ static void look_for_leaks(void)
 		die(KMEMLEAK);
 }
 
+#define KCSAN_TITLE "BUG: KCSAN: "
+
+/*
+ * A report of KCSAN is a title, a trace of each of two accesses and a line of '='.
+ * It counts when the module made one of them, or called the function that did.
+ * Others are races of the kernel's own, which it has: they are told, and fail
+ * nothing. Traces of those may show the module too, as what was interrupted or
+ * woke somebody up.
+ *
+ * Returns whether the line needs no other judgement.
+ */
+static bool judge_race(const char *line)
+{
+	static char title[256];
+	static bool ours;
+	static int frames;
+
+	if (!strncmp(line, KCSAN_TITLE, strlen(KCSAN_TITLE))) {
+		snprintf(title, sizeof(title), "%s", line);
+		ours = false;
+		return true;
+	}
+	if (line[0] == ' ')
+		frames++;
+	else
+		frames = 0;
+	if (frames && frames <= 2 && strstr(line, " [kvscratch"))
+		ours = true;
+	if (title[0] && line[0] == '=') {
+		verdict("%s %s\n", ours ? "kernel" : "aside", title);
+		title[0] = '\0';
+	}
+	return false;
+}
+
 /* From its beginning, also when somebody has cleared it */
 static void judge_kernel_log(void)
 {
@@ -292,9 +341,12 @@ static void judge_kernel_log(void)
 			verdict("kernel log: its beginning was lost\n");
 		first = false;
 		text = strchr(record, ';');
-		if (!text || regexec(&suspicious, text + 1, 0, NULL, 0))
+		if (!text)
 			continue;
-		verdict("kernel %.*s\n", (int)strcspn(text + 1, "\n"), text + 1);
+		text++;
+		text[strcspn(text, "\n")] = '\0';
+		if (!judge_race(text) && !regexec(&suspicious, text, 0, NULL, 0))
+			verdict("kernel %s\n", text);
 	}
 	if (bytes < 0 && errno != EAGAIN)
 		die("/dev/kmsg");
@@ -326,6 +378,7 @@ int main(void)
 		die("busybox");
 	/* the boot is of no interest on the console, everything later is */
 	klogctl(KLOG_CONSOLE_LEVEL, NULL, 8);
+	look_for_races();
 	load_modules();
 	run_program();
 	unload_modules();
