@@ -19,7 +19,7 @@ HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h test
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check
-.PHONY: mutants sanitized fuzz coverage
+.PHONY: mutants detectors sanitized fuzz coverage
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -46,6 +46,7 @@ help:
 	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
+	@echo 'make detectors     break it so that each detector of the test kernels has something to see'
 	@echo 'make fuzz          fuzz the module for SECONDS=60, SEED=1; what it kept is in build/fuzz'
 	@echo 'make coverage      which lines of the module KUnit and the user tests run'
 	@echo 'make clean         remove what was built, but not the cached kernels'
@@ -124,6 +125,9 @@ check:
 
 mutants:
 	tests/mutants
+
+detectors:
+	tests/detectors
 
 fuzz: SECONDS = 60
 fuzz: SEED = 1
