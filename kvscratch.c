@@ -477,7 +477,7 @@ static __always_inline bool kvs_copy_piece(void *to, size_t bytes, struct kvs_so
 {
 	if (from->iter)
 		return _copy_from_iter(to, bytes, from->iter) == bytes;
-	if (_copy_from_user(to, from->user, bytes))
+	if (kvs_copy_from_user(to, from->user, bytes))
 		return false;
 	from->user += bytes;
 	return true;

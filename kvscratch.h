@@ -13,6 +13,7 @@
 #include <linux/refcount.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
+#include <linux/uaccess.h>
 #include <linux/uio.h>
 #include <linux/version.h>
 #include <linux/wait.h>
@@ -142,6 +143,17 @@ static inline void kvs_file_set_nonotify(struct file *file)
 	file_set_fsnotify_mode(file, FMODE_NONOTIFY);
 #else
 	file->f_mode |= FMODE_NONOTIFY;
+#endif
+}
+
+/* As copy_from_user(), without its look at the kernel address */
+static inline unsigned long kvs_copy_from_user(void *to, const void __user *from, size_t bytes)
+{
+	/* in between, the function is there only where it is not inline */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0) && defined(INLINE_COPY_FROM_USER)
+	return _inline_copy_from_user(to, from, bytes);
+#else
+	return _copy_from_user(to, from, bytes);
 #endif
 }
 
