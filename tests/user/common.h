@@ -331,4 +331,16 @@ static inline int nothing_accounted(void)
 	return 0;
 }
 
+/* mmap() with any page offset, also where off_t is too small for it */
+static inline void *map_page_offset(size_t bytes, int fd, unsigned long page_offset)
+{
+#ifdef SYS_mmap2
+	/* counts in 4096 bytes whatever the page size */
+	return (void *)syscall(SYS_mmap2, NULL, bytes, PROT_READ, MAP_SHARED, fd, page_offset);
+#else
+	return (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ, MAP_SHARED, fd,
+			       page_offset * page_bytes());
+#endif
+}
+
 #endif

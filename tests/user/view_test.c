@@ -31,18 +31,6 @@ static unsigned int open_descriptors(void)
 	return count;
 }
 
-/* mmap() with any page offset, also where off_t is too small for it */
-static void *map_page_offset(size_t bytes, int fd, unsigned long page_offset)
-{
-#ifdef SYS_mmap2
-	/* counts in 4096 bytes whatever the page size */
-	return (void *)syscall(SYS_mmap2, NULL, bytes, PROT_READ, MAP_SHARED, fd, page_offset);
-#else
-	return (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ, MAP_SHARED, fd,
-			       page_offset * page_bytes());
-#endif
-}
-
 /* Mapping rules: a handle of every kind, and a half-filled pad of a few pages */
 
 FIXTURE(view) {
