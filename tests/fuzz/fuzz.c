@@ -207,7 +207,7 @@ static unsigned int count_points(uint8_t by, uint8_t not_by)
 
 struct pad {
 	struct kvscratch_info info;
-	/* a writer that cannot read appended what it cannot know */
+	/* rows are there that the model cannot know */
 	bool opaque;
 	/* no byte beyond the committed rows may be set */
 	bool zero_beyond;
@@ -518,7 +518,8 @@ static void do_create(const uint64_t *arg)
 	if (nr_pads == NR_PADS)
 		return;
 	pad = &pads[nr_pads++];
-	pad->opaque = false;
+	/* before it can be looked at, others may have appended to it */
+	pad->opaque = !alone;
 	pad->zero_beyond = true;
 	count = stop_counting();
 	if (kvscratch_info(handle->fd, &pad->info))
