@@ -139,6 +139,36 @@ TEST_F(append, a_hole_in_the_source_commits_nothing)
 }
 
 /* What a failed append and dropped rows leave behind is gone after ZERO. */
+/* A batch that is copied in several pieces of 2 MiB */
+TEST_F_TIMEOUT(append, a_hole_in_a_large_batch_commits_nothing, TEST_SECONDS)
+{
+	const size_t row_bytes = 1 << 20, bytes = 5 * row_bytes;
+	const size_t holes[] = { 1 << 20, (2 << 20) - 4096, 3 << 20, bytes - 4096 };
+	uint8_t *rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			     -1, 0);
+	struct iovec whole = { .iov_base = rows, .iov_len = bytes };
+	struct kvscratch_view view;
+	int pad = new_pad(5, row_bytes);
+
+	ASSERT_NE(MAP_FAILED, (void *)rows);
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	for (uint32_t row = 0; row < 5; row++)
+		fill_row(rows + row * row_bytes, row_bytes, row);
+	for (size_t i = 0; i < ARRAY_SIZE(holes); i++) {
+		ASSERT_EQ(0, mprotect(rows + holes[i], 4096, PROT_NONE));
+		EXPECT_ERRNO(EFAULT, write(pad, rows, bytes));
+		EXPECT_ERRNO(EFAULT, writev(pad, &whole, 1));
+		EXPECT_EQ(0, kvscratch_view_state(&view));
+		ASSERT_EQ(0, mprotect(rows + holes[i], 4096, PROT_READ));
+	}
+	EXPECT_EQ((ssize_t)bytes, write(pad, rows, bytes));
+	EXPECT_EQ(0, memcmp(view.data, rows, bytes));
+	kvscratch_unmap(&view);
+	close(pad);
+	munmap(rows, bytes);
+}
+
 TEST_F(append, zero_scrubs_failed_and_dropped_rows)
 {
 	uint8_t *rows = source_rows();
