@@ -10,7 +10,6 @@
 
 #include <limits.h>
 #include <linux/futex.h>
-#include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/personality.h>
 #include <sys/ptrace.h>
@@ -22,6 +21,13 @@
 #define ROW_BYTES 2048
 #define COMMITTED 5
 #define NOBODY 65534
+
+/* 32-bit callers of a kernel without 32-bit time have only this one */
+#ifdef SYS_futex_time64
+#define FUTEX SYS_futex_time64
+#else
+#define FUTEX SYS_futex
+#endif
 
 FIXTURE(security) {
 	size_t page;
@@ -193,46 +199,53 @@ TEST_F_TIMEOUT(security, mremap_shares_private_data, TEST_SECONDS)
 	EXPECT_TRUE(is_as_it_was(self));
 }
 
-struct mapper {
-	pthread_t thread;
-	int fd;
-	unsigned int maps;
-	int err;
-};
-
-static void *map_until_closed(void *arg)
+/* fork() of a child that shares the table of descriptors, as a thread does */
+static pid_t fork_sharing_descriptors(void)
 {
-	struct mapper *mapper = arg;
+	pid_t pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
 
-	for (;;) {
-		struct kvscratch_view view;
-		void *at = mmap(NULL, 2 * page_bytes(), PROT_READ, MAP_SHARED, mapper->fd, 0);
+	if (!pid)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	return pid;
+}
 
-		if (at == MAP_FAILED) {
-			mapper->err = errno;
-			return NULL;
-		}
-		view.status = at + page_bytes();
-		if (view.status->magic != KVSCRATCH_STATUS_MAGIC)
-			abort();
-		munmap(at, 2 * page_bytes());
-		__atomic_add_fetch(&mapper->maps, 1, __ATOMIC_RELEASE);
+static void map_until_closed(int fd, unsigned int *maps)
+{
+	const size_t page = page_bytes();
+	struct kvscratch_status *status;
+	uint8_t *at;
+
+	while ((at = mmap(NULL, 2 * page, PROT_READ, MAP_SHARED, fd, 0)) != MAP_FAILED) {
+		status = (struct kvscratch_status *)(at + page);
+		CHILD_CHECK(status->magic == KVSCRATCH_STATUS_MAGIC);
+		munmap(at, 2 * page);
+		__atomic_add_fetch(maps, 1, __ATOMIC_RELEASE);
 	}
+	_exit(errno);
 }
 
 TEST_F_TIMEOUT(security, mmap_races_with_close, TEST_SECONDS)
 {
-	for (unsigned int round = 0; round < 100; round++) {
-		struct mapper mapper = { .fd = new_pad(1, 1) };
+	unsigned int *maps = mmap(NULL, self->page, PROT_READ | PROT_WRITE,
+				  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
-		ASSERT_LE(0, mapper.fd);
-		ASSERT_EQ(0, pthread_create(&mapper.thread, NULL, map_until_closed, &mapper));
-		while (__atomic_load_n(&mapper.maps, __ATOMIC_ACQUIRE) < round % 7)
+	ASSERT_NE(MAP_FAILED, (void *)maps);
+	for (unsigned int round = 0; round < 100; round++) {
+		int fd = new_pad(1, 1);
+		pid_t pid;
+
+		ASSERT_LE(0, fd);
+		*maps = 0;
+		pid = fork_sharing_descriptors();
+		ASSERT_LE(0, pid);
+		if (!pid)
+			map_until_closed(fd, maps);
+		while (__atomic_load_n(maps, __ATOMIC_ACQUIRE) < round % 7)
 			sched_yield();
-		close(mapper.fd);
-		ASSERT_EQ(0, pthread_join(mapper.thread, NULL));
-		EXPECT_EQ(EBADF, mapper.err);
+		close(fd);
+		EXPECT_EQ(EBADF, wait_for(pid));
 	}
+	munmap(maps, self->page);
 }
 
 /* Sizes */
@@ -491,32 +504,25 @@ TEST_F_TIMEOUT(security, append_of_the_view_itself, TEST_SECONDS)
 
 /* Waiting for what goes away */
 
-struct sleeper {
-	pthread_t thread;
-	pid_t tid;
-	int fd;
-	short revents;
-};
-
-static void *poll_for_rows(void *arg)
+/* Until the kernel has looked up the descriptor and sleeps */
+static void await_poll(pid_t pid)
 {
-	struct sleeper *sleeper = arg;
-	struct pollfd poll_fd = { .fd = sleeper->fd, .events = POLLIN };
+	char path[32];
 
-	__atomic_store_n(&sleeper->tid, syscall(SYS_gettid), __ATOMIC_RELEASE);
-	if (poll(&poll_fd, 1, -1) == 1)
-		sleeper->revents = poll_fd.revents;
-	return NULL;
+	snprintf(path, sizeof(path), "/proc/%d/syscall", pid);
+	while (number_in_file(path, NULL) != SYS_poll)
+		sched_yield();
 }
 
 TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLPRI };
 	struct io_uring_sqe poll_add = { .opcode = IORING_OP_POLL_ADD, .poll_events = POLLIN };
-	struct sleeper sleeper = { 0 };
+	struct pollfd poll_fd = { .events = POLLIN };
 	struct ring ring;
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 	int pad, reader, copy;
+	pid_t pid;
 
 	ASSERT_LE(0, epoll);
 	/* the last handle of its pad goes */
@@ -549,21 +555,22 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	close(epoll);
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 2, 1));
 
-	/* a thread that sleeps in poll() while its descriptor is closed */
+	/* somebody sleeps in poll() while the descriptor is closed */
 	ASSERT_EQ(0, lseek(reader, 0, SEEK_SET));
 	ASSERT_EQ(0, kvscratch_truncate(pad, 0, 0));
-	sleeper.fd = reader;
-	ASSERT_EQ(0, pthread_create(&sleeper.thread, NULL, poll_for_rows, &sleeper));
-	while (!__atomic_load_n(&sleeper.tid, __ATOMIC_ACQUIRE))
-		sched_yield();
-	/* 'D' would be a lock on its way to poll() */
-	while (await_sleep(sleeper.tid) != 'S')
-		sched_yield();
+	poll_fd.fd = reader;
+	pid = fork_sharing_descriptors();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		CHILD_CHECK(syscall(SYS_poll, &poll_fd, 1, -1) == 1);
+		/* it woke up and looked the descriptor up again */
+		CHILD_CHECK(poll_fd.revents == POLLNVAL);
+		_exit(0);
+	}
+	await_poll(pid);
 	close(reader);
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 0, 1));
-	ASSERT_EQ(0, pthread_join(sleeper.thread, NULL));
-	/* woken, it looks its descriptor up again */
-	EXPECT_EQ(POLLNVAL, sleeper.revents);
+	EXPECT_EQ(0, wait_for(pid));
 
 	/* and a request of a ring that waits for the pad */
 	ASSERT_EQ(0, kvscratch_truncate(pad, 0, 0));
@@ -681,9 +688,9 @@ TEST_F_TIMEOUT(security, kernel_writes_into_a_view, TEST_SECONDS)
 	EXPECT_ERRNO(EFAULT, read(pipes[0], at, 16));
 	EXPECT_ERRNO(EFAULT, syscall(SYS_getrandom, at, 16, 0));
 	EXPECT_ERRNO(EFAULT, pread(self->pad, at, 16, ROW_BYTES));
-	EXPECT_ERRNO(EFAULT, syscall(SYS_futex, &word, FUTEX_WAKE_OP, 1, 1, at,
+	EXPECT_ERRNO(EFAULT, syscall(FUTEX, &word, FUTEX_WAKE_OP, 1, 1, at,
 				     FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)));
-	EXPECT_ERRNO(EFAULT, syscall(SYS_futex, &word, FUTEX_WAKE_OP_PRIVATE, 1, 1, at,
+	EXPECT_ERRNO(EFAULT, syscall(FUTEX, &word, FUTEX_WAKE_OP_PRIVATE, 1, 1, at,
 				     FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)));
 	/* our own output */
 	request->size = sizeof(*request);
