@@ -42,7 +42,7 @@ help:
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
 	@echo 'make torture       kill writers and readers 10^4 times; ROUNDS= SEED= KERNEL='
 	@echo 'make bench         what appends, views and a decoder cost, in instructions, beside'
-	@echo '                   their peers; fails when a goal is missed'
+	@echo '                   their peers; fails when one that was met is missed'
 	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
@@ -124,16 +124,21 @@ check:
 	tests/check
 
 mutants:
+	tests/qemu/packages module qemu kernel test
 	tests/mutants
 
 detectors:
+	tests/qemu/packages module qemu kernel test
 	tests/detectors
 
 fuzz: SECONDS = 60
 fuzz: SEED = 1
-fuzz: build/fuzzer
+fuzz:
+	tests/qemu/packages module qemu kernel test
+	$(MAKE) --no-print-directory build/fuzzer
 	FUZZ_TIMEOUT=$$(($(SECONDS) + 900)) tests/fuzz/run --seconds $(SECONDS) --seed $(SEED)
 	tests/coverage build/fuzz
 
 coverage:
+	tests/qemu/packages module qemu kernel test
 	tests/coverage
