@@ -8,14 +8,14 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 # Programs are static: they run on any kernel's initramfs as they are.
 CFLAGS ?= -O2 -g
 override CFLAGS += -std=gnu11 -Wall -Wextra -Wshadow
-override CPPFLAGS += -Iuapi
-LIBKVSCRATCH := tools/libkvscratch.c
+override CPPFLAGS += -Iuapi -Itools/lib
+LIBKVSCRATCH := $(wildcard tools/lib/*.c)
 TOOLS := kvscratchctl kvdecode
-kvscratchctl-sources := tools/kvscratchctl.c tools/npy.c tools/cli.c
+kvscratchctl-sources := tools/kvscratchctl.c tools/cli.c
 kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
-HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tests/*.h tests/user/*.h tests/torture/*.h)
+HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check

@@ -12,7 +12,7 @@
 #define _GNU_SOURCE
 #include "../kvscratch_scale.h"
 #include "cli.h"
-#include "libkvscratch.h"
+#include "device.h"
 #include "llama2.h"
 
 #include <dirent.h>
@@ -391,7 +391,7 @@ static int append_heap_mxint8(struct llama2_rows *rows, const void *row)
 static int append_pad(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
-	int err = kvscratch_append(store->fd, row, store->input_row_bytes);
+	int err = device_append(store->fd, row, store->input_row_bytes);
 	uint32_t len;
 
 	if (err)
@@ -454,7 +454,7 @@ static void close_cache(struct cache *cache)
 		struct store *store = &cache->stores[i];
 
 		if (store->view.data)
-			kvscratch_unmap(&store->view);
+			device_unmap(&store->view);
 		if (store->fd >= 0)
 			close(store->fd);
 		free(store->heap);
@@ -490,7 +490,7 @@ static int allocate_arrays(struct cache *cache)
 static int map_pad(struct store *store)
 {
 	struct kvscratch_view view;
-	int err = kvscratch_map(store->fd, &view);
+	int err = device_map(store->fd, &view);
 
 	if (err)
 		return fail_pad(store, "map", err);
@@ -504,7 +504,7 @@ static int map_pad(struct store *store)
 
 static int create_pad(struct cache *cache, struct store *store)
 {
-	int err = kvscratch_create_scaled(store->fd, cache->seq_len, store->dim, store->dtype,
+	int err = device_create_scaled(store->fd, cache->seq_len, store->dim, store->dtype,
 					  store->input_dtype, 0);
 
 	if (err)
@@ -529,7 +529,7 @@ static int create_missing_pads(struct cache *cache)
 static int open_pads(struct cache *cache)
 {
 	for (unsigned int i = 0; i < cache->count; i++) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		if (fd < 0)
 			return fail(EXIT_PADS, KVSCRATCH_DEVICE
@@ -542,7 +542,7 @@ static int open_pads(struct cache *cache)
 
 static int truncate_pad(struct store *store, uint32_t len)
 {
-	int err = kvscratch_truncate(store->fd, len, 0);
+	int err = device_truncate(store->fd, len, 0);
 
 	if (err)
 		return fail_pad(store, "truncate", err);
@@ -597,7 +597,7 @@ static int inherit_handle(const struct cache *cache, struct store *store, int fd
 		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
 			    kvscratch_strerror(-errno));
 	store->fd = fd;
-	err = kvscratch_info(fd, &info);
+	err = device_info(fd, &info);
 	if (err && err != -EBADFD)
 		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
 			    kvscratch_strerror(err));
@@ -815,7 +815,7 @@ static void close_server(struct server *server)
 static unsigned int open_readers(const struct cache *cache, int *fds)
 {
 	for (unsigned int i = 0; i < cache->count; i++) {
-		fds[i] = kvscratch_open_reader(cache->stores[i].fd);
+		fds[i] = device_open_reader(cache->stores[i].fd);
 		if (fds[i] < 0) {
 			fail(EXIT_PADS, "%s: cannot open a handle for a reader: %s",
 			     cache->stores[i].name, kvscratch_strerror(fds[i]));

@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include "cli.h"
-#include "libkvscratch.h"
+#include "device.h"
 #include "npy.h"
 
 #include <errno.h>
@@ -243,7 +243,7 @@ static int run_create(const struct arguments *args)
 	err = check_access(args->fd, O_WRONLY);
 	if (err)
 		return err;
-	err = kvscratch_create_scaled(args->fd, args->max_seq_len, args->dim, args->dtype,
+	err = device_create_scaled(args->fd, args->max_seq_len, args->dim, args->dtype,
 				      args->input_dtype, args->frac_bits);
 	if (err)
 		return fail(EXIT_SYSTEM, "descriptor %d: cannot create a pad of [%" PRIu64 ", %"
@@ -259,9 +259,9 @@ static int truncate_to(const struct arguments *args, uint64_t len)
 
 	if (err)
 		return err;
-	err = kvscratch_info(args->fd, &info);
+	err = device_info(args->fd, &info);
 	if (!err)
-		err = kvscratch_truncate(args->fd, len,
+		err = device_truncate(args->fd, len,
 					 given(args, OPT_ZERO) ? KVSCRATCH_TRUNCATE_ZERO : 0);
 	if (err == -EINVAL)
 		return fail(EXIT_INPUT,
@@ -291,7 +291,7 @@ static int run_attach(const struct arguments *args)
 		return fail(EXIT_INPUT, "expected --src-fd");
 	if (fcntl(args->fd, F_GETFL) < 0)
 		return fail(EXIT_SYSTEM, "expected a handle as descriptor %d, got none", args->fd);
-	err = kvscratch_attach(args->fd, src_fd);
+	err = device_attach(args->fd, src_fd);
 	switch (-err) {
 	case 0:
 		return 0;
@@ -354,7 +354,7 @@ static void print_format(const struct kvscratch_info *info)
 static int run_info(const struct arguments *args)
 {
 	struct kvscratch_info info;
-	int err = kvscratch_info(args->fd, &info);
+	int err = device_info(args->fd, &info);
 
 	if (err)
 		return fail_handle(args->fd, "describe the pad", err);
@@ -544,7 +544,7 @@ static int append_input(const struct arguments *args, const struct input *input,
 		return fail_room(info, rows);
 	while (done < rows) {
 		uint64_t batch = rows - done < most ? rows - done : most;
-		int err = kvscratch_append(args->fd, at, batch * info->input_row_bytes);
+		int err = device_append(args->fd, at, batch * info->input_row_bytes);
 
 		if (err && done)
 			return fail(EXIT_SYSTEM, "appended %" PRIu64 " of %" PRIu64 " rows, then: %s",
@@ -570,7 +570,7 @@ static int run_append(const struct arguments *args)
 	err = check_access(args->fd, O_WRONLY);
 	if (err)
 		return err;
-	err = kvscratch_info(args->fd, &info);
+	err = device_info(args->fd, &info);
 	if (err)
 		return fail_handle(args->fd, "describe the pad", err);
 	err = open_input(&input, args->file,
@@ -836,7 +836,7 @@ static int run_dump(const struct arguments *args)
 
 	if (err)
 		return err;
-	err = kvscratch_map(args->fd, &view);
+	err = device_map(args->fd, &view);
 	if (err)
 		return fail_handle(args->fd, "map the pad", err);
 	err = check_dump(args, &view.info);
@@ -851,7 +851,7 @@ static int run_dump(const struct arguments *args)
 		err = write_dump(args, &view.info, rows, len);
 	free(rows);
 out:
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	return err;
 }
 
@@ -949,14 +949,14 @@ static int open_reader(struct watch *watch)
 {
 	int err;
 
-	watch->fd = kvscratch_open(O_RDONLY);
+	watch->fd = device_open(O_RDONLY);
 	if (watch->fd < 0)
 		return fail(EXIT_SYSTEM, KVSCRATCH_DEVICE ": cannot open: %s",
 			    kvscratch_strerror(watch->fd));
 	err = check_access(watch->args->fd, O_RDONLY);
 	if (err)
 		return err;
-	err = kvscratch_attach(watch->fd, watch->args->fd);
+	err = device_attach(watch->fd, watch->args->fd);
 	return err ? fail_handle(watch->args->fd, "attach to the pad", err) : 0;
 }
 
@@ -967,7 +967,7 @@ static int open_watch(struct watch *watch)
 	err = watch->args->socket ? receive_handle(watch) : open_reader(watch);
 	if (err)
 		return err;
-	err = kvscratch_map(watch->fd, &watch->view);
+	err = device_map(watch->fd, &watch->view);
 	if (err)
 		return fail(EXIT_SYSTEM, "cannot map the pad: %s", kvscratch_strerror(err));
 	if (given(watch->args, OPT_UNTIL) && watch->args->until > watch->view.info.max_seq_len)
@@ -982,7 +982,7 @@ static void close_watch(struct watch *watch)
 {
 	free(watch->row);
 	if (watch->view.data)
-		kvscratch_unmap(&watch->view);
+		device_unmap(&watch->view);
 	if (watch->fd >= 0)
 		close(watch->fd);
 	if (watch->sock >= 0)

@@ -73,12 +73,12 @@ bool module_loaded(void)
 
 int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	int err;
 
 	if (fd < 0)
 		return fd;
-	err = kvscratch_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
+	err = device_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
 	if (err) {
 		close(fd);
 		return err;

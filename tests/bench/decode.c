@@ -191,8 +191,8 @@ static void measure_appends_of_token(void)
 		uint64_t start = now();
 
 		for (int i = 0; i + 1 < PADS; i++)
-			kvscratch_append(fds[i], row, sizeof(row));
-		kvscratch_append(fds[PADS - 1], row, sizeof(int32_t));
+			device_append(fds[i], row, sizeof(row));
+		device_append(fds[PADS - 1], row, sizeof(int32_t));
 		sample((double)(now() - start) - overhead);
 	}
 	for (int i = 0; i < PADS; i++)

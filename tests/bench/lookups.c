@@ -70,7 +70,7 @@ static void count_for_appends(const char *implementation, size_t row_bytes)
 	CHECK(fd >= 0);
 	calls = calls_so_far();
 	for (int i = 0; i < APPENDS; i++)
-		CHECK(!kvscratch_append(fd, row, row_bytes));
+		CHECK(!device_append(fd, row, row_bytes));
 	record_calls(implementation, calls_so_far() - calls, APPENDS);
 	close(fd);
 	munmap(row, row_bytes);

@@ -73,7 +73,7 @@ static void append_pad(const struct batch *batch)
 
 static void reset_pad(void)
 {
-	CHECK(!kvscratch_truncate(pad, 0, 0));
+	CHECK(!device_truncate(pad, 0, 0));
 }
 
 static void teardown_pad(void)

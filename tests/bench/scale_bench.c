@@ -5,7 +5,7 @@
  * where a nanosecond is an instruction.
  */
 #include "../../kvscratch_scale.h"
-#include "../../tools/libkvscratch.h"
+#include "../../tools/lib/device.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -78,14 +78,14 @@ static uint64_t time_arithmetic(uint32_t dtype, uint32_t stored)
 
 static uint64_t time_append(uint32_t dtype, uint32_t stored)
 {
-	int fd = kvscratch_open(O_RDWR);
-	int err = fd < 0 ? fd : kvscratch_create_scaled(fd, ROWS, DIM, stored, dtype, 0);
+	int fd = device_open(O_RDWR);
+	int err = fd < 0 ? fd : device_create_scaled(fd, ROWS, DIM, stored, dtype, 0);
 	uint64_t start;
 
 	if (err)
 		die("create", err);
 	start = now();
-	err = kvscratch_append(fd, input, (size_t)ELEMENTS * kvscratch_dtype_size(dtype));
+	err = device_append(fd, input, (size_t)ELEMENTS * kvscratch_dtype_size(dtype));
 	start = now() - start;
 	if (err)
 		die("append", err);

@@ -108,18 +108,18 @@ static void measure_len_of_pad(void)
 		record_absent(&of_info, "the module is not loaded");
 		return;
 	}
-	CHECK(!kvscratch_map(fd, &view));
+	CHECK(!device_map(fd, &view));
 	for (unsigned int i = 0; i < sample_runs(0); i++)
 		sample((loads_ns(view.status, true) - loads_ns(view.status, false)) / LOADS);
 	record(&of_page);
 	for (unsigned int i = 0; i < sample_runs(0); i++) {
 		uint64_t start = now();
 
-		kvscratch_info(fd, &info);
+		device_info(fd, &info);
 		sample((double)(now() - start) - overhead);
 	}
 	record(&of_info);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(fd);
 }
 
@@ -332,7 +332,7 @@ static void measure_scan_of_pad(size_t bytes)
 	rows = new_memory(MIB);
 	fill(rows, MIB);
 	for (size_t done = 0; done < bytes; done += MIB)
-		CHECK(!kvscratch_append(fd, rows, MIB));
+		CHECK(!device_append(fd, rows, MIB));
 	munmap(rows, MIB);
 	rows = (char *)map(fd, bytes, 0);
 	measure_scan("kvscratch view", rows, bytes);

@@ -263,7 +263,7 @@ static void check_handle(const struct handle *handle)
 	struct kvscratch_info info;
 
 	if (handle->pad && !is_child) {
-		if (kvscratch_info(handle->fd, &info))
+		if (device_info(handle->fd, &info))
 			broken("a bound handle without INFO");
 		else
 			check_info(handle->pad, &info);
@@ -309,7 +309,7 @@ static void check_view(const struct pad *pad, int fd)
 	struct kvscratch_view view;
 	uint64_t state;
 
-	if (kvscratch_map(fd, &view)) {
+	if (device_map(fd, &view)) {
 		broken("cannot map a pad: %s", strerror(errno));
 		return;
 	}
@@ -332,7 +332,7 @@ static void check_view(const struct pad *pad, int fd)
 			      (view.info.max_seq_len - view.info.len) * plane->row_bytes))
 			broken("plane %u is not zero beyond its rows", i);
 	}
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 }
 
 static void check_quiet_handle(const struct handle *handle)
@@ -341,7 +341,7 @@ static void check_quiet_handle(const struct handle *handle)
 
 	if (!handle->pad)
 		return;
-	if (kvscratch_info(handle->fd, &info)) {
+	if (device_info(handle->fd, &info)) {
 		broken("a bound handle without INFO at the end");
 		return;
 	}
@@ -522,7 +522,7 @@ static void do_create(const uint64_t *arg)
 	pad->opaque = !alone;
 	pad->zero_beyond = true;
 	count = stop_counting();
-	if (kvscratch_info(handle->fd, &pad->info))
+	if (device_info(handle->fd, &pad->info))
 		broken("a new pad without INFO");
 	go_on_counting(count);
 	if (alone && (pad->info.len || pad->info.generation))

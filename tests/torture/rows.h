@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../../tools/libkvscratch.h"
+#include "../../tools/lib/device.h"
 
 #define WORD_BITS 52
 #define WORD_MASK ((1ull << WORD_BITS) - 1)

@@ -435,7 +435,7 @@ static void check_zero_from(const struct pad *pad, uint32_t row)
 static void map_pad(struct pad *pad)
 {
 	enter(IN_MMAP);
-	MUST(kvscratch_map(pad->fd, &pad->view));
+	MUST(device_map(pad->fd, &pad->view));
 	leave(MAPS);
 }
 
@@ -444,9 +444,9 @@ static void attach_anew(struct pad *pad)
 	int fd;
 
 	enter(IN_ATTACH);
-	fd = kvscratch_open(pad->access);
+	fd = device_open(pad->access);
 	MUST(fd);
-	MUST(kvscratch_attach(fd, pad->fd));
+	MUST(device_attach(fd, pad->fd));
 	leave(ATTACHES);
 	close(pad->fd);
 	pad->fd = fd;
@@ -493,7 +493,7 @@ static void change_handle(struct pad *pad)
 		pass_to_myself(pad);
 		break;
 	default:
-		kvscratch_unmap(&pad->view);
+		device_unmap(&pad->view);
 		map_pad(pad);
 	}
 }
@@ -539,7 +539,7 @@ static void truncate_pad(struct pad *pad, uint32_t kept, bool zero)
 	STORE(me->zeroing, zero);
 	STORE(me->truncates_started, me->truncates_started + 1);
 	enter(IN_TRUNCATE);
-	err = kvscratch_truncate(pad->fd, kept, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	err = device_truncate(pad->fd, kept, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
 	leave(zero ? ZERO_TRUNCATES : TRUNCATES);
 	STORE(me->truncates_done, me->truncates_done + 1);
 	/* another one may have been faster */
@@ -824,22 +824,22 @@ static void read_and_get_stuck(struct pad *pad, int line)
 static void make_another(void)
 {
 	uint32_t rows = 1 + below(STRAY_PAGES);
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	struct kvscratch_view view;
 	uint32_t row;
 
 	MUST(fd);
 	enter(IN_CREATE);
-	MUST(kvscratch_create(fd, rows, page_bytes(), KVSCRATCH_DTYPE_U8));
+	MUST(device_create(fd, rows, page_bytes(), KVSCRATCH_DTYPE_U8));
 	leave(CREATES);
 	enter(IN_MMAP);
-	MUST(kvscratch_map(fd, &view));
+	MUST(device_map(fd, &view));
 	leave(MAPS);
 	close(fd);
 	row = below(rows);
 	if (!all_zero((const uint8_t *)view.data + row * page_bytes(), page_bytes()))
 		complain(ZERO_MEANS_ZERO, "row %u of %u of a new pad", row, rows);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 }
 
 static void act_as_stray(struct pad *pad)
@@ -958,7 +958,7 @@ static void equip(struct pad *pad, int line, int access, bool passed)
 	}
 	/* a fork has copied the director's view: as good as another */
 	if (one_in(2)) {
-		kvscratch_unmap(&pad->view);
+		device_unmap(&pad->view);
 		map_pad(pad);
 	}
 }
@@ -1006,9 +1006,9 @@ static void start(struct pad *pad, uint32_t actor, enum role role)
 	}
 	children[actor] = child;
 	if (passed) {
-		handle = kvscratch_open(access_of(role));
+		handle = device_open(access_of(role));
 		MUST(handle);
-		MUST(kvscratch_attach(handle, pad->fd));
+		MUST(device_attach(handle, pad->fd));
 		send_handle(child.line, handle);
 		close(handle);
 	}
@@ -1333,13 +1333,13 @@ static void make_pad(struct pad *pad)
 		.shape = shape,
 		.cut = shape->rows / (1 + below(4)) - below(3),
 		.lone = one_in(2),
-		.fd = kvscratch_open(O_RDWR),
+		.fd = device_open(O_RDWR),
 		.access = O_RDWR,
 		.words = calloc(shape->words, sizeof(uint64_t)),
 	};
 	MUST(pad->fd);
 	enter(IN_CREATE);
-	MUST(kvscratch_create_scaled(pad->fd, shape->rows, shape->dim, shape->dtype,
+	MUST(device_create_scaled(pad->fd, shape->rows, shape->dim, shape->dtype,
 				     shape->input_dtype, 0));
 	leave(CREATES);
 	map_pad(pad);
@@ -1379,7 +1379,7 @@ static void end_pad(struct pad *pad)
 	for (uint32_t i = 0; i < ACTORS; i++)
 		if (i != reader && is_running(i))
 			kill_some_time(pad, i);
-	kvscratch_unmap(&pad->view);
+	device_unmap(&pad->view);
 	close(pad->fd);
 	free(pad->words);
 	/* the last to hold the pad; one with a handle sleeps in poll() */

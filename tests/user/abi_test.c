@@ -65,18 +65,18 @@ FIXTURE(abi)
 
 FIXTURE_SETUP(abi)
 {
-	self->unbound = kvscratch_open(O_RDWR);
+	self->unbound = device_open(O_RDWR);
 	ASSERT_LE(0, self->unbound);
-	self->unbound_reader = kvscratch_open(O_RDONLY);
+	self->unbound_reader = device_open(O_RDONLY);
 	ASSERT_LE(0, self->unbound_reader);
-	self->pad = kvscratch_open(O_RDWR);
+	self->pad = device_open(O_RDWR);
 	ASSERT_LE(0, self->pad);
-	ASSERT_EQ(0, kvscratch_create(self->pad, ROWS, DIM, KVSCRATCH_DTYPE_F32));
-	self->reader = kvscratch_open_reader(self->pad);
+	ASSERT_EQ(0, device_create(self->pad, ROWS, DIM, KVSCRATCH_DTYPE_F32));
+	self->reader = device_open_reader(self->pad);
 	ASSERT_LE(0, self->reader);
-	self->writer = kvscratch_open(O_WRONLY);
+	self->writer = device_open(O_WRONLY);
 	ASSERT_LE(0, self->writer);
-	ASSERT_EQ(0, kvscratch_attach(self->writer, self->pad));
+	ASSERT_EQ(0, device_attach(self->writer, self->pad));
 	self->bad = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, self->bad);
 }
@@ -107,11 +107,11 @@ TEST_F(abi, create_takes_every_dtype)
 
 	for (uint32_t dtype = KVSCRATCH_DTYPE_F64; dtype <= KVSCRATCH_DTYPE_U8; dtype++) {
 		struct kvscratch_info info;
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		ASSERT_LE(0, fd);
-		EXPECT_EQ(0, kvscratch_create(fd, 3, 5, dtype));
-		EXPECT_EQ(0, kvscratch_info(fd, &info));
+		EXPECT_EQ(0, device_create(fd, 3, 5, dtype));
+		EXPECT_EQ(0, device_info(fd, &info));
 		EXPECT_EQ(dtype, info.dtype);
 		EXPECT_EQ(5 * sizes[dtype - 1], info.row_bytes);
 		EXPECT_EQ(sizes[dtype - 1], kvscratch_dtype_size(dtype));
@@ -415,9 +415,9 @@ TEST_F(abi, info_describes_the_pad)
 	struct kvscratch_info info;
 
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 7));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 5, 0));
+	ASSERT_EQ(0, device_truncate(self->pad, 5, 0));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 1));
-	ASSERT_EQ(0, kvscratch_info(self->reader, &info));
+	ASSERT_EQ(0, device_info(self->reader, &info));
 	EXPECT_EQ(sizeof(info), info.size);
 	EXPECT_EQ(0, info.flags);
 	EXPECT_EQ(ROWS, info.max_seq_len);
@@ -443,7 +443,7 @@ TEST_F(abi, fdinfo)
 	int fd;
 
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 3));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 3, 0));
+	ASSERT_EQ(0, device_truncate(self->pad, 3, 0));
 	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", self->reader);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	ASSERT_LE(0, fd);

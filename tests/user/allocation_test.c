@@ -178,7 +178,7 @@ static unsigned int sweep(struct __test_metadata *_metadata, FIXTURE_DATA(faults
 
 static int sweep_open(FIXTURE_DATA(faults) *self)
 {
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	return self->handle < 0 ? self->handle : 0;
 }
 
@@ -198,7 +198,7 @@ TEST_F_TIMEOUT(faults, in_open, TEST_SECONDS)
 
 static int sweep_create(FIXTURE_DATA(faults) *self)
 {
-	return kvscratch_create(self->handle, self->rows, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_U8);
+	return device_create(self->handle, self->rows, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_U8);
 }
 
 /* A handle whose CREATE failed is as good as new, and so are the limits. */
@@ -208,14 +208,14 @@ static int after_create(FIXTURE_DATA(faults) *self, int err)
 	if (!err && len_of(self->handle))
 		err = -EIO;
 	close(self->handle);
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	return err;
 }
 
 TEST_F_TIMEOUT(faults, in_create, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 	/* a page each, the pad, its array, the kernel's bookkeeping */
 	EXPECT_LE(SWEEP_ROWS + 1, sweep(_metadata, self, sweep_create, after_create));
@@ -229,7 +229,7 @@ TEST_F_TIMEOUT(faults, in_create_of_many_pages, TEST_SECONDS)
 	self->rows = 600;
 	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
 			    charged_bytes(self->rows, FAULT_ROW_BYTES));
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 	EXPECT_LE(self->rows + 1, sweep(_metadata, self, sweep_create, after_create));
 	close(self->handle);
@@ -238,7 +238,7 @@ TEST_F_TIMEOUT(faults, in_create_of_many_pages, TEST_SECONDS)
 /* A pad that converts has a buffer, and one more plane. */
 static int sweep_create_scaled(FIXTURE_DATA(faults) *self)
 {
-	return kvscratch_create_scaled(self->handle, SWEEP_ROWS, FAULT_ROW_BYTES,
+	return device_create_scaled(self->handle, SWEEP_ROWS, FAULT_ROW_BYTES,
 				       KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
 }
 
@@ -246,7 +246,7 @@ static int after_create_scaled(FIXTURE_DATA(faults) *self, int err)
 {
 	err = err ? sweep_create_scaled(self) : 0;
 	close(self->handle);
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	return err;
 }
 
@@ -256,7 +256,7 @@ TEST_F_TIMEOUT(faults, in_create_scaled, TEST_SECONDS)
 	/* room for one, as in the other sweeps */
 	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
 			    charged_bytes(SWEEP_ROWS + 1, FAULT_ROW_BYTES) + (16 << 10));
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 	EXPECT_LE(SWEEP_ROWS + 3, sweep(_metadata, self, sweep_create_scaled, after_create_scaled));
 	close(self->handle);
@@ -264,7 +264,7 @@ TEST_F_TIMEOUT(faults, in_create_scaled, TEST_SECONDS)
 
 static int sweep_map(FIXTURE_DATA(faults) *self)
 {
-	return kvscratch_map(self->pad, &self->view);
+	return device_map(self->pad, &self->view);
 }
 
 static int after_map(FIXTURE_DATA(faults) *self, int err)
@@ -277,7 +277,7 @@ static int after_map(FIXTURE_DATA(faults) *self, int err)
 	if (kvscratch_view_state(view) != FAULT_ROWS || !row_is(view->data, FAULT_ROW_BYTES, 0) ||
 	    !row_is(last, FAULT_ROW_BYTES, FAULT_ROWS - 1))
 		err = -EIO;
-	kvscratch_unmap(view);
+	device_unmap(view);
 	return err;
 }
 
@@ -293,7 +293,7 @@ TEST_F_TIMEOUT(faults, in_mmap, TEST_SECONDS)
 
 static int sweep_attach(FIXTURE_DATA(faults) *self)
 {
-	return kvscratch_attach(self->handle, self->pad);
+	return device_attach(self->handle, self->pad);
 }
 
 /* Far from everything else: the upper page tables are missing, too. */
@@ -326,14 +326,14 @@ static int after_attach(FIXTURE_DATA(faults) *self, int err)
 	if (!err && len_of(self->handle) != len_of(self->pad))
 		err = -EIO;
 	close(self->handle);
-	self->handle = kvscratch_open(O_RDONLY);
+	self->handle = device_open(O_RDONLY);
 	return err;
 }
 
 TEST_F_TIMEOUT(faults, in_attach, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
-	self->handle = kvscratch_open(O_RDONLY);
+	self->handle = device_open(O_RDONLY);
 	ASSERT_LE(0, self->handle);
 	/* today it allocates nothing; what it may do is ENOMEM */
 	sweep(_metadata, self, sweep_attach, after_attach);
@@ -354,7 +354,7 @@ static bool watch(struct watchers *watchers, int pad)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLPRI };
 
-	watchers->reader = kvscratch_open_reader(pad);
+	watchers->reader = device_open_reader(pad);
 	watchers->epoll = epoll_create1(EPOLL_CLOEXEC);
 	watchers->inotify = inotify_init1(IN_CLOEXEC);
 	return !epoll_ctl(watchers->epoll, EPOLL_CTL_ADD, watchers->reader, &event) &&
@@ -420,7 +420,7 @@ static int done_by_ring(struct ring *ring, const struct io_uring_sqe *sqe, size_
 	return (size_t)done == bytes ? 0 : -EIO;
 }
 
-/* 0 or -errno, as kvscratch_append() */
+/* 0 or -errno, as device_append() */
 static int append_by(enum way way, struct source *source, int pad, size_t bytes)
 {
 	struct iovec parts[MOST_PARTS];
@@ -475,7 +475,7 @@ static bool make_source(struct source *source, size_t bytes)
 		return false;
 	/* the ring keeps the requests that it has allocated */
 	for (int i = 0; i < 64 * NR_WAYS; i++)
-		if (append_by(i % NR_WAYS, source, pad, 1) || kvscratch_truncate(pad, 0, 0))
+		if (append_by(i % NR_WAYS, source, pad, 1) || device_truncate(pad, 0, 0))
 			return false;
 	close(pad);
 	return true;
@@ -508,7 +508,7 @@ static void append_between_edges(struct __test_metadata *_metadata, FIXTURE_DATA
 	for (uint64_t start = rows; start--;) {
 		if (!is_at_an_edge(start, rows, row_bytes))
 			continue;
-		EXPECT_NO_ALLOCATION(0, kvscratch_truncate(pad, start, 0));
+		EXPECT_NO_ALLOCATION(0, device_truncate(pad, start, 0));
 		for (uint64_t end = start + 1; end <= rows + 1; end++) {
 			if (!is_at_an_edge(end, rows, row_bytes))
 				continue;
@@ -525,7 +525,7 @@ static void append_between_edges(struct __test_metadata *_metadata, FIXTURE_DATA
 					       (unsigned long long)rows, row_bytes,
 					       turn % NR_WAYS, err);
 				EXPECT_EQ(expected ? start : end, len_of(pad));
-				EXPECT_NO_ALLOCATION(0, kvscratch_truncate(pad, start,
+				EXPECT_NO_ALLOCATION(0, device_truncate(pad, start,
 						     turn % 2 ? KVSCRATCH_TRUNCATE_ZERO : 0));
 			}
 		}
@@ -558,12 +558,12 @@ TEST_F_TIMEOUT(faults, appends_of_every_size, TEST_SECONDS)
 		int pad = new_pad(rows, row_bytes);
 
 		ASSERT_LE(0, pad);
-		ASSERT_EQ(0, kvscratch_map(pad, &view));
+		ASSERT_EQ(0, device_map(pad, &view));
 		/* so that a truncate can go to any row */
 		EXPECT_NO_ALLOCATION(0, append_by(BY_WRITE, &source, pad,
 						  (size_t)rows * row_bytes));
 		append_between_edges(_metadata, self, &source, pad, rows, row_bytes);
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 		close(pad);
 	}
 	drop_source(&source);
@@ -575,7 +575,7 @@ TEST_F_TIMEOUT(faults, appends_of_every_size, TEST_SECONDS)
 
 static void sleep_for_rows(int line, int pad, int how)
 {
-	int reader = kvscratch_open_reader(pad);
+	int reader = device_open_reader(pad);
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 	struct epoll_event event = { .events = EPOLLIN | EPOLLPRI };
 	struct pollfd poll_fd = { .fd = reader, .events = POLLIN | POLLPRI };
@@ -585,7 +585,7 @@ static void sleep_for_rows(int line, int pad, int how)
 	if (how == 1)
 		event.events |= EPOLLET;
 	CHILD_CHECK(reader >= 0 && epoll >= 0);
-	CHILD_CHECK(!kvscratch_map(reader, &view));
+	CHILD_CHECK(!device_map(reader, &view));
 	CHILD_CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
 	do {
 		CHILD_CHECK(lseek(reader, len * FAULT_ROW_BYTES, SEEK_SET) >= 0);
@@ -621,7 +621,7 @@ TEST_F_TIMEOUT(faults, appends_wake_sleepers, TEST_SECONDS)
 			EXPECT_NO_ALLOCATION(0, append_by(way, &source, self->pad,
 							  FAULT_ROW_BYTES));
 		} else {
-			EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 0,
+			EXPECT_NO_ALLOCATION(0, device_truncate(self->pad, 0,
 								   KVSCRATCH_TRUNCATE_ZERO));
 		}
 		for (int i = 0; i < NR_SLEEPERS; i++) {
@@ -656,37 +656,37 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	ASSERT_NE(MAP_FAILED, (void *)rows);
 	ASSERT_EQ(0, mlock(rows, bytes));
 	ASSERT_TRUE(watch(&watchers, self->pad));
-	ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+	ASSERT_EQ(0, device_map(self->pad, &view));
 
 	/* this is how it looks where there is one */
 	arm(self, 1);
 	EXPECT_EQ(-ENOMEM, new_pad(1, 1));
 	EXPECT_EQ(0, disarm(self));
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 	arm(self, 1);
-	EXPECT_EQ(-ENOMEM, kvscratch_create(self->handle, 1, 1, KVSCRATCH_DTYPE_U8));
+	EXPECT_EQ(-ENOMEM, device_create(self->handle, 1, 1, KVSCRATCH_DTYPE_U8));
 	EXPECT_EQ(0, disarm(self));
 	close(self->handle);
 
 	for (int i = 0; i < 10; i++) {
-		EXPECT_NO_ALLOCATION(0, kvscratch_append(self->pad, rows, FAULT_ROW_BYTES));
-		EXPECT_NO_ALLOCATION(0, kvscratch_append(self->pad, rows, 7 * FAULT_ROW_BYTES));
+		EXPECT_NO_ALLOCATION(0, device_append(self->pad, rows, FAULT_ROW_BYTES));
+		EXPECT_NO_ALLOCATION(0, device_append(self->pad, rows, 7 * FAULT_ROW_BYTES));
 		EXPECT_NO_ALLOCATION(2 * FAULT_ROW_BYTES, writev(self->pad, parts, 2));
 		EXPECT_NO_ALLOCATION(FAULT_ROW_BYTES,
 				     pwritev2(self->pad, &whole, 1, -1, RWF_NOWAIT));
 		len += 11;
 	}
 	/* longer than one piece of a copy */
-	EXPECT_NO_ALLOCATION(0, kvscratch_append(self->pad, rows, bytes));
+	EXPECT_NO_ALLOCATION(0, device_append(self->pad, rows, bytes));
 	len += 600;
-	EXPECT_NO_ALLOCATION(0, kvscratch_info(self->pad, &info));
+	EXPECT_NO_ALLOCATION(0, device_info(self->pad, &info));
 	EXPECT_EQ(len, info.len);
 	EXPECT_EQ(len, kvscratch_view_state(&view));
 
 	/* what is refused */
-	EXPECT_NO_ALLOCATION(-EINVAL, kvscratch_append(self->pad, rows, FAULT_ROW_BYTES - 1));
-	EXPECT_NO_ALLOCATION(-EFAULT, kvscratch_append(self->pad, NULL, FAULT_ROW_BYTES));
+	EXPECT_NO_ALLOCATION(-EINVAL, device_append(self->pad, rows, FAULT_ROW_BYTES - 1));
+	EXPECT_NO_ALLOCATION(-EFAULT, device_append(self->pad, NULL, FAULT_ROW_BYTES));
 
 	/* Linux copies a vector of more than 8 segments before we are called. */
 	for (int i = 0; i < 9; i++)
@@ -702,18 +702,18 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	EXPECT_NO_ALLOCATION(bytes, pread(self->pad, rows, bytes, FAULT_ROW_BYTES));
 	EXPECT_NO_ALLOCATION(FAULT_ROW_BYTES, read(self->pad, rows, FAULT_ROW_BYTES));
 	EXPECT_NO_ALLOCATION(0, lseek(self->pad, 0, SEEK_SET));
-	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, len - 1, 0));
-	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 1, KVSCRATCH_TRUNCATE_ZERO));
-	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->pad, 0, 0));
+	EXPECT_NO_ALLOCATION(0, device_truncate(self->pad, len - 1, 0));
+	EXPECT_NO_ALLOCATION(0, device_truncate(self->pad, 1, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_NO_ALLOCATION(0, device_truncate(self->pad, 0, 0));
 
 	/* to the brim */
 	for (len = 0; len + 600 <= FAULT_ROWS; len += 600) {
-		EXPECT_NO_ALLOCATION(0, kvscratch_append(self->pad, rows, bytes));
+		EXPECT_NO_ALLOCATION(0, device_append(self->pad, rows, bytes));
 	}
-	EXPECT_NO_ALLOCATION(-ENOSPC, kvscratch_append(self->pad, rows, bytes));
+	EXPECT_NO_ALLOCATION(-ENOSPC, device_append(self->pad, rows, bytes));
 	EXPECT_EQ(len, len_of(self->pad));
 	unwatch(&watchers);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	munmap(rows, bytes);
 }
 
@@ -727,14 +727,14 @@ TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
 	ASSERT_NE(MAP_FAILED, (void *)rows);
 	ASSERT_EQ(0, mlock(rows, bytes));
 	set_limits(1 << 30, 1 << 30);
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 	ASSERT_EQ(0, sweep_create_scaled(self));
-	EXPECT_NO_ALLOCATION(0, kvscratch_append(self->handle, rows, bytes));
+	EXPECT_NO_ALLOCATION(0, device_append(self->handle, rows, bytes));
 	EXPECT_NO_ALLOCATION(FAULT_ROW_BYTES, read(self->handle, rows, FAULT_ROW_BYTES));
 	rows[FAULT_ROW_BYTES - 1] = __builtin_nanf("");
-	EXPECT_NO_ALLOCATION(-EDOM, kvscratch_append(self->handle, rows, bytes));
-	EXPECT_NO_ALLOCATION(0, kvscratch_truncate(self->handle, 1, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_NO_ALLOCATION(-EDOM, device_append(self->handle, rows, bytes));
+	EXPECT_NO_ALLOCATION(0, device_truncate(self->handle, 1, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_EQ(1, len_of(self->handle));
 	close(self->handle);
 	munmap(rows, bytes);
@@ -758,12 +758,12 @@ TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 	ASSERT_TRUE(make_source(&source, 64 * STORM_ROW_BYTES));
 	pad = new_pad(STORM_ROWS, STORM_ROW_BYTES);
 	ASSERT_LE(0, pad);
-	self->handle = kvscratch_open(O_RDWR);
+	self->handle = device_open(O_RDWR);
 	ASSERT_LE(0, self->handle);
 
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
 	created[0] = sweep_create(self);
-	opened[0] = kvscratch_open(O_RDWR);
+	opened[0] = device_open(O_RDWR);
 	for (unsigned int i = 0; i < STORM_APPENDS; i++) {
 		uint64_t rows = i % 50 ? 1 : 64;
 
@@ -771,14 +771,14 @@ TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 			/* a clear, and half a pad given back */
 			len = truncates % 2 ? STORM_ROWS / 2 : 0;
 			truncates++;
-			truncated += !kvscratch_truncate(pad, len, truncates % 4 ?
+			truncated += !device_truncate(pad, len, truncates % 4 ?
 							 0 : KVSCRATCH_TRUNCATE_ZERO);
 		}
 		appended += !append_by(i % NR_WAYS, &source, pad, rows * STORM_ROW_BYTES);
 		len += rows;
 	}
 	created[1] = sweep_create(self);
-	opened[1] = kvscratch_open(O_RDWR);
+	opened[1] = device_open(O_RDWR);
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
 
 	for (int i = 0; i < 2; i++) {
@@ -819,14 +819,14 @@ static int append_and_truncate(struct source *source, int pad, int converting)
 	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
 		for (unsigned int n = 0; n < 20 * NR_WAYS; n++) {
 			failed |= append_by(n % NR_WAYS, source, pad, rows[i] * EVENT_ROW_BYTES);
-			failed |= kvscratch_truncate(pad, n % 2, n % 3 ? 0 :
+			failed |= device_truncate(pad, n % 2, n % 3 ? 0 :
 						     KVSCRATCH_TRUNCATE_ZERO);
-			failed |= kvscratch_truncate(pad, 0, 0);
+			failed |= device_truncate(pad, 0, 0);
 		}
 	}
 	for (unsigned int n = 0; n < NR_WAYS; n++) {
 		failed |= append_by(n, source, converting, 100 * EVENT_ROW_BYTES);
-		failed |= kvscratch_truncate(converting, 0, KVSCRATCH_TRUNCATE_ZERO);
+		failed |= device_truncate(converting, 0, KVSCRATCH_TRUNCATE_ZERO);
 	}
 	/* what is refused costs nothing either */
 	failed |= append_by(BY_WRITE, source, pad, 1001 * EVENT_ROW_BYTES) != -ENOSPC;
@@ -837,8 +837,8 @@ static int append_and_truncate(struct source *source, int pad, int converting)
 TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 {
 	uint64_t fewest = UINT64_MAX, before[REQUIRED_EVENTS];
-	int handle = kvscratch_open(O_RDWR);
-	int converting = kvscratch_open(O_RDWR);
+	int handle = device_open(O_RDWR);
+	int converting = device_open(O_RDWR);
 	int pad = new_pad(1000, EVENT_ROW_BYTES);
 	struct watchers watchers;
 	struct source source;
@@ -848,20 +848,20 @@ TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 	ASSERT_LE(0, pad);
 	ASSERT_EQ(0, mlockall(MCL_CURRENT));
 	ASSERT_TRUE(make_source(&source, 1001 * EVENT_ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_create_scaled(converting, 100, EVENT_ROW_BYTES / sizeof(float),
+	ASSERT_EQ(0, device_create_scaled(converting, 100, EVENT_ROW_BYTES / sizeof(float),
 					     KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0));
 
 	/* each meter works: the pad, the kernel's bookkeeping, the pages */
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++)
 		before[i] = count_event(self->meter.fds[i]);
-	ASSERT_EQ(0, kvscratch_create(handle, 64, 4096, KVSCRATCH_DTYPE_U8));
+	ASSERT_EQ(0, device_create(handle, 64, 4096, KVSCRATCH_DTYPE_U8));
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++) {
 		EXPECT_LT(before[i], count_event(self->meter.fds[i]))
 			TH_LOG("%s", allocation_events[i]);
 	}
 	close(handle);
 	ASSERT_TRUE(watch(&watchers, pad));
-	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	ASSERT_EQ(0, device_map(pad, &view));
 
 	/* An interrupt that allocates counts as ours: not in every batch. */
 	for (int batch = 0; batch < 20 && fewest; batch++) {
@@ -874,7 +874,7 @@ TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 			fewest = events;
 	}
 	EXPECT_EQ(0, fewest);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	unwatch(&watchers);
 	drop_source(&source);
 	close(converting);

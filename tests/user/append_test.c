@@ -27,12 +27,12 @@ FIXTURE_SETUP(append)
 {
 	self->pad = new_pad(ROWS, ROW_BYTES);
 	ASSERT_LE(0, self->pad);
-	ASSERT_EQ(0, kvscratch_map(self->pad, &self->view));
+	ASSERT_EQ(0, device_map(self->pad, &self->view));
 }
 
 FIXTURE_TEARDOWN(append)
 {
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	close(self->pad);
 }
 
@@ -73,7 +73,7 @@ TEST_F(append, full_and_overflow)
 {
 	uint8_t *rows = source_rows();
 
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, (ROWS - 1) * ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, rows, (ROWS - 1) * ROW_BYTES));
 	EXPECT_ERRNO(ENOSPC, write(self->pad, rows, 2 * ROW_BYTES));
 	EXPECT_EQ(ROWS - 1, len_of(self->pad));
 	EXPECT_EQ(ROW_BYTES, write(self->pad, rows, ROW_BYTES));
@@ -121,7 +121,7 @@ TEST_F(append, a_hole_in_the_source_commits_nothing)
 {
 	uint8_t *rows = source_rows();
 
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, rows, ROW_BYTES));
 	for (uint32_t hole = 0; hole < ROWS - 1; hole++) {
 		ASSERT_EQ(0, mprotect(rows + hole * ROW_BYTES, 4096, PROT_NONE));
 		EXPECT_ERRNO(EFAULT, write(self->pad, rows, (ROWS - 1) * ROW_BYTES));
@@ -152,7 +152,7 @@ TEST_F_TIMEOUT(append, a_hole_in_a_large_batch_commits_nothing, TEST_SECONDS)
 
 	ASSERT_NE(MAP_FAILED, (void *)rows);
 	ASSERT_LE(0, pad);
-	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	ASSERT_EQ(0, device_map(pad, &view));
 	for (uint32_t row = 0; row < 5; row++)
 		fill_row(rows + row * row_bytes, row_bytes, row);
 	for (size_t i = 0; i < ARRAY_SIZE(holes); i++) {
@@ -164,7 +164,7 @@ TEST_F_TIMEOUT(append, a_hole_in_a_large_batch_commits_nothing, TEST_SECONDS)
 	}
 	EXPECT_EQ((ssize_t)bytes, write(pad, rows, bytes));
 	EXPECT_EQ(0, memcmp(view.data, rows, bytes));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(pad);
 	munmap(rows, bytes);
 }
@@ -173,23 +173,23 @@ TEST_F(append, zero_scrubs_failed_and_dropped_rows)
 {
 	uint8_t *rows = source_rows();
 
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, 2 * ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, rows, 2 * ROW_BYTES));
 	ASSERT_EQ(0, mprotect(rows + 20 * ROW_BYTES, 4096, PROT_NONE));
 	EXPECT_ERRNO(EFAULT, write(self->pad, rows, 40 * ROW_BYTES));
 	/* without this the test would show nothing */
 	EXPECT_FALSE(all_zero(view_row(&self->view, 2), ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 1, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(self->pad, 1, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(row_is(self->view.data, ROW_BYTES, 0));
 	EXPECT_TRUE(all_zero(view_row(&self->view, 1), (ROWS - 1) * ROW_BYTES));
 
 	/* dropped by a truncate without ZERO, scrubbed by a later one with it */
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, 10 * ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 1, 0));
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, 2 * ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 3, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_append(self->pad, rows, 10 * ROW_BYTES));
+	ASSERT_EQ(0, device_truncate(self->pad, 1, 0));
+	ASSERT_EQ(0, device_append(self->pad, rows, 2 * ROW_BYTES));
+	ASSERT_EQ(0, device_truncate(self->pad, 3, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_EQ(0, memcmp(view_row(&self->view, 1), rows, 2 * ROW_BYTES));
 	EXPECT_TRUE(all_zero(view_row(&self->view, 3), (ROWS - 3) * ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 0, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(self->pad, 0, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero(self->view.data, ROWS * ROW_BYTES));
 }
 
@@ -360,7 +360,7 @@ static void write_batches(int pad, uint32_t writer)
 		for (uint32_t i = 0; i < WRITER_BATCH; i++)
 			for (uint32_t j = 0; j < WRITER_ROW / 4; j++)
 				batch[i][j] = writer << 24 | round << 8 | i;
-		if (kvscratch_append(pad, batch, sizeof(batch)))
+		if (device_append(pad, batch, sizeof(batch)))
 			_exit(1);
 	}
 	_exit(0);
@@ -376,7 +376,7 @@ TEST(writers_never_interleave_in_one_write)
 	pid_t writers[2];
 
 	ASSERT_LE(0, pad);
-	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	ASSERT_EQ(0, device_map(pad, &view));
 	for (uint32_t i = 0; i < 2; i++) {
 		writers[i] = fork_child();
 		ASSERT_LE(0, writers[i]);
@@ -396,7 +396,7 @@ TEST(writers_never_interleave_in_one_write)
 				ASSERT_EQ(writer << 24 | next_round[writer] << 8 | i, *words++);
 		next_round[writer]++;
 	}
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(pad);
 }
 
@@ -416,10 +416,10 @@ static void append_until_killed(int pad)
 	for (uint32_t i = 0; rows && i < KILL_BATCH_ROWS; i++)
 		fill_row(rows + (size_t)i * ROW_BYTES, ROW_BYTES, i);
 	for (;;) {
-		int err = kvscratch_append(pad, rows, (size_t)KILL_BATCH_ROWS * ROW_BYTES);
+		int err = device_append(pad, rows, (size_t)KILL_BATCH_ROWS * ROW_BYTES);
 
 		if (err == -ENOSPC)
-			err = kvscratch_truncate(pad, 0, 0);
+			err = device_truncate(pad, 0, 0);
 		if (err)
 			_exit(1);
 	}
@@ -434,7 +434,7 @@ TEST_F_TIMEOUT(append, sigkill_commits_whole_batches, TEST_SECONDS)
 	int pad = new_pad(rows, ROW_BYTES);
 
 	ASSERT_LE(0, pad);
-	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	ASSERT_EQ(0, device_map(pad, &view));
 	for (int round = 0; round < KILL_ROUNDS; round++) {
 		uint64_t seen = kvscratch_view_state(&view);
 		uint32_t len;
@@ -460,11 +460,11 @@ TEST_F_TIMEOUT(append, sigkill_commits_whole_batches, TEST_SECONDS)
 		/* was a batch under way? then its first rows lie beyond len */
 		if (len < rows && !all_zero(view_row(&view, len), ROW_BYTES))
 			partial++;
-		ASSERT_EQ(0, kvscratch_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
+		ASSERT_EQ(0, device_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
 	}
 	/* kills that never hit the middle of a write would prove nothing */
 	EXPECT_LT(0, partial);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(pad);
 }
 
@@ -490,7 +490,7 @@ static void write_from_a_page_that_never_comes(int pad, void *source, int sock)
 	int uffd = stop_at(source, STUCK_ROWS * ROW_BYTES);
 
 	CHILD_CHECK(!kvscratch_send_handles(sock, &name, &uffd, 1));
-	_exit(kvscratch_append(pad, source, STUCK_ROWS * ROW_BYTES) ? 2 : 0);
+	_exit(device_append(pad, source, STUCK_ROWS * ROW_BYTES) ? 2 : 0);
 }
 
 FIXTURE_SETUP(stuck)
@@ -500,7 +500,7 @@ FIXTURE_SETUP(stuck)
 
 	self->pad = new_pad(ROWS, ROW_BYTES);
 	ASSERT_LE(0, self->pad);
-	ASSERT_EQ(0, kvscratch_map(self->pad, &self->view));
+	ASSERT_EQ(0, device_map(self->pad, &self->view));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 2));
 	ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM, 0, socks));
 	/* untouched, so that each process has its own, at the same address */
@@ -523,7 +523,7 @@ FIXTURE_TEARDOWN(stuck)
 	kill(self->writer, SIGKILL);
 	wait_for(self->writer);
 	munmap(self->source, STUCK_ROWS * ROW_BYTES);
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	close(self->uffd);
 	close(self->pad);
 }
@@ -543,11 +543,11 @@ TEST_F_TIMEOUT(stuck, readers_do_not_wait, TEST_SECONDS)
 	EXPECT_EQ(1, poll(&poll_in, 1, -1));
 	EXPECT_EQ(POLLIN | POLLOUT, poll_in.revents);
 	EXPECT_EQ(ROW_BYTES, lseek(self->pad, ROW_BYTES, SEEK_SET));
-	reader = kvscratch_open_reader(self->pad);
+	reader = device_open_reader(self->pad);
 	ASSERT_LE(0, reader);
-	EXPECT_EQ(0, kvscratch_map(reader, &view));
+	EXPECT_EQ(0, device_map(reader, &view));
 	EXPECT_TRUE(row_is(view.data, ROW_BYTES, 0));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", reader);
 	fd = open(path, O_RDONLY);
 	ASSERT_LE(0, fd);
@@ -580,10 +580,10 @@ TEST_F_TIMEOUT(stuck, epollout_after_eagain, TEST_SECONDS)
 	uint8_t *rows = source_rows();
 	struct iovec iov = { rows, ROW_BYTES };
 	struct pollfd room = { .fd = self->pad, .events = POLLOUT };
-	int other = kvscratch_open(O_RDWR);
+	int other = device_open(O_RDWR);
 
 	ASSERT_LE(0, other);
-	ASSERT_EQ(0, kvscratch_attach(other, self->pad));
+	ASSERT_EQ(0, device_attach(other, self->pad));
 	for (int i = 0; i < 2; i++)
 		EXPECT_ERRNO(EAGAIN, pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT));
 	kill(self->writer, SIGKILL);
@@ -650,7 +650,7 @@ TEST_F_TIMEOUT(stuck, writers_wait_interruptibly, TEST_SECONDS)
 
 	ASSERT_LE(0, killed);
 	if (!killed)
-		_exit(kvscratch_truncate(self->pad, 0, 0) ? 1 : 0);
+		_exit(device_truncate(self->pad, 0, 0) ? 1 : 0);
 	await_sleep(interrupted);
 	await_sleep(restarted);
 	await_sleep(killed);

@@ -62,7 +62,7 @@ struct kind {
 static void close_store(struct store *store)
 {
 	if (store->view.data)
-		kvscratch_unmap(&store->view);
+		device_unmap(&store->view);
 	close(store->creator);
 	close(store->producer);
 	close(store->reader);
@@ -160,12 +160,12 @@ static const struct kind memfd = {
 
 static int pad_reopen(int fd, int access)
 {
-	int other = kvscratch_open(access);
+	int other = device_open(access);
 	int err;
 
 	if (other < 0)
 		return other;
-	err = kvscratch_attach(other, fd);
+	err = device_attach(other, fd);
 	if (err) {
 		close(other);
 		return err;
@@ -192,7 +192,7 @@ static int pad_create_writable(void)
 
 static int pad_map(struct store *store)
 {
-	return kvscratch_map(store->reader, &store->view);
+	return device_map(store->reader, &store->view);
 }
 
 static uint64_t pad_bytes(const struct store *store)
@@ -202,7 +202,7 @@ static uint64_t pad_bytes(const struct store *store)
 
 static int pad_truncate(int fd, uint64_t rows)
 {
-	return kvscratch_truncate(fd, rows, 0);
+	return device_truncate(fd, rows, 0);
 }
 
 static const struct kind kvscratch = {
@@ -278,7 +278,7 @@ static void stop_a_writer(struct __test_metadata *_metadata, const struct store 
 		int faults = stop_at(rows + GAP_BYTES, BATCH_BYTES - GAP_BYTES);
 
 		CHILD_CHECK(!kvscratch_send_handles(stopped->writer.line, &name, &faults, 1));
-		kvscratch_append(store->producer, rows, BATCH_BYTES);
+		device_append(store->producer, rows, BATCH_BYTES);
 		_exit(1);
 	}
 	ASSERT_EQ(1, kvscratch_receive_handles(stopped->writer.line, text, sizeof(text),
@@ -361,7 +361,7 @@ SCENARIO(bad_source_page, "an append is all or nothing when a source page is bad
 
 	ASSERT_EQ(0, append(store, 0, 1));
 	ASSERT_EQ(0, mprotect(rows + GAP_BYTES, 4096, PROT_NONE));
-	ASSERT_NE(0, kvscratch_append(store->producer, rows, BATCH_BYTES));
+	ASSERT_NE(0, device_append(store->producer, rows, BATCH_BYTES));
 	munmap(rows, BATCH_BYTES);
 
 	end = store->kind->bytes(store);
@@ -656,7 +656,7 @@ SCENARIO(shape, "a handle tells shape and dtype", "by convention, say in the fil
 	struct kvscratch_info info;
 	char path[40], name[80] = "";
 
-	if (!kvscratch_info(store->reader, &info)) {
+	if (!device_info(store->reader, &info)) {
 		EXPECT_EQ(ROWS, info.max_seq_len);
 		EXPECT_EQ(ROW_BYTES, info.dim);
 		EXPECT_EQ(KVSCRATCH_DTYPE_U8, info.dtype);
@@ -815,7 +815,7 @@ static uint64_t allocations_of_appends(struct __test_metadata *_metadata, struct
 		int failed = 0;
 
 		for (int i = 0; i < 50; i++)
-			failed |= kvscratch_append(store->producer, row, sizeof(row));
+			failed |= device_append(store->producer, row, sizeof(row));
 		events = count_allocations(meter) - first;
 		ASSERT_EQ(0, failed);
 		if (events < fewest)
@@ -1006,11 +1006,11 @@ TEST(seals_stop_the_producer)
 	fill_row(row, sizeof(row), 0);
 	ASSERT_LE(0, fd);
 	producer = memfd_reopen(fd, O_WRONLY);
-	ASSERT_EQ(0, kvscratch_append(producer, row, sizeof(row)));
+	ASSERT_EQ(0, device_append(producer, row, sizeof(row)));
 	ASSERT_EQ(0, fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK));
-	ASSERT_EQ(0, kvscratch_append(producer, row, sizeof(row)));
+	ASSERT_EQ(0, device_append(producer, row, sizeof(row)));
 	ASSERT_EQ(0, fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
-	EXPECT_EQ(-EPERM, kvscratch_append(producer, row, sizeof(row)));
+	EXPECT_EQ(-EPERM, device_append(producer, row, sizeof(row)));
 	close(producer);
 	close(fd);
 }

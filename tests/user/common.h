@@ -31,7 +31,7 @@
 
 #include <kselftest_harness.h>
 
-#include "../../tools/libkvscratch.h"
+#include "../../tools/lib/device.h"
 
 /* The module seen from sysfs */
 #define MAX_PER_PAD "/sys/module/kvscratch/parameters/max_bytes_per_pad"
@@ -67,12 +67,12 @@ static inline uint64_t charged_bytes(uint64_t max_seq_len, uint32_t row_bytes)
 /* An open handle with a new pad of rows of @row_bytes opaque bytes, or -errno */
 static inline int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	int err;
 
 	if (fd < 0)
 		return fd;
-	err = kvscratch_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
+	err = device_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
 	if (err) {
 		close(fd);
 		return err;
@@ -84,14 +84,14 @@ static inline uint64_t len_of(int fd)
 {
 	struct kvscratch_info info;
 
-	return kvscratch_info(fd, &info) ? UINT64_MAX : info.len;
+	return device_info(fd, &info) ? UINT64_MAX : info.len;
 }
 
 static inline uint64_t generation_of(int fd)
 {
 	struct kvscratch_info info;
 
-	return kvscratch_info(fd, &info) ? UINT64_MAX : info.generation;
+	return device_info(fd, &info) ? UINT64_MAX : info.generation;
 }
 
 /* Each byte of a row depends on @seed and its place: a torn row shows. */
@@ -138,7 +138,7 @@ static inline int append_rows(int fd, size_t row_bytes, uint32_t first, uint32_t
 		return -ENOMEM;
 	for (uint32_t i = 0; i < count; i++)
 		fill_row(rows + i * row_bytes, row_bytes, first + i);
-	err = kvscratch_append(fd, rows, row_bytes * count);
+	err = device_append(fd, rows, row_bytes * count);
 	free(rows);
 	return err;
 }

@@ -108,7 +108,7 @@ static void map_and_stay(struct child *child, const char *cgroup, int pad, int c
 	CHILD_CHECK(say(child->line));
 	CHILD_CHECK(hear(child->line));
 	for (int i = 0; i < count; i++)
-		CHILD_CHECK(!kvscratch_map(pad, &view));
+		CHILD_CHECK(!device_map(pad, &view));
 	take_faults();
 	CHILD_CHECK(say(child->line));
 	while (hear(child->line)) {
@@ -177,7 +177,7 @@ TEST_F_TIMEOUT(cost, fork_copies_page_tables, TEST_SECONDS)
 		/* twice: the first fork tells what is not the view's */
 		for (int mapped = 0; mapped < 2; mapped++) {
 			if (mapped) {
-				ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+				ASSERT_EQ(0, device_map(self->pad, &view));
 				if (dont) {
 					ASSERT_EQ(0, madvise((void *)view.data, view.mapped_bytes,
 							     MADV_DONTFORK));
@@ -195,7 +195,7 @@ TEST_F_TIMEOUT(cost, fork_copies_page_tables, TEST_SECONDS)
 			EXPECT_EQ(0, end_child(&child));
 		}
 		copied[dont] -= without;
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 	}
 	TH_LOG("fork copies %lld KiB of page tables of a view of %lld KiB; %lld KiB with MADV_DONTFORK",
 	       copied[0] / 1024, (long long)self->bytes / 1024, copied[1] / 1024);
@@ -227,7 +227,7 @@ TEST_F_TIMEOUT(cost, cgroup_of_the_mapper_stops_the_mapper_alone, TEST_SECONDS)
 
 		join_cgroup(self->mapper);
 		/* 128 KiB of page tables each; 32 bits of address space hold 24 */
-		while (*views < 24 && !kvscratch_map(self->pad, &view))
+		while (*views < 24 && !device_map(self->pad, &view))
 			++*views;
 		_exit(*views < 24 ? ENOMEM : 0);
 	}
@@ -378,10 +378,10 @@ TEST_F_TIMEOUT(cost, pinned_pages_leave_the_totals, TEST_SECONDS)
 	ASSERT_LE(0, self->pad);
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
 	ASSERT_LE((int)pinned, fcntl(pipes[1], F_SETPIPE_SZ, pinned));
-	ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+	ASSERT_EQ(0, device_map(self->pad, &view));
 	from = (struct iovec) { .iov_base = (void *)view.data, .iov_len = pinned };
 	ASSERT_EQ(pinned, vmsplice(pipes[1], &from, 1, 0));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(self->pad);
 
 	/* the module knows nothing of them; the creator's cgroup still pays */
@@ -450,7 +450,7 @@ static void map_most_of_ram(FIXTURE_DATA(cost) *self)
 {
 	struct kvscratch_view view;
 
-	CHILD_CHECK(!kvscratch_map(self->pad, &view));
+	CHILD_CHECK(!device_map(self->pad, &view));
 }
 
 /* Most of what there is, with the limits to match */
@@ -511,10 +511,10 @@ TEST_F_TIMEOUT(cost, fatal_signal_ends_mmap, TEST_SECONDS)
 		EXPECT_TRUE(charge_falls_below(self->mapper, 8 * MIB));
 	}
 	/* the pad is as it was */
-	ASSERT_EQ(0, kvscratch_map(self->pad, &view));
+	ASSERT_EQ(0, device_map(self->pad, &view));
 	EXPECT_TRUE(row_is(view.data, ROW_BYTES, 0));
 	EXPECT_EQ(1, kvscratch_view_state(&view));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(self->pad);
 	EXPECT_EQ(0, nothing_accounted());
 }

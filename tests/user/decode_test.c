@@ -152,7 +152,7 @@ TEST_F_TIMEOUT(decode, story_is_the_same_on_pads_and_heap, TEST_SECONDS)
 static void open_handles(void)
 {
 	for (int i = 0; i < NR_HANDLES; i++) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		/* dup2() leaves them open across exec */
 		if (fd < 0 || dup2(fd, FIRST_HANDLE + i) < 0)
@@ -173,7 +173,7 @@ static int tokens_handle(void)
 	struct kvscratch_info info;
 
 	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + NR_HANDLES; fd++) {
-		if (kvscratch_info(fd, &info))
+		if (device_info(fd, &info))
 			return -1;
 		if (info.dtype == KVSCRATCH_DTYPE_I32)
 			return fd;
@@ -240,9 +240,9 @@ TEST_F_TIMEOUT(decode, half_a_step_is_cut_back, TEST_SECONDS)
 	ASSERT_EQ(40, len_of(tokens_handle()));
 	/* k0, v0 and k1 have the next position, and no other pad has */
 	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + 3; fd++) {
-		ASSERT_EQ(0, kvscratch_info(fd, &info));
+		ASSERT_EQ(0, device_info(fd, &info));
 		ASSERT_GE(sizeof(row), info.row_bytes);
-		ASSERT_EQ(0, kvscratch_append(fd, row, info.row_bytes));
+		ASSERT_EQ(0, device_append(fd, row, info.row_bytes));
 	}
 	start(&life, KVDECODE("--handles", "100", "--steps", "60"));
 	EXPECT_EQ(0, finish(&life));
@@ -257,7 +257,7 @@ TEST_F_TIMEOUT(decode, pads_of_another_model_are_refused, TEST_SECONDS)
 	static struct program life;
 
 	open_handles();
-	ASSERT_EQ(0, kvscratch_create(FIRST_HANDLE, 7, 3, KVSCRATCH_DTYPE_F32));
+	ASSERT_EQ(0, device_create(FIRST_HANDLE, 7, 3, KVSCRATCH_DTYPE_F32));
 	ASSERT_EQ(0, append_rows(FIRST_HANDLE, 12, 0, 2));
 	start(&life, KVDECODE("--handles", "100"));
 	EXPECT_EQ(2, finish(&life));
@@ -281,10 +281,10 @@ TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 	open_handles();
 	start(&life, KVDECODE("--handles", "100", "--steps", "1"));
 	ASSERT_EQ(0, finish(&life));
-	ASSERT_EQ(0, kvscratch_info(k0, &info));
+	ASSERT_EQ(0, device_info(k0, &info));
 	tokens = tokens_handle();
 	ASSERT_LT(k0, tokens);
-	other = kvscratch_open(O_RDWR);
+	other = device_open(O_RDWR);
 	ASSERT_LE(0, other);
 	ASSERT_EQ(tokens, dup2(other, tokens));
 	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
@@ -293,25 +293,25 @@ TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 	EXPECT_EQ(0, generation_of(k0));
 
 	/* fewer rows than tokens */
-	ASSERT_EQ(0, kvscratch_create(tokens, info.max_seq_len, 1, KVSCRATCH_DTYPE_I32));
+	ASSERT_EQ(0, device_create(tokens, info.max_seq_len, 1, KVSCRATCH_DTYPE_I32));
 	id = 1;
-	ASSERT_EQ(0, kvscratch_append(tokens, &id, sizeof(id)));
-	ASSERT_EQ(0, kvscratch_append(tokens, &id, sizeof(id)));
+	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
+	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
 	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
 	EXPECT_EQ(2, finish(&life));
 	EXPECT_EQ(2, len_of(tokens));
 
 	/* an id that is none, and a prompt that is another */
 	for (int fd = k0; fd < tokens; fd++)
-		ASSERT_EQ(0, kvscratch_append(fd, row, info.row_bytes));
-	ASSERT_EQ(0, kvscratch_truncate(tokens, 1, 0));
+		ASSERT_EQ(0, device_append(fd, row, info.row_bytes));
+	ASSERT_EQ(0, device_truncate(tokens, 1, 0));
 	id = 1 << 30;
-	ASSERT_EQ(0, kvscratch_append(tokens, &id, sizeof(id)));
+	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
 	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
 	EXPECT_EQ(2, finish(&life));
-	ASSERT_EQ(0, kvscratch_truncate(tokens, 1, 0));
+	ASSERT_EQ(0, device_truncate(tokens, 1, 0));
 	id = 300;
-	ASSERT_EQ(0, kvscratch_append(tokens, &id, sizeof(id)));
+	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
 	start(&life, KVDECODE("--handles", "100", "--steps", "9", "--prompt", "xyz"));
 	EXPECT_EQ(2, finish(&life));
 	EXPECT_EQ(2, len_of(k0));
@@ -319,7 +319,7 @@ TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 
 	/* a handle that cannot append */
 	close(other);
-	other = kvscratch_open_reader(k0);
+	other = device_open_reader(k0);
 	ASSERT_LE(0, other);
 	ASSERT_EQ(k0, dup2(other, k0));
 	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
@@ -338,8 +338,8 @@ TEST_F_TIMEOUT(decode, another_writer_ends_it, TEST_SECONDS)
 	open_handles();
 	start(&decoder, KVDECODE("--handles", "100"));
 	await_tokens(2);
-	ASSERT_EQ(0, kvscratch_info(FIRST_HANDLE, &info));
-	ASSERT_EQ(0, kvscratch_append(FIRST_HANDLE, row, info.row_bytes));
+	ASSERT_EQ(0, device_info(FIRST_HANDLE, &info));
+	ASSERT_EQ(0, device_append(FIRST_HANDLE, row, info.row_bytes));
 	EXPECT_EQ(2, finish(&decoder));
 	close_handles();
 }
@@ -391,8 +391,8 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 	count = kvscratch_receive_handles(sock, names, sizeof(names), fds, NR_HANDLES);
 	ASSERT_LT(2, count);
 	EXPECT_STREQ("k0", names);
-	ASSERT_EQ(0, kvscratch_map(fds[0], &k0));
-	ASSERT_EQ(0, kvscratch_map(fds[count - 1], &tokens));
+	ASSERT_EQ(0, device_map(fds[0], &k0));
+	ASSERT_EQ(0, device_map(fds[count - 1], &tokens));
 	EXPECT_EQ(KVSCRATCH_DTYPE_I32, tokens.info.dtype);
 
 	/* each token that exists has its row in every other pad */
@@ -415,17 +415,17 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 	EXPECT_EQ(0, finish(&decoder));
 
 	/* the same memory as that of the handles that we kept, and read-only */
-	ASSERT_EQ(0, kvscratch_map(FIRST_HANDLE, &owned));
+	ASSERT_EQ(0, device_map(FIRST_HANDLE, &owned));
 	EXPECT_EQ(0, memcmp(owned.data, k0.data, k0.info.status_offset));
 	EXPECT_FALSE(all_zero(k0.data, 150 * (size_t)k0.info.row_bytes));
 	for (int i = 0; i < count; i++) {
 		EXPECT_ERRNO(EBADF, write(fds[i], row, sizeof(row)));
-		EXPECT_EQ(-EACCES, kvscratch_truncate(fds[i], 0, 0));
+		EXPECT_EQ(-EACCES, device_truncate(fds[i], 0, 0));
 		close(fds[i]);
 	}
-	kvscratch_unmap(&owned);
-	kvscratch_unmap(&tokens);
-	kvscratch_unmap(&k0);
+	device_unmap(&owned);
+	device_unmap(&tokens);
+	device_unmap(&k0);
 	close(sock);
 	close_handles();
 }

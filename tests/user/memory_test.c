@@ -51,12 +51,12 @@ TEST_F_TIMEOUT(memory, is_charged_to_the_creator, TEST_SECONDS)
 
 	set_limits(64 * MIB, 64 * MIB);
 	if (start_child(&child)) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		join_cgroup(self->creator);
 		CHILD_CHECK(say(child.line));
 		CHILD_CHECK(hear(child.line));
-		CHILD_CHECK(!kvscratch_create(fd, bytes / 4096, 4096, KVSCRATCH_DTYPE_U8));
+		CHILD_CHECK(!device_create(fd, bytes / 4096, 4096, KVSCRATCH_DTYPE_U8));
 		CHILD_CHECK(say(child.line));
 		CHILD_CHECK(hear(child.line));
 		close(fd);
@@ -92,13 +92,13 @@ TEST_F_TIMEOUT(memory, full_cgroup_refuses_and_kills_nobody, TEST_SECONDS)
 	}
 	ASSERT_TRUE(hear(sibling.line));
 	if (start_child(&child)) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		join_cgroup(self->creator);
-		CHILD_CHECK(kvscratch_create(fd, 64 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8) ==
+		CHILD_CHECK(device_create(fd, 64 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8) ==
 			    -ENOMEM);
 		/* the handle is still good for what fits */
-		CHILD_CHECK(!kvscratch_create(fd, 4 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8));
+		CHILD_CHECK(!device_create(fd, 4 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8));
 		_exit(0);
 	}
 	EXPECT_EQ(0, end_child(&child));
@@ -331,8 +331,8 @@ TEST_F_TIMEOUT(memory, flood_ends_at_the_cgroup, TEST_SECONDS)
 /* CREATE of @rows, or ATTACH to @source when that is 0 */
 static int bind_handle(int fd, uint64_t rows, int source)
 {
-	return rows ? kvscratch_create(fd, rows, 4096, KVSCRATCH_DTYPE_U8) :
-		      kvscratch_attach(fd, source);
+	return rows ? device_create(fd, rows, 4096, KVSCRATCH_DTYPE_U8) :
+		      device_attach(fd, source);
 }
 
 static void meet(unsigned int *arrived)
@@ -357,7 +357,7 @@ TEST_F_TIMEOUT(memory, one_of_two_binds_a_handle, TEST_SECONDS)
 	for (unsigned int round = 0; round < 300; round++) {
 		/* two CREATEs, one and one, two ATTACHes */
 		const uint64_t rows[2] = { round % 3 < 2 ? 64 : 0, round % 3 < 1 ? 65 : 0 };
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 		struct kvscratch_info info;
 		struct child child;
 		int results[2];
@@ -375,7 +375,7 @@ TEST_F_TIMEOUT(memory, one_of_two_binds_a_handle, TEST_SECONDS)
 		winner = results[0] ? 1 : 0;
 		ASSERT_EQ(0, results[winner]);
 		ASSERT_EQ(-EBUSY, results[!winner]);
-		ASSERT_EQ(0, kvscratch_info(fd, &info));
+		ASSERT_EQ(0, device_info(fd, &info));
 		ASSERT_EQ(rows[winner] ? rows[winner] : (uint64_t)winner + 1, info.max_seq_len);
 		close(fd);
 	}
@@ -406,7 +406,7 @@ TEST_F_TIMEOUT(memory, loser_of_a_race_leaves_nothing, TEST_SECONDS)
 	/* bit 0: the stopped call is an ATTACH; bit 1: the other one is */
 	for (unsigned int kind = 0; kind < 4; kind++) {
 		int source = new_pad(1, 4096);
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 		uint8_t *arg = mmap(NULL, page, PROT_READ | PROT_WRITE,
 				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		const struct kvscratch_attach attach = {
@@ -450,7 +450,7 @@ TEST_F_TIMEOUT(memory, loser_of_a_race_leaves_nothing, TEST_SECONDS)
 		ASSERT_EQ(0, ioctl(faults, UFFDIO_COPY, &copy));
 		EXPECT_EQ(EBUSY, end_child(&child))
 			TH_LOG("kind %u", kind);
-		EXPECT_EQ(0, kvscratch_info(fd, &info));
+		EXPECT_EQ(0, device_info(fd, &info));
 		EXPECT_EQ(kind & 2 ? 1 : 2, info.max_seq_len);
 
 		close(faults);

@@ -5,13 +5,13 @@
  */
 #include "common.h"
 
-#include "../../tools/npy.c"
+#include "../../tools/lib/npy.h"
 
 /* A header with everything behind the version given as text */
 static size_t make_header(unsigned char *file, int version, const char *literal)
 {
 	size_t length = strlen(literal);
-	size_t prefix = version == 1 ? PREFIX_V1 : PREFIX_V2;
+	size_t prefix = NPY_MAGIC_BYTES + 2 + (version == 1 ? 2 : 4);
 
 	memcpy(file, NPY_MAGIC, NPY_MAGIC_BYTES);
 	file[6] = version;

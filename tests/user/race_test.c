@@ -48,9 +48,9 @@ FIXTURE_SETUP(race)
 {
 	over = mmap(NULL, sizeof(*over), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, (void *)over);
-	self->pad = kvscratch_open(O_RDWR);
+	self->pad = device_open(O_RDWR);
 	ASSERT_LE(0, self->pad);
-	ASSERT_EQ(0, kvscratch_create_scaled(self->pad, ROWS, DIM, variant->dtype,
+	ASSERT_EQ(0, device_create_scaled(self->pad, ROWS, DIM, variant->dtype,
 					     variant->input_dtype, 0));
 }
 
@@ -62,7 +62,7 @@ FIXTURE_TEARDOWN(race)
 
 static int describe(int fd, struct kvscratch_info *info)
 {
-	int err = kvscratch_info(fd, info);
+	int err = device_info(fd, info);
 
 	if (!err)
 		CHILD_CHECK(info->len <= ROWS && info->trunc_len <= ROWS);
@@ -89,7 +89,7 @@ static void keep_appending(int fd)
 			else
 				rows.bytes[i] = value;
 		}
-		err = kvscratch_append(fd, &rows, BATCH_ROWS * info.input_row_bytes);
+		err = device_append(fd, &rows, BATCH_ROWS * info.input_row_bytes);
 		CHILD_CHECK(!err || err == -ENOSPC);
 		if (err)
 			sched_yield();
@@ -100,7 +100,7 @@ static void truncate_rounds(int fd)
 {
 	for (uint32_t round = 0; round < ROUNDS;) {
 		uint64_t len = len_of(fd);
-		int err = kvscratch_truncate(fd, len / 2,
+		int err = device_truncate(fd, len / 2,
 					     round % 4 ? 0 : KVSCRATCH_TRUNCATE_ZERO);
 
 		/* the other truncator may have dropped more */
@@ -170,15 +170,15 @@ static void keep_viewing(int fd)
 	while (!is_over()) {
 		struct kvscratch_view view;
 		uint8_t rows[ROWS * DIM];
-		int reader = kvscratch_open_reader(fd);
+		int reader = device_open_reader(fd);
 		uint64_t state;
 
-		CHILD_CHECK(reader >= 0 && !kvscratch_map(reader, &view));
+		CHILD_CHECK(reader >= 0 && !device_map(reader, &view));
 		close(reader);
 		state = kvscratch_view_state(&view);
 		memcpy(rows, view.data, sizeof(rows));
 		check_rows(rows, DIM, kvscratch_view_valid_rows(&view, state));
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 	}
 }
 
@@ -194,7 +194,7 @@ static void (*const actors[])(int fd) = {
 
 TEST_F_TIMEOUT(race, everything_at_once, TEST_SECONDS)
 {
-	int shared = kvscratch_open_reader(self->pad);
+	int shared = device_open_reader(self->pad);
 	struct kvscratch_info info;
 	pid_t pids[NR_ACTORS];
 
@@ -203,9 +203,9 @@ TEST_F_TIMEOUT(race, everything_at_once, TEST_SECONDS)
 		int fd = shared;
 
 		if (actors[i] != keep_following) {
-			fd = kvscratch_open(O_RDWR);
+			fd = device_open(O_RDWR);
 			ASSERT_LE(0, fd);
-			ASSERT_EQ(0, kvscratch_attach(fd, self->pad));
+			ASSERT_EQ(0, device_attach(fd, self->pad));
 		}
 		pids[i] = fork_child();
 		ASSERT_LE(0, pids[i]);
@@ -223,7 +223,7 @@ TEST_F_TIMEOUT(race, everything_at_once, TEST_SECONDS)
 	}
 	close(shared);
 	/* where one truncator finds too few rows, the other has dropped them */
-	ASSERT_EQ(0, kvscratch_info(self->pad, &info));
+	ASSERT_EQ(0, device_info(self->pad, &info));
 	EXPECT_LE(ROUNDS, info.generation);
 	if (variant->dtype == KVSCRATCH_DTYPE_I8)
 		EXPECT_LT(0, info.saturated);
@@ -236,10 +236,10 @@ static void bind_and_use(int fd)
 {
 	struct kvscratch_info info;
 	uint8_t row[DIM] = { 0 };
-	int err = kvscratch_create(fd, ROWS, DIM, KVSCRATCH_DTYPE_U8);
+	int err = device_create(fd, ROWS, DIM, KVSCRATCH_DTYPE_U8);
 
 	CHILD_CHECK(!err || err == -EBUSY);
-	CHILD_CHECK(!kvscratch_append(fd, row, sizeof(row)));
+	CHILD_CHECK(!device_append(fd, row, sizeof(row)));
 	CHILD_CHECK(!describe(fd, &info) && info.len);
 	_exit(0);
 }
@@ -267,7 +267,7 @@ FIXTURE_TEARDOWN(handle) { }
 TEST_F_TIMEOUT(handle, is_bound_while_in_use, TEST_SECONDS)
 {
 	for (int binding = 0; binding < BINDINGS; binding++) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 		pid_t pids[3];
 
 		ASSERT_LE(0, fd);

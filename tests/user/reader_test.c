@@ -21,7 +21,7 @@ FIXTURE_SETUP(reader)
 {
 	self->pad = new_pad(ROWS, ROW_BYTES);
 	ASSERT_LE(0, self->pad);
-	self->reader = kvscratch_open_reader(self->pad);
+	self->reader = device_open_reader(self->pad);
 	ASSERT_LE(0, self->reader);
 }
 
@@ -39,13 +39,13 @@ TEST_F(reader, a_byte_stream_of_committed_rows)
 	for (uint32_t i = 0; i < ROWS; i++)
 		fill_row(rows + i * ROW_BYTES, ROW_BYTES, i);
 	EXPECT_EQ(0, read(self->reader, back, sizeof(back)));
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows, 5 * ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, rows, 5 * ROW_BYTES));
 	EXPECT_EQ(7, read(self->reader, back, 7));
 	EXPECT_EQ(5 * ROW_BYTES - 7, read(self->reader, back + 7, sizeof(back) - 7));
 	EXPECT_EQ(0, memcmp(back, rows, 5 * ROW_BYTES));
 	EXPECT_EQ(0, read(self->reader, back, 1));
 	/* the end is not an end for ever */
-	ASSERT_EQ(0, kvscratch_append(self->pad, rows + 5 * ROW_BYTES, ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, rows + 5 * ROW_BYTES, ROW_BYTES));
 	EXPECT_EQ(ROW_BYTES, read(self->reader, back, sizeof(back)));
 	EXPECT_TRUE(row_is(back, ROW_BYTES, 5));
 
@@ -95,7 +95,7 @@ TEST_F(reader, lseek)
 TEST_F(reader, the_position_belongs_to_the_open_file)
 {
 	int twin = dup(self->reader);
-	int other = kvscratch_open_reader(self->pad);
+	int other = device_open_reader(self->pad);
 	uint8_t row[ROW_BYTES];
 
 	ASSERT_LE(0, twin);
@@ -127,8 +127,8 @@ static void rewrite_for_ever(int pad)
 		_exit(1);
 	for (uint8_t round = 1;; round++) {
 		memset(rows, round, TORN_BYTES);
-		if (kvscratch_truncate(pad, 0, round % 4 ? 0 : KVSCRATCH_TRUNCATE_ZERO) ||
-		    kvscratch_append(pad, rows, TORN_BYTES))
+		if (device_truncate(pad, 0, round % 4 ? 0 : KVSCRATCH_TRUNCATE_ZERO) ||
+		    device_append(pad, rows, TORN_BYTES))
 			_exit(1);
 	}
 }
@@ -206,7 +206,7 @@ TEST_F_TIMEOUT(reader, a_truncate_ends_a_long_read, TEST_SECONDS)
 	ASSERT_EQ(1, kvscratch_receive_handles(child.line, name, sizeof(name), &uffd, 1));
 	ASSERT_EQ(sizeof(msg), read(uffd, &msg, sizeof(msg)));
 	/* not even one that drops a row */
-	ASSERT_EQ(0, kvscratch_truncate(pad, rows, 0));
+	ASSERT_EQ(0, device_truncate(pad, rows, 0));
 	zeros = (struct uffdio_zeropage) {
 		.range = { .start = msg.arg.pagefault.address & ~4095ull, .len = PIECE_BYTES },
 	};
@@ -249,7 +249,7 @@ TEST_F(reader, poll_sees_a_rollback)
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 3));
 	EXPECT_EQ(3 * ROW_BYTES, lseek(self->reader, 3 * ROW_BYTES, SEEK_SET));
 	EXPECT_EQ(WRITABLE, polled(self->reader));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 2, 0));
+	ASSERT_EQ(0, device_truncate(self->pad, 2, 0));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 7, 1));
 	EXPECT_EQ(WRITABLE | POLLPRI, polled(self->reader));
 	/* other ways to move the position take no note of it */
@@ -275,7 +275,7 @@ static void watch_generations(int reader, uint32_t *seen)
 	struct pollfd p = { .fd = reader, .events = POLLIN | POLLPRI };
 	struct kvscratch_view view;
 
-	CHILD_CHECK(!kvscratch_map(reader, &view));
+	CHILD_CHECK(!device_map(reader, &view));
 	for (;;) {
 		uint64_t state;
 
@@ -297,7 +297,7 @@ TEST_F_TIMEOUT(reader, no_rollback_goes_unseen, TEST_SECONDS)
 	if (start_child(&watcher))
 		watch_generations(self->reader, seen);
 	for (uint32_t generation = 1; generation <= ROLLBACKS; generation++) {
-		ASSERT_EQ(0, kvscratch_truncate(self->pad, 1, 0));
+		ASSERT_EQ(0, device_truncate(self->pad, 1, 0));
 		ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, generation, 1));
 		while (__atomic_load_n(seen, __ATOMIC_ACQUIRE) != generation)
 			sched_yield();
@@ -309,11 +309,11 @@ TEST_F_TIMEOUT(reader, no_rollback_goes_unseen, TEST_SECONDS)
 
 TEST_F(reader, unbound_is_pollerr_and_bound_never)
 {
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 
 	ASSERT_LE(0, fd);
 	EXPECT_EQ(POLLERR, polled(fd));
-	ASSERT_EQ(0, kvscratch_attach(fd, self->pad));
+	ASSERT_EQ(0, device_attach(fd, self->pad));
 	EXPECT_EQ(WRITABLE, polled(fd));
 	/* not at the end of the others either */
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, ROWS));
@@ -353,7 +353,7 @@ TEST_F_TIMEOUT(reader, sleepers_are_woken, TEST_SECONDS)
 	ASSERT_LE(0, for_truncate);
 	await_sleep(for_room);
 	await_sleep(for_truncate);
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, ROWS - 1, 0));
+	ASSERT_EQ(0, device_truncate(self->pad, ROWS - 1, 0));
 	EXPECT_EQ(0, wait_for(for_room));
 	EXPECT_EQ(0, wait_for(for_truncate));
 }
@@ -362,7 +362,7 @@ TEST_F_TIMEOUT(reader, sleepers_are_woken, TEST_SECONDS)
 TEST_F(reader, epoll_before_create_reports_an_error)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.fd = 7 };
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 
 	ASSERT_LE(0, fd);
@@ -373,7 +373,7 @@ TEST_F(reader, epoll_before_create_reports_an_error)
 	EXPECT_EQ(EPOLLERR, event.events);
 
 	/* bind first, then add: from there on nothing is missed */
-	ASSERT_EQ(0, kvscratch_create(fd, ROWS, ROW_BYTES, KVSCRATCH_DTYPE_U8));
+	ASSERT_EQ(0, device_create(fd, ROWS, ROW_BYTES, KVSCRATCH_DTYPE_U8));
 	ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL));
 	event.events = EPOLLIN;
 	ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event));
@@ -399,7 +399,7 @@ TEST_F(reader, edge_triggered_epoll_reports_each_append)
 		EXPECT_EQ(EPOLLIN, event.events);
 		EXPECT_EQ(0, epoll_wait(epoll, &event, 1, 0));
 	}
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, 3, 0));
+	ASSERT_EQ(0, device_truncate(self->pad, 3, 0));
 	EXPECT_EQ(1, epoll_wait(epoll, &event, 1, 0));
 	EXPECT_EQ(EPOLLIN | EPOLLPRI, event.events);
 	close(epoll);

@@ -16,12 +16,12 @@
 static int new_scaled(uint64_t rows, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
 		      uint32_t frac_bits)
 {
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	int err;
 
 	if (fd < 0)
 		return fd;
-	err = kvscratch_create_scaled(fd, rows, dim, dtype, input_dtype, frac_bits);
+	err = device_create_scaled(fd, rows, dim, dtype, input_dtype, frac_bits);
 	if (err) {
 		close(fd);
 		return err;
@@ -134,7 +134,7 @@ TEST(info_tells_the_format)
 	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F16, 0);
 
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(KVSCRATCH_DTYPE_MXINT8, info.dtype);
 	EXPECT_EQ(KVSCRATCH_DTYPE_F16, info.input_dtype);
 	EXPECT_EQ(0, info.frac_bits);
@@ -153,7 +153,7 @@ TEST(info_tells_the_format)
 
 	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_F64, 17);
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(KVSCRATCH_DTYPE_I32, info.dtype);
 	EXPECT_EQ(KVSCRATCH_DTYPE_F64, info.input_dtype);
 	EXPECT_EQ(17, info.frac_bits);
@@ -165,7 +165,7 @@ TEST(info_tells_the_format)
 	/* as stored: the input type is the stored one */
 	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I8, 0, 7);
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(KVSCRATCH_DTYPE_I8, info.input_dtype);
 	EXPECT_EQ(7, info.frac_bits);
 	EXPECT_EQ(5, info.input_row_bytes);
@@ -185,7 +185,7 @@ TEST(first_versions_of_the_structs_still_do)
 		.frac_bits = 77,
 	};
 	struct kvscratch_info info = { .size = offsetof(struct kvscratch_info, input_dtype) };
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 
 	ASSERT_LE(0, fd);
 	create.size--;
@@ -209,7 +209,7 @@ static int append_in_batches(int fd, const uint8_t *input, size_t row_bytes)
 
 	while (row < ROWS) {
 		uint32_t count = batch < ROWS - row ? batch : ROWS - row;
-		int err = kvscratch_append(fd, input + row * row_bytes, count * row_bytes);
+		int err = device_append(fd, input + row * row_bytes, count * row_bytes);
 
 		if (err)
 			return err;
@@ -235,11 +235,11 @@ static void check_mxint8(struct __test_metadata *_metadata, uint32_t dtype, bool
 	ASSERT_LE(0, saturated);
 	ASSERT_LE(0, fd);
 	ASSERT_LE(0, copy);
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	ASSERT_EQ(0, append_in_batches(fd, input, row_bytes));
 	EXPECT_EQ(0, memcmp(view.data, elements, ROWS * DIM));
 	EXPECT_EQ(0, memcmp(kvscratch_view_scales(&view), scales, ROWS * SCALES));
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(saturated, info.saturated);
 
 	/* the stream of records, and back */
@@ -250,12 +250,12 @@ static void check_mxint8(struct __test_metadata *_metadata, uint32_t dtype, bool
 		ASSERT_EQ(0, memcmp(record, elements + row * DIM, DIM));
 		ASSERT_EQ(0, memcmp(record + DIM, scales + row * SCALES, SCALES));
 	}
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	ASSERT_EQ(0, append_in_batches(copy, records, RECORD_BYTES));
-	ASSERT_EQ(0, kvscratch_map(copy, &view));
+	ASSERT_EQ(0, device_map(copy, &view));
 	EXPECT_EQ(0, memcmp(view.data, elements, ROWS * DIM));
 	EXPECT_EQ(0, memcmp(kvscratch_view_scales(&view), scales, ROWS * SCALES));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(copy);
 	close(fd);
 	free(records);
@@ -291,12 +291,12 @@ TEST(fixed_is_what_the_arithmetic_gives)
 		ASSERT_LE(0, saturated);
 		ASSERT_LE(0, fd);
 		ASSERT_EQ(0, append_in_batches(fd, input, dim * kvscratch_dtype_size(dtype)));
-		ASSERT_EQ(0, kvscratch_map(fd, &view));
+		ASSERT_EQ(0, device_map(fd, &view));
 		EXPECT_EQ(0, memcmp(view.data, expected, ROWS * dim * size))
 			TH_LOG("from %u to %u with %u", dtype, stored, f);
-		ASSERT_EQ(0, kvscratch_info(fd, &info));
+		ASSERT_EQ(0, device_info(fd, &info));
 		EXPECT_EQ(saturated, info.saturated);
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 		close(fd);
 		free(expected);
 		free(input);
@@ -317,33 +317,33 @@ TEST(edom_commits_nothing)
 
 	ASSERT_LE(0, fd);
 	ASSERT_LE(0, fixed);
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
 		uint32_t saved = input[places[i]];
 
 		input[places[i]] = bad[i % ARRAY_SIZE(bad)];
-		EXPECT_EQ(-EDOM, kvscratch_append(fd, input, bytes));
-		EXPECT_EQ(-EDOM, kvscratch_append(fixed, input, bytes));
+		EXPECT_EQ(-EDOM, device_append(fd, input, bytes));
+		EXPECT_EQ(-EDOM, device_append(fixed, input, bytes));
 		input[places[i]] = saved;
 		EXPECT_EQ(0, len_of(fd));
 		EXPECT_EQ(0, len_of(fixed));
 	}
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(0, info.saturated);
 	/* what the failed ones left, in both planes */
 	EXPECT_FALSE(all_zero(view.data, count));
 	EXPECT_FALSE(all_zero(kvscratch_view_scales(&view), ROWS * SCALES));
-	ASSERT_EQ(0, kvscratch_truncate(fd, 0, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(fd, 0, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero(view.data, view.info.status_offset));
-	EXPECT_EQ(0, kvscratch_append(fd, input, bytes));
+	EXPECT_EQ(0, device_append(fd, input, bytes));
 	EXPECT_EQ(ROWS, len_of(fd));
 	/* and from a row on */
-	ASSERT_EQ(0, kvscratch_truncate(fd, 3, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(fd, 3, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero((const uint8_t *)view.data + 3 * DIM, (ROWS - 3) * DIM));
 	EXPECT_FALSE(all_zero((const uint8_t *)view.data + 2 * DIM, DIM));
 	EXPECT_TRUE(all_zero(kvscratch_view_scales(&view) + 3 * SCALES, (ROWS - 3) * SCALES));
 	EXPECT_FALSE(all_zero(kvscratch_view_scales(&view) + 2 * SCALES, SCALES));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(fixed);
 	close(fd);
 	free(input);
@@ -363,16 +363,16 @@ TEST(efault_commits_nothing)
 	ASSERT_LE(0, records);
 	for (size_t hole = 0; hole < 12; hole++) {
 		ASSERT_EQ(0, mprotect(input + hole * page, page, PROT_NONE));
-		EXPECT_EQ(-EFAULT, kvscratch_append(fd, input, 128 * DIM * sizeof(float)));
+		EXPECT_EQ(-EFAULT, device_append(fd, input, 128 * DIM * sizeof(float)));
 		if (hole < 4)
-			EXPECT_EQ(-EFAULT, kvscratch_append(records, input, ROWS * RECORD_BYTES));
+			EXPECT_EQ(-EFAULT, device_append(records, input, ROWS * RECORD_BYTES));
 		EXPECT_EQ(0, len_of(fd));
 		EXPECT_EQ(0, len_of(records));
 		ASSERT_EQ(0, mprotect(input + hole * page, page, PROT_READ | PROT_WRITE));
 	}
-	EXPECT_EQ(0, kvscratch_append(fd, input, 128 * DIM * sizeof(float)));
-	EXPECT_EQ(-EINVAL, kvscratch_append(fd, input, DIM));
-	EXPECT_EQ(-EINVAL, kvscratch_append(records, input, DIM));
+	EXPECT_EQ(0, device_append(fd, input, 128 * DIM * sizeof(float)));
+	EXPECT_EQ(-EINVAL, device_append(fd, input, DIM));
+	EXPECT_EQ(-EINVAL, device_append(records, input, DIM));
 	close(records);
 	close(fd);
 	munmap(input, 16 * page);
@@ -388,14 +388,14 @@ TEST(any_part_can_be_read)
 	struct kvscratch_view view;
 
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_append(fd, input, rows * DIM * sizeof(float)));
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_append(fd, input, rows * DIM * sizeof(float)));
+	ASSERT_EQ(0, device_map(fd, &view));
 	for (uint32_t row = 0; row < rows; row++) {
 		memcpy(all + row * RECORD_BYTES, (const uint8_t *)view.data + row * DIM, DIM);
 		memcpy(all + row * RECORD_BYTES + DIM, kvscratch_view_scales(&view) + row * SCALES,
 		       SCALES);
 	}
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	for (size_t at = 0; at <= sizeof(all); at++) {
 		for (size_t bytes = 1; bytes <= sizeof(part); bytes += 17) {
 			size_t left = sizeof(all) - at;
@@ -424,7 +424,7 @@ TEST(writev_is_one_append)
 	ASSERT_LE(0, records);
 	ASSERT_NE(NULL, odd);
 	memcpy(odd + 1, input, bytes);
-	ASSERT_EQ(0, kvscratch_append(fd, input, bytes));
+	ASSERT_EQ(0, device_append(fd, input, bytes));
 	iov[0] = (struct iovec) { odd + 1, 6 };
 	iov[1] = (struct iovec) { odd + 7, 131 };
 	iov[2] = (struct iovec) { odd + 138, bytes - 137 };
@@ -452,8 +452,8 @@ static void rewrite_records(int fd)
 
 	for (uint8_t round = 1;; round++) {
 		memset(records, round, sizeof(records));
-		CHILD_CHECK(!kvscratch_truncate(fd, 0, 0));
-		CHILD_CHECK(!kvscratch_append(fd, records, sizeof(records)));
+		CHILD_CHECK(!device_truncate(fd, 0, 0));
+		CHILD_CHECK(!device_append(fd, records, sizeof(records)));
 	}
 }
 
@@ -497,16 +497,16 @@ TEST(saturation_counts_what_was_committed)
 
 	ASSERT_LE(0, fd);
 	row[0] = row[31] = huge;
-	ASSERT_EQ(0, kvscratch_append(fd, row, sizeof(row)));
+	ASSERT_EQ(0, device_append(fd, row, sizeof(row)));
 	row[5] = nan;
-	EXPECT_EQ(-EDOM, kvscratch_append(fd, row, sizeof(row)));
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	EXPECT_EQ(-EDOM, device_append(fd, row, sizeof(row)));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(2, info.saturated);
 	row[5] = huge;
-	ASSERT_EQ(0, kvscratch_append(fd, row, sizeof(row)));
+	ASSERT_EQ(0, device_append(fd, row, sizeof(row)));
 	/* since the pad was made: a truncate takes nothing away */
-	ASSERT_EQ(0, kvscratch_truncate(fd, 0, 0));
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_truncate(fd, 0, 0));
+	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(5, info.saturated);
 	close(fd);
 }

@@ -52,9 +52,9 @@ FIXTURE_SETUP(security) {
 	self->pad = new_pad(ROWS, ROW_BYTES);
 	ASSERT_LE(0, self->pad);
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, COMMITTED));
-	self->reader = kvscratch_open_reader(self->pad);
+	self->reader = device_open_reader(self->pad);
 	ASSERT_LE(0, self->reader);
-	ASSERT_EQ(0, kvscratch_map(self->pad, &self->view));
+	ASSERT_EQ(0, device_map(self->pad, &self->view));
 }
 
 static const uint8_t *view_row(const struct kvscratch_view *view, uint32_t row)
@@ -74,7 +74,7 @@ static bool is_as_it_was(FIXTURE_DATA(security) *self)
 /* Whatever was attempted: nothing of it is left. */
 FIXTURE_TEARDOWN(security) {
 	EXPECT_EQ(0, chmod(KVSCRATCH_DEVICE, self->node.st_mode & 07777));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	close(self->reader);
 	close(self->pad);
 	EXPECT_EQ(0, nothing_accounted());
@@ -100,7 +100,7 @@ static bool dirty_memory(void)
 
 	memset(dirt, 0xa5, MIB);
 	for (size_t i = 0; done && i < bytes; i += MIB)
-		done = !kvscratch_append(pad, dirt, MIB);
+		done = !device_append(pad, dirt, MIB);
 	free(dirt);
 	close(pad);
 	return done;
@@ -179,7 +179,7 @@ TEST_F_TIMEOUT(security, mremap_shares_private_data, TEST_SECONDS)
 	struct child child;
 
 	ASSERT_NE(MAP_FAILED, target);
-	ASSERT_EQ(0, kvscratch_map(self->pad, &moved));
+	ASSERT_EQ(0, device_map(self->pad, &moved));
 	EXPECT_EQ(MAP_FAILED, mremap((void *)moved.data, 0, bytes, MREMAP_MAYMOVE));
 	/* MREMAP_DONTUNMAP */
 	EXPECT_EQ(MAP_FAILED, mremap((void *)moved.data, bytes, bytes, MREMAP_MAYMOVE | 4));
@@ -193,7 +193,7 @@ TEST_F_TIMEOUT(security, mremap_shares_private_data, TEST_SECONDS)
 	}
 	EXPECT_EQ(0, end_child(&child));
 	EXPECT_TRUE(row_is(moved.data, ROW_BYTES, 0));
-	kvscratch_unmap(&moved);
+	device_unmap(&moved);
 	munmap(target, bytes);
 	EXPECT_EQ(refs, number_in_file(REFCNT, NULL));
 	EXPECT_TRUE(is_as_it_was(self));
@@ -281,11 +281,11 @@ TEST_F_TIMEOUT(security, size_overflow_at_create, TEST_SECONDS)
 
 	set_limits(64 * MIB, 64 * MIB);
 	for (size_t i = 0; i < ARRAY_SIZE(shapes); i++) {
-		int fd = kvscratch_open(O_RDWR);
+		int fd = device_open(O_RDWR);
 
 		ASSERT_LE(0, fd);
 		EXPECT_EQ(shapes[i].err,
-			  kvscratch_create_scaled(fd, shapes[i].rows, shapes[i].dim,
+			  device_create_scaled(fd, shapes[i].rows, shapes[i].dim,
 						  shapes[i].dtype, shapes[i].input_dtype, 0))
 			TH_LOG("shape %zu", i);
 		close(fd);
@@ -299,7 +299,7 @@ TEST_F_TIMEOUT(security, module_parameter_overflow, TEST_SECONDS)
 	};
 
 	for (size_t i = 0; i < ARRAY_SIZE(limits); i++) {
-		int small, fd = kvscratch_open(O_RDWR);
+		int small, fd = device_open(O_RDWR);
 
 		ASSERT_LE(0, fd);
 		set_limits(limits[i], limits[i]);
@@ -308,7 +308,7 @@ TEST_F_TIMEOUT(security, module_parameter_overflow, TEST_SECONDS)
 			TH_LOG("limit %#llx", (unsigned long long)limits[i]);
 		/* 2^56 bytes */
 		EXPECT_EQ(limits[i] < 1ull << 56 ? -EDQUOT : -ENOMEM,
-			  kvscratch_create(fd, KVSCRATCH_MAX_SEQ_LEN, KVSCRATCH_MAX_ROW_BYTES,
+			  device_create(fd, KVSCRATCH_MAX_SEQ_LEN, KVSCRATCH_MAX_ROW_BYTES,
 					   KVSCRATCH_DTYPE_U8))
 			TH_LOG("limit %#llx", (unsigned long long)limits[i]);
 		close(small);
@@ -329,7 +329,7 @@ TEST_F_TIMEOUT(security, ioctl_number_speculation, TEST_SECONDS)
 	const unsigned int sizes[] = {
 		0, 4, sizeof(struct kvscratch_create), sizeof(struct kvscratch_info), 0x3fff,
 	};
-	int unbound = kvscratch_open(O_RDWR);
+	int unbound = device_open(O_RDWR);
 
 	ASSERT_LE(0, unbound);
 	for (unsigned int dir = 0; dir < 4; dir++) {
@@ -452,20 +452,20 @@ TEST_F_TIMEOUT(security, double_fetch_of_size, TEST_SECONDS)
 
 static int append_floats(int fd, void *at)
 {
-	return kvscratch_append(fd, at, 64 * sizeof(float));
+	return device_append(fd, at, 64 * sizeof(float));
 }
 
 TEST_F_TIMEOUT(security, double_fetch_of_rows, TEST_SECONDS)
 {
 	const size_t before = 32 * sizeof(float);
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	struct straddle straddle;
 	int16_t row[64];
 	float *floats;
 
 	NEED_USERFAULTFD();
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_create_scaled(fd, 4, 64, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32,
+	ASSERT_EQ(0, device_create_scaled(fd, 4, 64, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32,
 					     0));
 	ASSERT_TRUE(make_straddle(self, &straddle));
 	floats = (float *)(straddle.stopping - before);
@@ -487,14 +487,14 @@ TEST_F_TIMEOUT(security, double_fetch_of_rows, TEST_SECONDS)
 /* A source that is the destination, through another mapping */
 TEST_F_TIMEOUT(security, append_of_the_view_itself, TEST_SECONDS)
 {
-	ASSERT_EQ(0, kvscratch_append(self->pad, view_row(&self->view, 1), 2 * ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, view_row(&self->view, 1), 2 * ROW_BYTES));
 	EXPECT_TRUE(row_is(view_row(&self->view, COMMITTED), ROW_BYTES, 1));
 	EXPECT_TRUE(row_is(view_row(&self->view, COMMITTED + 1), ROW_BYTES, 2));
-	ASSERT_EQ(0, kvscratch_append(self->pad, view_row(&self->view, COMMITTED + 2), ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, view_row(&self->view, COMMITTED + 2), ROW_BYTES));
 	EXPECT_TRUE(all_zero(view_row(&self->view, COMMITTED + 2), ROW_BYTES));
-	ASSERT_EQ(0, kvscratch_truncate(self->pad, COMMITTED, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(self->pad, COMMITTED, KVSCRATCH_TRUNCATE_ZERO));
 	/* from what is scrubbed into itself, and from beyond the rows */
-	ASSERT_EQ(0, kvscratch_append(self->pad, view_row(&self->view, COMMITTED - 1),
+	ASSERT_EQ(0, device_append(self->pad, view_row(&self->view, COMMITTED - 1),
 				      3 * ROW_BYTES));
 	EXPECT_EQ(ROWS, len_of(self->pad));
 	for (uint32_t row = 0; row < COMMITTED; row++) {
@@ -533,7 +533,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 
 	/* one handle of two; a copy of the descriptor keeps the file */
 	pad = new_pad(ROWS, ROW_BYTES);
-	reader = kvscratch_open_reader(pad);
+	reader = device_open_reader(pad);
 	copy = dup(reader);
 	event.events = EPOLLIN | EPOLLPRI;
 	ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
@@ -545,7 +545,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	EXPECT_EQ(0, epoll_wait(epoll, &event, 1, 0));
 
 	/* a handle in two epoll instances, one inside the other, that go first */
-	reader = kvscratch_open_reader(pad);
+	reader = device_open_reader(pad);
 	copy = epoll_create1(EPOLL_CLOEXEC);
 	event.events = EPOLLIN;
 	ASSERT_EQ(0, epoll_ctl(copy, EPOLL_CTL_ADD, reader, &event));
@@ -557,7 +557,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 
 	/* somebody sleeps in poll() while the descriptor is closed */
 	ASSERT_EQ(0, lseek(reader, 0, SEEK_SET));
-	ASSERT_EQ(0, kvscratch_truncate(pad, 0, 0));
+	ASSERT_EQ(0, device_truncate(pad, 0, 0));
 	poll_fd.fd = reader;
 	pid = fork_sharing_descriptors();
 	ASSERT_LE(0, pid);
@@ -573,8 +573,8 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	EXPECT_EQ(0, wait_for(pid));
 
 	/* and a request of a ring that waits for the pad */
-	ASSERT_EQ(0, kvscratch_truncate(pad, 0, 0));
-	reader = kvscratch_open_reader(pad);
+	ASSERT_EQ(0, device_truncate(pad, 0, 0));
+	reader = device_open_reader(pad);
 	ASSERT_EQ(0, ring_open(&ring));
 	poll_add.fd = reader;
 	*ring.sqe = poll_add;
@@ -607,7 +607,7 @@ TEST_F_TIMEOUT(security, status_page_carries_nothing_else, TEST_SECONDS)
 		ASSERT_TRUE(i % 16 != 1 || dirty_memory());
 		pad = new_pad(i + 3, 64);
 		ASSERT_LE(0, pad);
-		ASSERT_EQ(0, kvscratch_map(pad, &view));
+		ASSERT_EQ(0, device_map(pad, &view));
 		memset(&expected, 0, sizeof(expected));
 		expected.status.magic = KVSCRATCH_STATUS_MAGIC;
 		expected.status.version = KVSCRATCH_STATUS_VERSION;
@@ -616,13 +616,13 @@ TEST_F_TIMEOUT(security, status_page_carries_nothing_else, TEST_SECONDS)
 		expected.status.dtype = KVSCRATCH_DTYPE_U8;
 		expected.status.row_bytes = 64;
 		EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
-		ASSERT_EQ(0, kvscratch_append(pad, rows, sizeof(rows)));
-		ASSERT_EQ(0, kvscratch_truncate(pad, 2, 0));
-		ASSERT_EQ(0, kvscratch_append(pad, rows, 64));
+		ASSERT_EQ(0, device_append(pad, rows, sizeof(rows)));
+		ASSERT_EQ(0, device_truncate(pad, 2, 0));
+		ASSERT_EQ(0, device_append(pad, rows, 64));
 		expected.status.state.word = 1ull << 32 | 3;
 		expected.status.trunc.word = 1ull << 32 | 2;
 		EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 		close(pad);
 	}
 }
@@ -639,24 +639,24 @@ TEST_F_TIMEOUT(security, planes_show_nothing_else, TEST_SECONDS)
 	ASSERT_NE(NULL, ones);
 	memset(ones, 0xff, rows * record);
 	ASSERT_TRUE(dirty_memory());
-	pad = kvscratch_open(O_RDWR);
+	pad = device_open(O_RDWR);
 	ASSERT_LE(0, pad);
-	ASSERT_EQ(0, kvscratch_create(pad, rows, dim, KVSCRATCH_DTYPE_MXINT8));
-	ASSERT_EQ(0, kvscratch_map(pad, &view));
+	ASSERT_EQ(0, device_create(pad, rows, dim, KVSCRATCH_DTYPE_MXINT8));
+	ASSERT_EQ(0, device_map(pad, &view));
 	data = view.data;
 	scales = kvscratch_view_scales(&view);
 	EXPECT_TRUE(all_zero(data, view.info.status_offset));
 
-	ASSERT_EQ(0, kvscratch_append(pad, ones, rows * record));
+	ASSERT_EQ(0, device_append(pad, ones, rows * record));
 	EXPECT_EQ(0, memcmp(data, ones, rows * dim));
 	EXPECT_TRUE(all_zero(data + rows * dim, view.info.planes[1].offset - rows * dim));
 	EXPECT_EQ(0, memcmp(scales, ones, rows * dim / KVSCRATCH_MX_BLOCK));
 	EXPECT_TRUE(all_zero(scales + rows * dim / KVSCRATCH_MX_BLOCK, view.info.status_offset -
 			     view.info.planes[1].offset - rows * dim / KVSCRATCH_MX_BLOCK));
 
-	ASSERT_EQ(0, kvscratch_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero(data, view.info.status_offset));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(pad);
 	free(ones);
 }
@@ -694,7 +694,7 @@ TEST_F_TIMEOUT(security, kernel_writes_into_a_view, TEST_SECONDS)
 				     FUTEX_OP(FUTEX_OP_SET, 1, FUTEX_OP_CMP_EQ, 0)));
 	/* our own output */
 	request->size = sizeof(*request);
-	ASSERT_EQ(0, kvscratch_append(self->pad, row, ROW_BYTES));
+	ASSERT_EQ(0, device_append(self->pad, row, ROW_BYTES));
 	EXPECT_ERRNO(EFAULT, ioctl(self->pad, KVSCRATCH_IOC_INFO, at + COMMITTED * ROW_BYTES));
 	EXPECT_EQ(0, memcmp(at + COMMITTED * ROW_BYTES, row, ROW_BYTES));
 	ASSERT_EQ(COMMITTED + 1, len_of(self->pad));
@@ -761,7 +761,7 @@ TEST_F_TIMEOUT(security, advice_on_a_view, TEST_SECONDS)
 	struct kvscratch_view view;
 	int uffd = syscall(SYS_userfaultfd, O_CLOEXEC);
 
-	ASSERT_EQ(0, kvscratch_map(self->reader, &view));
+	ASSERT_EQ(0, device_map(self->reader, &view));
 	for (size_t i = 0; i < ARRAY_SIZE(refused); i++) {
 		EXPECT_EQ(-1, madvise((void *)view.data, self->page, refused[i]))
 			TH_LOG("advice %d", refused[i]);
@@ -779,7 +779,7 @@ TEST_F_TIMEOUT(security, advice_on_a_view, TEST_SECONDS)
 		EXPECT_ERRNO(EINVAL, ioctl(uffd, UFFDIO_REGISTER, &range));
 		close(uffd);
 	}
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 }
 
 TEST_F_TIMEOUT(security, read_implies_exec, TEST_SECONDS)
@@ -806,7 +806,7 @@ TEST_F_TIMEOUT(security, access_mode_is_fixed, TEST_SECONDS)
 	EXPECT_EQ(0, fcntl(self->reader, F_SETFL, O_RDWR | O_APPEND | O_NONBLOCK));
 	EXPECT_EQ(O_RDONLY, fcntl(self->reader, F_GETFL) & O_ACCMODE);
 	EXPECT_ERRNO(EBADF, write(self->reader, row, ROW_BYTES));
-	EXPECT_EQ(-EACCES, kvscratch_truncate(self->reader, 0, 0));
+	EXPECT_EQ(-EACCES, device_truncate(self->reader, 0, 0));
 	EXPECT_ERRNO(EINVAL, fcntl(self->pad, F_SETFL, O_DIRECT));
 	EXPECT_ERRNO(EINVAL, ftruncate(self->pad, 0));
 	EXPECT_ERRNO(EINVAL, ftruncate(self->reader, 0));
@@ -829,12 +829,12 @@ static void use_passed_handle(FIXTURE_DATA(security) *self)
 	struct kvscratch_view view;
 	uint8_t row[ROW_BYTES];
 
-	CHILD_CHECK(!kvscratch_map(self->reader, &view));
+	CHILD_CHECK(!device_map(self->reader, &view));
 	CHILD_CHECK(row_is(view_row(&view, 4), ROW_BYTES, 4));
 	CHILD_CHECK(pread(self->reader, row, ROW_BYTES, ROW_BYTES) == ROW_BYTES);
 	CHILD_CHECK(row_is(row, ROW_BYTES, 1));
 	CHILD_CHECK(len_of(self->reader) == COMMITTED);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 }
 
 /* No way to a handle that is not handed over */
@@ -845,7 +845,7 @@ static void find_no_other_handle(FIXTURE_DATA(security) *self)
 
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", self->reader);
 	for (size_t i = 0; i < ARRAY_SIZE(accesses); i++) {
-		CHILD_CHECK(kvscratch_open(accesses[i]) == -EACCES);
+		CHILD_CHECK(device_open(accesses[i]) == -EACCES);
 		CHILD_CHECK(open(path, accesses[i]) == -1 && errno == EACCES);
 	}
 	CHILD_CHECK(mknod("/tmp/kvscratch", S_IFCHR | 0666, self->node.st_rdev) == -1 &&
@@ -948,7 +948,7 @@ static unsigned int flood_with_pads(struct __test_metadata *_metadata,
 	}
 	/* what exists goes on */
 	EXPECT_TRUE(is_as_it_was(self));
-	EXPECT_EQ(0, kvscratch_truncate(self->pad, COMMITTED - 1, 0));
+	EXPECT_EQ(0, device_truncate(self->pad, COMMITTED - 1, 0));
 	EXPECT_EQ(0, append_rows(self->pad, ROW_BYTES, COMMITTED - 1, 1));
 	for (int i = 0; i < FLOODERS; i++) {
 		int status;
@@ -1005,7 +1005,7 @@ TEST_F_TIMEOUT(security, unprivileged_flood_of_handles, TEST_SECONDS)
 
 		become_nobody();
 		do
-			fd = kvscratch_open(O_RDWR);
+			fd = device_open(O_RDWR);
 		while (fd >= 0);
 		CHILD_CHECK(fd == -EMFILE);
 		_exit(0);

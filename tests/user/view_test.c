@@ -48,11 +48,11 @@ FIXTURE_SETUP(view) {
 	self->fd = new_pad(self->rows, ROW_BYTES);
 	ASSERT_LE(0, self->fd);
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 0, self->len));
-	ASSERT_EQ(0, kvscratch_map(self->fd, &self->view));
+	ASSERT_EQ(0, device_map(self->fd, &self->view));
 }
 
 FIXTURE_TEARDOWN(view) {
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	close(self->fd);
 }
 
@@ -74,7 +74,7 @@ static bool view_rows_are(const struct kvscratch_view *view, uint32_t first, uin
 
 TEST_F_TIMEOUT(view, is_never_writable_executable_or_private, TEST_SECONDS)
 {
-	int reader = kvscratch_open_reader(self->fd);
+	int reader = device_open_reader(self->fd);
 
 	ASSERT_LE(0, reader);
 	EXPECT_MAP_ERRNO(EPERM, PROT_WRITE, MAP_SHARED, self->fd);
@@ -93,12 +93,12 @@ TEST_F_TIMEOUT(view, is_never_writable_executable_or_private, TEST_SECONDS)
 
 TEST_F_TIMEOUT(view, needs_a_bound_handle_open_for_read, TEST_SECONDS)
 {
-	int writer = kvscratch_open(O_WRONLY);
-	int unbound = kvscratch_open(O_RDONLY);
+	int writer = device_open(O_WRONLY);
+	int unbound = device_open(O_RDONLY);
 
 	ASSERT_LE(0, writer);
 	ASSERT_LE(0, unbound);
-	ASSERT_EQ(0, kvscratch_attach(writer, self->fd));
+	ASSERT_EQ(0, device_attach(writer, self->fd));
 	EXPECT_MAP_ERRNO(EACCES, PROT_READ, MAP_SHARED, writer);
 	EXPECT_MAP_ERRNO(EACCES, PROT_NONE, MAP_SHARED, writer);
 	EXPECT_MAP_ERRNO(EBADFD, PROT_READ, MAP_SHARED, unbound);
@@ -263,7 +263,7 @@ static bool find_in_smaps(const void *at, char *line, char *flags, size_t bytes)
 
 TEST_F_TIMEOUT(view, says_what_it_is_in_smaps, TEST_SECONDS)
 {
-	int reader = kvscratch_open_reader(self->fd);
+	int reader = device_open_reader(self->fd);
 	char line[256], flags[256] = "";
 	const char *const always[] = { " rd ", " mr ", " ms ", " dd ", " de " };
 	const char *const never[] = { " wr ", " ex ", " mw ", " me " };
@@ -318,20 +318,20 @@ TEST_F_TIMEOUT(view, of_a_new_pad_is_zero, TEST_SECONDS)
 	ASSERT_LE(0, fd);
 	ASSERT_NE(NULL, dirt);
 	memset(dirt, 0xa5, bytes);
-	ASSERT_EQ(0, kvscratch_append(fd, dirt, bytes));
+	ASSERT_EQ(0, device_append(fd, dirt, bytes));
 	close(fd);
 	free(dirt);
 
 	/* one byte less than a page a row: the last page has a tail */
 	fd = new_pad(256, self->page - 1);
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	EXPECT_TRUE(all_zero(view.data, view.info.status_offset));
 	EXPECT_TRUE(all_zero(view.status->reserved, sizeof(view.status->reserved)));
 	EXPECT_TRUE(all_zero(view.status + 1, self->page - sizeof(*view.status)));
 	EXPECT_EQ(0, kvscratch_view_state(&view));
 	EXPECT_EQ(0, kvscratch_word_load(&view.status->trunc));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(fd);
 }
 
@@ -339,16 +339,16 @@ TEST_F_TIMEOUT(view, status_agrees_with_info, TEST_SECONDS)
 {
 	struct kvscratch_info info;
 	struct kvscratch_view view;
-	int fd = kvscratch_open(O_RDWR);
+	int fd = device_open(O_RDWR);
 	uint8_t rows[5][12] = { 0 };
 
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_create(fd, 1000, 3, KVSCRATCH_DTYPE_F32));
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
-	ASSERT_EQ(0, kvscratch_append(fd, rows, sizeof(rows)));
-	ASSERT_EQ(0, kvscratch_truncate(fd, 2, 0));
-	ASSERT_EQ(0, kvscratch_append(fd, rows, 2 * sizeof(rows[0])));
-	ASSERT_EQ(0, kvscratch_info(fd, &info));
+	ASSERT_EQ(0, device_create(fd, 1000, 3, KVSCRATCH_DTYPE_F32));
+	ASSERT_EQ(0, device_map(fd, &view));
+	ASSERT_EQ(0, device_append(fd, rows, sizeof(rows)));
+	ASSERT_EQ(0, device_truncate(fd, 2, 0));
+	ASSERT_EQ(0, device_append(fd, rows, 2 * sizeof(rows[0])));
+	ASSERT_EQ(0, device_info(fd, &info));
 
 	EXPECT_EQ(KVSCRATCH_STATUS_MAGIC, view.status->magic);
 	EXPECT_EQ(KVSCRATCH_STATUS_VERSION, view.status->version);
@@ -365,16 +365,16 @@ TEST_F_TIMEOUT(view, status_agrees_with_info, TEST_SECONDS)
 	EXPECT_EQ(info.generation << 32 | info.trunc_len,
 		  kvscratch_word_load(&view.status->trunc));
 	EXPECT_EQ(1ull << 32 | 2, kvscratch_word_load(&view.status->trunc));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(fd);
 }
 
 TEST_F_TIMEOUT(view, is_live, TEST_SECONDS)
 {
-	int writer = kvscratch_open(O_WRONLY);
+	int writer = device_open(O_WRONLY);
 
 	ASSERT_LE(0, writer);
-	ASSERT_EQ(0, kvscratch_attach(writer, self->fd));
+	ASSERT_EQ(0, device_attach(writer, self->fd));
 	EXPECT_EQ(self->len, kvscratch_view_state(&self->view));
 	EXPECT_TRUE(all_zero(view_row(&self->view, self->len),
 			     (self->rows - self->len) * ROW_BYTES));
@@ -383,7 +383,7 @@ TEST_F_TIMEOUT(view, is_live, TEST_SECONDS)
 		EXPECT_EQ(row + 1, kvscratch_view_state(&self->view));
 		EXPECT_TRUE(view_rows_are(&self->view, 0, row + 1));
 	}
-	ASSERT_EQ(0, kvscratch_truncate(writer, 1, KVSCRATCH_TRUNCATE_ZERO));
+	ASSERT_EQ(0, device_truncate(writer, 1, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_EQ(1ull << 32 | 1, kvscratch_view_state(&self->view));
 	EXPECT_TRUE(view_rows_are(&self->view, 0, 1));
 	EXPECT_TRUE(all_zero(view_row(&self->view, 1), (self->rows - 1) * ROW_BYTES));
@@ -399,16 +399,16 @@ TEST_F_TIMEOUT(view, tells_which_rows_survived, TEST_SECONDS)
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, self->len, 2));
 	EXPECT_EQ(self->len, kvscratch_view_valid_rows(&self->view, state));
 	/* a truncate above what the reader looked at takes nothing from it */
-	ASSERT_EQ(0, kvscratch_truncate(self->fd, self->len + 1, 0));
+	ASSERT_EQ(0, device_truncate(self->fd, self->len + 1, 0));
 	EXPECT_EQ(self->len, kvscratch_view_valid_rows(&self->view, state));
 
 	state = kvscratch_view_state(&self->view);
-	ASSERT_EQ(0, kvscratch_truncate(self->fd, 3, 0));
+	ASSERT_EQ(0, device_truncate(self->fd, 3, 0));
 	EXPECT_EQ(3, kvscratch_view_valid_rows(&self->view, state));
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 100, 4));
 	EXPECT_EQ(3, kvscratch_view_valid_rows(&self->view, state));
 	/* two generations later nobody knows */
-	ASSERT_EQ(0, kvscratch_truncate(self->fd, 7, 0));
+	ASSERT_EQ(0, device_truncate(self->fd, 7, 0));
 	EXPECT_EQ(0, kvscratch_view_valid_rows(&self->view, state));
 }
 
@@ -437,14 +437,14 @@ TEST_F_TIMEOUT(view, takes_no_faults, TEST_SECONDS)
 	ASSERT_NE(MAP_FAILED, (void *)fresh);
 	for (size_t i = 0; i < bytes; i += 64)
 		buffer[i] = row_byte(i / 64, i);
-	ASSERT_EQ(0, kvscratch_append(fd, buffer, bytes));
+	ASSERT_EQ(0, device_append(fd, buffer, bytes));
 
 	/* a dry run brings in code and stack */
 	before = page_faults();
 	expected = sum_bytes(buffer, bytes);
 	after = page_faults();
 
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	before = page_faults();
 	sum = sum_bytes(view.data, view.mapped_bytes - sizeof(*view.status));
 	sum += kvscratch_view_state(&view) >> 32;
@@ -456,7 +456,7 @@ TEST_F_TIMEOUT(view, takes_no_faults, TEST_SECONDS)
 	before = page_faults();
 	sum_bytes(fresh, 64 * self->page);
 	EXPECT_LT(0, page_faults() - before);
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	munmap(buffer, bytes);
 	munmap(fresh, 64 * self->page);
 	close(fd);
@@ -506,10 +506,10 @@ TEST_F_TIMEOUT(view, pages_outlive_the_pad_in_a_pipe, TEST_SECONDS)
 	ASSERT_NE(NULL, got);
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
 	ASSERT_EQ(0, append_rows(fd, ROW_BYTES, 0, self->rows));
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	from = (struct iovec){ .iov_base = (void *)view.data, .iov_len = bytes };
 	ASSERT_EQ(bytes, vmsplice(pipes[1], &from, 1, 0));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	close(fd);
 
 	/* somebody else gets the memory, if it was given away */
@@ -545,7 +545,7 @@ FIXTURE_SETUP(lifetime) {
 		write_number(MAX_TOTAL, self->saved_total);
 		return;
 	}
-	EXPECT_EQ(0, kvscratch_map(self->fd, &self->view));
+	EXPECT_EQ(0, device_map(self->fd, &self->view));
 }
 
 FIXTURE_TEARDOWN(lifetime) {
@@ -571,21 +571,21 @@ TEST_F_TIMEOUT(lifetime, view_keeps_the_pad, TEST_SECONDS)
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
 	EXPECT_TRUE(view_rows_are(&self->view, 0, 4));
 	EXPECT_EQ(4, kvscratch_view_state(&self->view));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
 
 TEST_F_TIMEOUT(lifetime, every_descriptor_keeps_the_pad, TEST_SECONDS)
 {
 	int copy = dup(self->fd);
-	int reader = kvscratch_open_reader(self->fd);
+	int reader = device_open_reader(self->fd);
 
 	ASSERT_LE(0, copy);
 	ASSERT_LE(0, reader);
 	close(self->fd);
 	ASSERT_EQ(0, append_rows(copy, ROW_BYTES, 0, 1));
 	EXPECT_TRUE(view_rows_are(&self->view, 0, 1));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
 	close(copy);
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
@@ -627,7 +627,7 @@ TEST_F_TIMEOUT(lifetime, failed_maps_leave_nothing, TEST_SECONDS)
 	}
 	EXPECT_EQ(refs, number_in_file(REFCNT, NULL));
 	close(self->fd);
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
 
@@ -660,7 +660,7 @@ TEST_F_TIMEOUT(lifetime, fork_shares_the_view, TEST_SECONDS)
 	ASSERT_EQ(0, wait_for(parent.pid));
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 0, 7));
 	close(self->fd);
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	ASSERT_TRUE(say(parent.line));
 	ASSERT_TRUE(hear(parent.line));
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
@@ -675,12 +675,12 @@ TEST_F_TIMEOUT(lifetime, killed_writer_hurts_nobody, TEST_SECONDS)
 	uint64_t state;
 
 	if (start_child(&writer)) {
-		kvscratch_unmap(&self->view);
+		device_unmap(&self->view);
 		CHILD_CHECK(say(writer.line));
 		for (;;) {
 			for (uint32_t row = 0; row < self->rows; row++)
 				CHILD_CHECK(!append_rows(self->fd, ROW_BYTES, row, 1));
-			CHILD_CHECK(!kvscratch_truncate(self->fd, 0, KVSCRATCH_TRUNCATE_ZERO));
+			CHILD_CHECK(!device_truncate(self->fd, 0, KVSCRATCH_TRUNCATE_ZERO));
 		}
 	}
 	close(self->fd);
@@ -697,7 +697,7 @@ TEST_F_TIMEOUT(lifetime, killed_writer_hurts_nobody, TEST_SECONDS)
 	EXPECT_TRUE(view_rows_are(&self->view, 0, kvscratch_state_len(state)));
 	EXPECT_EQ(kvscratch_state_len(state), kvscratch_view_valid_rows(&self->view, state));
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
 
@@ -707,15 +707,15 @@ TEST_F_TIMEOUT(lifetime, killed_holder_leaks_nothing, TEST_SECONDS)
 
 	if (start_child(&holder)) {
 		CHILD_CHECK(dup(self->fd) >= 0);
-		CHILD_CHECK(kvscratch_open_reader(self->fd) >= 0);
-		CHILD_CHECK(!kvscratch_map(self->fd, &self->view));
+		CHILD_CHECK(device_open_reader(self->fd) >= 0);
+		CHILD_CHECK(!device_map(self->fd, &self->view));
 		CHILD_CHECK(say(holder.line));
 		hear(holder.line);
 		_exit(1);
 	}
 	ASSERT_TRUE(hear(holder.line));
 	close(self->fd);
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
 	kill(holder.pid, SIGKILL);
 	EXPECT_EQ(128 + SIGKILL, end_child(&holder));
@@ -729,7 +729,7 @@ TEST_F_TIMEOUT(lifetime, dropped_pages_do_not_come_back, TEST_SECONDS)
 	void *at = (void *)self->view.data;
 
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 0, 1));
-	ASSERT_EQ(0, kvscratch_map(self->fd, &other));
+	ASSERT_EQ(0, device_map(self->fd, &other));
 	if (start_child(&child)) {
 		CHILD_CHECK(!madvise(at, page_bytes(), MADV_DONTNEED));
 		/* never a page of zeros in place of rows */
@@ -739,8 +739,8 @@ TEST_F_TIMEOUT(lifetime, dropped_pages_do_not_come_back, TEST_SECONDS)
 	EXPECT_EQ(128 + SIGBUS, end_child(&child));
 	EXPECT_TRUE(view_rows_are(&self->view, 0, 1));
 	EXPECT_TRUE(view_rows_are(&other, 0, 1));
-	kvscratch_unmap(&other);
-	kvscratch_unmap(&self->view);
+	device_unmap(&other);
+	device_unmap(&self->view);
 	close(self->fd);
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
@@ -760,7 +760,7 @@ TEST_F_TIMEOUT(lifetime, dontfork_is_honoured, TEST_SECONDS)
 	}
 	EXPECT_EQ(128 + SIGSEGV, end_child(&child));
 	EXPECT_TRUE(view_rows_are(&self->view, 0, 1));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	close(self->fd);
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
@@ -768,7 +768,7 @@ TEST_F_TIMEOUT(lifetime, dontfork_is_honoured, TEST_SECONDS)
 TEST_F_TIMEOUT(lifetime, module_stays_while_anything_is_left, TEST_SECONDS)
 {
 	long long refs = number_in_file(REFCNT, NULL);
-	int unbound = kvscratch_open(O_RDONLY);
+	int unbound = device_open(O_RDONLY);
 
 	/* the handle; the view pins its file and no further reference */
 	ASSERT_LE(1, refs);
@@ -781,7 +781,7 @@ TEST_F_TIMEOUT(lifetime, module_stays_while_anything_is_left, TEST_SECONDS)
 	EXPECT_EQ(refs, number_in_file(REFCNT, NULL));
 	EXPECT_ERRNO(EWOULDBLOCK, syscall(SYS_delete_module, "kvscratch", O_NONBLOCK));
 	EXPECT_EQ(0, kvscratch_view_state(&self->view));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(refs - 1, number_in_file(REFCNT, NULL));
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
@@ -798,19 +798,19 @@ TEST_F_TIMEOUT(view, attach_never_widens_rights, TEST_SECONDS)
 	const int accesses[] = { O_RDONLY, O_WRONLY, O_RDWR };
 
 	for (size_t i = 0; i < ARRAY_SIZE(accesses); i++) {
-		int source = kvscratch_open(accesses[i]);
+		int source = device_open(accesses[i]);
 
 		ASSERT_LE(0, source);
-		ASSERT_EQ(0, kvscratch_attach(source, self->fd));
+		ASSERT_EQ(0, device_attach(source, self->fd));
 		for (size_t j = 0; j < ARRAY_SIZE(accesses); j++) {
 			int expected = is_subset(accesses[j], accesses[i]) ? 0 : -EACCES;
-			int fd = kvscratch_open(accesses[j]);
+			int fd = device_open(accesses[j]);
 
 			ASSERT_LE(0, fd);
-			EXPECT_EQ(expected, kvscratch_attach(fd, source))
+			EXPECT_EQ(expected, device_attach(fd, source))
 				TH_LOG("access %d from %d", accesses[j], accesses[i]);
 			/* a refused handle is still unbound, an attached one is not */
-			EXPECT_EQ(expected ? 0 : -EBUSY, kvscratch_attach(fd, self->fd));
+			EXPECT_EQ(expected ? 0 : -EBUSY, device_attach(fd, self->fd));
 			close(fd);
 		}
 		close(source);
@@ -837,26 +837,26 @@ static void child_uses_reader(int line, uint32_t row_bytes)
 	poll_in.fd = fd;
 	CHILD_CHECK(poll(&poll_in, 1, -1) == 1 && poll_in.revents & POLLIN);
 	CHILD_CHECK(read(fd, row, row_bytes) == (ssize_t)row_bytes && row_is(row, row_bytes, 0));
-	CHILD_CHECK(!kvscratch_map(fd, &view));
+	CHILD_CHECK(!device_map(fd, &view));
 	CHILD_CHECK(view_rows_are(&view, 0, kvscratch_view_state(&view)));
 	CHILD_CHECK(kvscratch_view_state(&view) > 1);
 
 	CHILD_CHECK_ERRNO(EBADF, write(fd, row, row_bytes));
-	CHILD_CHECK(kvscratch_truncate(fd, 0, 0) == -EACCES);
-	CHILD_CHECK(kvscratch_create(fd, 1, 1, KVSCRATCH_DTYPE_U8) == -EBUSY);
+	CHILD_CHECK(device_truncate(fd, 0, 0) == -EACCES);
+	CHILD_CHECK(device_create(fd, 1, 1, KVSCRATCH_DTYPE_U8) == -EBUSY);
 	CHILD_CHECK_ERRNO(EACCES, mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED,
 				       fd, 0));
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
 	for (size_t i = 0; i < ARRAY_SIZE(writable); i++) {
-		other = kvscratch_open(writable[i]);
+		other = device_open(writable[i]);
 		CHILD_CHECK(other >= 0);
-		CHILD_CHECK(kvscratch_attach(other, fd) == -EACCES);
+		CHILD_CHECK(device_attach(other, fd) == -EACCES);
 		close(other);
 		/* opens the device, not the pad */
 		other = open(path, writable[i]);
 		CHILD_CHECK(other >= 0);
 		CHILD_CHECK_ERRNO(EBADFD, write(other, row, row_bytes));
-		CHILD_CHECK(kvscratch_truncate(other, 0, 0) == -EBADFD);
+		CHILD_CHECK(device_truncate(other, 0, 0) == -EBADFD);
 		close(other);
 	}
 
@@ -864,7 +864,7 @@ static void child_uses_reader(int line, uint32_t row_bytes)
 	CHILD_CHECK(say(line));
 	CHILD_CHECK(hear(line));
 	CHILD_CHECK(view_rows_are(&view, 0, kvscratch_view_state(&view)));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	CHILD_CHECK(len_of(fd) > 1);
 	CHILD_CHECK(pread(fd, row, row_bytes, row_bytes) == (ssize_t)row_bytes);
 	CHILD_CHECK(row_is(row, row_bytes, 1));
@@ -877,11 +877,11 @@ TEST_F_TIMEOUT(lifetime, passed_reader_reads_and_nothing_else, TEST_SECONDS)
 {
 	const char *name = "layer0.k";
 	struct child child;
-	int reader = kvscratch_open_reader(self->fd);
+	int reader = device_open_reader(self->fd);
 
 	ASSERT_LE(0, reader);
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 0, 5));
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	if (start_child(&child))
 		child_uses_reader(child.line, ROW_BYTES);
 	ASSERT_EQ(0, kvscratch_send_handles(child.line, &name, &reader, 1));
@@ -905,7 +905,7 @@ TEST_F_TIMEOUT(lifetime, passed_handle_in_flight_keeps_the_pad, TEST_SECONDS)
 	ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends));
 	ASSERT_EQ(0, kvscratch_send_handles(ends[0], &name, &self->fd, 1));
 	close(self->fd);
-	kvscratch_unmap(&self->view);
+	device_unmap(&self->view);
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
 	close(ends[0]);
 	EXPECT_EQ(-EDQUOT, room_for_a_pad(self->rows));
@@ -963,7 +963,7 @@ TEST_F_TIMEOUT(messages, as_many_handles_as_fit, TEST_SECONDS)
 
 		EXPECT_STREQ(names[i], at);
 		at += strlen(at) + 1;
-		ASSERT_EQ(0, kvscratch_info(got[i], &info));
+		ASSERT_EQ(0, device_info(got[i], &info));
 		EXPECT_EQ(i + 1, info.max_seq_len);
 		EXPECT_EQ(FD_CLOEXEC, fcntl(got[i], F_GETFD));
 		close(got[i]);
@@ -1173,7 +1173,7 @@ static void race_append(int fd, uint32_t generation, uint32_t row, uint32_t end)
 		uint32_t count = race_batch(row, end);
 
 		race_fill(rows, generation, row, count);
-		CHILD_CHECK(!kvscratch_append(fd, rows, count * sizeof(rows[0])));
+		CHILD_CHECK(!device_append(fd, rows, count * sizeof(rows[0])));
 		row += count;
 	}
 }
@@ -1190,7 +1190,7 @@ TEST_F_TIMEOUT(view, reader_never_sees_half_an_append, TEST_SECONDS)
 		int fd = new_pad(all, RACE_WORDS * sizeof(uint32_t));
 
 		ASSERT_LE(0, fd);
-		ASSERT_EQ(0, kvscratch_map(fd, &view));
+		ASSERT_EQ(0, device_map(fd, &view));
 		if (start_child(&writer)) {
 			CHILD_CHECK(say(writer.line));
 			race_append(fd, 0, 0, all);
@@ -1216,7 +1216,7 @@ TEST_F_TIMEOUT(view, reader_never_sees_half_an_append, TEST_SECONDS)
 			}
 		}
 		EXPECT_EQ(0, end_child(&writer));
-		kvscratch_unmap(&view);
+		device_unmap(&view);
 	}
 }
 
@@ -1275,7 +1275,7 @@ static void race_write(int fd, struct race *race)
 	/* race_word() has 20 bits for it */
 	for (uint32_t generation = 0; generation < 1 << 20; generation++) {
 		if (generation)
-			CHILD_CHECK(!kvscratch_truncate(fd, race_kept(generation), generation % 2 ?
+			CHILD_CHECK(!device_truncate(fd, race_kept(generation), generation % 2 ?
 							KVSCRATCH_TRUNCATE_ZERO : 0));
 		race_append(fd, generation, race_kept(generation), RACE_ROWS);
 		while (__atomic_load_n(&race->paced, __ATOMIC_RELAXED) &&
@@ -1299,7 +1299,7 @@ TEST_F_TIMEOUT(view, reader_is_told_what_a_truncate_took, TEST_SECONDS)
 
 	ASSERT_NE(MAP_FAILED, (void *)race);
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, kvscratch_map(fd, &view));
+	ASSERT_EQ(0, device_map(fd, &view));
 	if (start_child(&writer)) {
 		CHILD_CHECK(say(writer.line));
 		race_write(fd, race);
@@ -1322,7 +1322,7 @@ TEST_F_TIMEOUT(view, reader_is_told_what_a_truncate_took, TEST_SECONDS)
 	/* at rest everything is valid again */
 	EXPECT_TRUE(race_read(&view, &counts));
 	EXPECT_EQ(RACE_ROWS, kvscratch_view_valid_rows(&view, kvscratch_view_state(&view)));
-	kvscratch_unmap(&view);
+	device_unmap(&view);
 	munmap(race, sizeof(*race));
 }
 

@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * libkvscratch: KV-cache scratchpads for transformer inference, for programs in
+ * C and C++.
+ *
+ * A pad is a dense, row-major [max_seq_len, dim] matrix of one element type; a row
+ * holds one token. Rows are appended whole, each batch all or nothing; committed
+ * rows do not change until a truncate; who holds a handle sees them as one plain,
+ * growing array, read-only and without a copy. <linux/kvscratch.h> has the terms,
+ * the data types and the formats of scaled integers.
+ *
+ * Pads live in /dev/kvscratch or, where that does not exist, in a memfd of the
+ * same layout, which keeps fewer of the promises: see kvscratch_promises(). The
+ * environment variable KVSCRATCH_BACKEND=kernel|memfd decides for new pads; for
+ * others the handle does.
+ *
+ * Unless it says otherwise a function returns 0 or a count, and a negative errno
+ * on failure; kvscratch_error() then has a sentence about it. Output arguments are
+ * written on success only. Element counts, rows and lengths are in elements and
+ * rows, never bytes, unless the name says bytes.
+ *
+ * Threads: one pad object may be used by any number of threads at once, but for
+ * kvscratch_close(), which must come last, and kvscratch_wait(), of which one at a
+ * time may run on an object. Appends by many threads, objects and processes are
+ * ordered one after the other, each whole. Nothing here is async-signal-safe but
+ * the inline functions. After fork() the child may read; to append or truncate
+ * it attaches a handle of its own. Strings that are returned are constants, but
+ * for kvscratch_error().
+ */
+#ifndef LIBKVSCRATCH_H
+#define LIBKVSCRATCH_H
+
+#include <linux/kvscratch.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVSCRATCH_DEVICE "/dev/kvscratch"
+
+/* A handle on a pad: made by one of the next functions, ended by kvscratch_close() */
+struct kvscratch;
+
+/**
+ * struct kvscratch_geometry - what a pad is made of
+ * @max_seq_len: rows that fit, 1 to KVSCRATCH_MAX_SEQ_LEN
+ * @dim: elements per row
+ * @dtype: one of enum kvscratch_dtype: what is stored
+ * @input_dtype: what is appended; 0 is @dtype
+ * @frac_bits: fraction bits of an integer, else 0
+ *
+ * See struct kvscratch_create in <linux/kvscratch.h> for what goes together.
+ */
+struct kvscratch_geometry {
+	uint64_t max_seq_len;
+	uint32_t dim;
+	uint32_t dtype;
+	uint32_t input_dtype;
+	uint32_t frac_bits;
+};
+
+/* Where a pad lives */
+enum kvscratch_backend {
+	KVSCRATCH_BACKEND_KERNEL = 1,
+	KVSCRATCH_BACKEND_MEMFD = 2
+};
+
+/*
+ * Making and ending handles. @access is O_RDONLY, O_WRONLY or O_RDWR of <fcntl.h>.
+ * What needs a right that the handle has not fails with EBADF or EACCES.
+ */
+
+/* Make a zero-filled pad of [max_seq_len, dim] elements of @dtype: all its memory is taken here. */
+int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, uint32_t dtype);
+
+/* The same for any geometry. */
+int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry);
+
+/* The same on @fd, an open, unbound handle of the device. The pad object takes over @fd. */
+int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry);
+
+/*
+ * Make a handle of its own on the pad of @fd, whose rights have to include @access.
+ * @fd stays the caller's. A writer needs the device node or, for a memfd, /proc.
+ */
+int kvscratch_attach(struct kvscratch **pad, int fd, int access);
+
+/*
+ * Use @fd, a handle that was inherited or received, as it is: with its rights, and
+ * with a file position that all share who have this open file. The pad object takes
+ * over @fd. Fails with EBADFD when it is an unbound handle, with ENOTTY when it is
+ * no handle at all; @fd is then still the caller's.
+ */
+int kvscratch_from_fd(struct kvscratch **pad, int fd);
+
+/* End a handle, its views and what kvscratch_as_tensor() gave. NULL does nothing. */
+void kvscratch_close(struct kvscratch *pad);
+
+/* The descriptor of a handle, to be passed on. It stays the pad object's. */
+int kvscratch_fd(const struct kvscratch *pad);
+
+/* The access mode of a handle: O_RDONLY, O_WRONLY or O_RDWR. */
+int kvscratch_access(const struct kvscratch *pad);
+
+/* Open a read-only handle of its own on the pad, to be passed to a reader; returns the descriptor. */
+int kvscratch_open_reader(const struct kvscratch *pad);
+
+/* Writing */
+
+/**
+ * kvscratch_append() - append one row
+ * @pad: a handle that may write
+ * @row: its elements, of the pad's input dtype
+ * @elements: how many; they have to be dim
+ *
+ * Errors: EINVAL (shape mismatch), ENOSPC (full), EDOM (a NaN or an infinity that
+ * would become an integer), EFAULT (@row cannot be read), EBADF, EINTR.
+ * Nothing is committed then.
+ */
+int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements);
+
+/**
+ * kvscratch_append_rows() - append rows, all of them or none
+ * @pad: a handle that may write
+ * @rows: [nr_rows, elements], row-major
+ * @nr_rows: how many rows; 0 does nothing
+ * @elements: elements per row; they have to be dim
+ *
+ * Errors: as of kvscratch_append(), and E2BIG when the batch has more than
+ * KVSCRATCH_MAX_WRITE bytes. Readers see the batch at once.
+ */
+int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_rows,
+			  uint32_t elements);
+
+/* Keep the first @len rows; EINVAL when there are fewer. With @zero the rest is scrubbed. */
+int kvscratch_truncate(struct kvscratch *pad, uint64_t len, bool zero);
+
+/* Drop all rows. */
+int kvscratch_clear(struct kvscratch *pad, bool zero);
+
+/* Reading */
+
+/* Rows committed now; never fails on a handle that may read. */
+int64_t kvscratch_len(struct kvscratch *pad);
+
+/* 1, 0 or a negative errno */
+int kvscratch_is_empty(struct kvscratch *pad);
+
+/* max_seq_len and dim: these never fail. */
+uint64_t kvscratch_capacity(const struct kvscratch *pad);
+uint32_t kvscratch_dim(const struct kvscratch *pad);
+
+/* Everything there is to know; see struct kvscratch_info. */
+int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *info);
+
+/**
+ * struct kvscratch_view - a mapped pad
+ * @data: the [max_seq_len, dim] array; rows below the len of a loaded state
+ *	are committed
+ * @status: the status page
+ * @info: the pad as it was when it was mapped
+ * @mapped_bytes: length of the mapping that begins at @data
+ */
+struct kvscratch_view {
+	const void *data;
+	const struct kvscratch_status *status;
+	struct kvscratch_info info;
+	size_t mapped_bytes;
+};
+
+/*
+ * The view of a handle that may read, mapped by the first call. It stays valid and
+ * where it is until kvscratch_close(). NULL on failure; errno is set as well.
+ */
+const struct kvscratch_view *kvscratch_view(struct kvscratch *pad);
+
+/**
+ * struct kvscratch_tensor - the committed rows of one moment
+ * @data: [len, dim] elements, row-major and dense
+ * @scales: [len, dim / 32] scale bytes of MXINT8, else NULL
+ * @len: rows
+ * @dim: elements per row
+ * @dtype: one of enum kvscratch_dtype
+ * @state: for kvscratch_view_valid_rows()
+ */
+struct kvscratch_tensor {
+	const void *data;
+	const uint8_t *scales;
+	uint64_t len;
+	uint32_t dim;
+	uint32_t dtype;
+	uint64_t state;
+};
+
+/* The committed rows, without a copy; valid like kvscratch_view(), growing with the next call. */
+int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor);
+
+/*
+ * Copy rows [first, first + count), as stored, with the scales of all of them behind
+ * the elements of all of them, as they were at one moment. ERANGE when there are not that
+ * many; count 1 is the model's get_token().
+ */
+int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows);
+
+/*
+ * Sleep until the state (see kvscratch_view_state()) is another than @state; at once when it
+ * is already. @timeout_ms below 0 is none. ETIMEDOUT, or EINTR after a signal.
+ */
+int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
+
+/* The hot calls: a load or two, no system call */
+
+/*
+ * Load generation and len in one consistent word; rows below the len are
+ * committed. Pairs with the release store of the state by who writes.
+ */
+static inline uint64_t kvscratch_word_load(const union kvscratch_word *word)
+{
+#if UINTPTR_MAX > 0xffffffffu
+	return __atomic_load_n(&word->word, __ATOMIC_ACQUIRE);
+#else
+	const __u32 *generation = &word->half[KVSCRATCH_WORD_GENERATION];
+	const __u32 *rows = &word->half[KVSCRATCH_WORD_LEN];
+	uint32_t before, len, after;
+
+	do {
+		before = __atomic_load_n(generation, __ATOMIC_ACQUIRE);
+		len = __atomic_load_n(rows, __ATOMIC_ACQUIRE);
+		after = __atomic_load_n(generation, __ATOMIC_ACQUIRE);
+	} while (before != after);
+	return (uint64_t)after << 32 | len;
+#endif
+}
+
+/* State: generation << 32 | len */
+static inline uint64_t kvscratch_view_state(const struct kvscratch_view *view)
+{
+	return kvscratch_word_load(&view->status->state);
+}
+
+static inline uint32_t kvscratch_state_len(uint64_t state)
+{
+	return (uint32_t)state;
+}
+
+static inline uint32_t kvscratch_state_generation(uint64_t state)
+{
+	return (uint32_t)(state >> 32);
+}
+
+/**
+ * kvscratch_view_valid_rows() - which of the rows read since @state are good
+ * @view: the view they were read from
+ * @state: what kvscratch_view_state() returned before the reading began
+ *
+ * Returns n: rows below n, as they were read, are what was committed. It is
+ * the len of @state unless a truncate came in between.
+ */
+static inline uint32_t kvscratch_view_valid_rows(const struct kvscratch_view *view, uint64_t state)
+{
+	uint32_t generation = kvscratch_state_generation(state);
+	uint32_t len = kvscratch_state_len(state);
+	uint32_t now, kept;
+	uint64_t trunc;
+
+	__atomic_thread_fence(__ATOMIC_ACQUIRE);
+	now = kvscratch_state_generation(kvscratch_view_state(view));
+	if (now == generation)
+		return len;
+	trunc = kvscratch_word_load(&view->status->trunc);
+	if (now != (uint32_t)(generation + 1) || kvscratch_state_generation(trunc) != now)
+		return 0;
+	kept = kvscratch_state_len(trunc);
+	return kept < len ? kept : len;
+}
+
+/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad, otherwise NULL */
+static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
+{
+	if (view->info.nr_planes < 2)
+		return NULL;
+	return (const uint8_t *)view->data + view->info.planes[1].offset;
+}
+
+/* Words */
+
+/* What the latest function that failed in this thread has to say, without a full stop */
+const char *kvscratch_error(void);
+
+/* What a negative errno of any function here means, without a full stop */
+const char *kvscratch_strerror(int err);
+
+/* "f32" and the like; NULL and 0 for what is no dtype. */
+const char *kvscratch_dtype_name(uint32_t dtype);
+uint32_t kvscratch_dtype_by_name(const char *name);
+/* Bytes per element; 0 for what is no dtype. */
+uint32_t kvscratch_dtype_size(uint32_t dtype);
+
+/* "0.1.0" */
+const char *kvscratch_version(void);
+
+/* Promises */
+
+enum kvscratch_backend kvscratch_backend(const struct kvscratch *pad);
+
+/* "kernel" or "memfd" */
+const char *kvscratch_backend_name(enum kvscratch_backend backend);
+
+/*
+ * The backend of pads that are made from now on, by KVSCRATCH_BACKEND and whether the
+ * device exists; EINVAL when the variable has another value.
+ */
+int kvscratch_default_backend(void);
+
+/**
+ * struct kvscratch_promise - one promise and how far a backend keeps it
+ * @name: one word for machines, "whole-appends"
+ * @text: the promise as a sentence
+ * @holds: whether the backend keeps it
+ * @reason: if not, what may happen instead; else NULL
+ */
+struct kvscratch_promise {
+	const char *name;
+	const char *text;
+	bool holds;
+	const char *reason;
+};
+
+#define KVSCRATCH_NR_PROMISES 10
+
+/* KVSCRATCH_NR_PROMISES of them, in a constant array, the same ones for each backend */
+const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backend);
+
+/* Passing handles between processes */
+
+/* The most handles that fit one message (the kernel's SCM_MAX_FD). */
+#define KVSCRATCH_MAX_PASSED 253
+
+/**
+ * kvscratch_send_handles() - pass handles over a connected Unix stream socket
+ * @sock: the socket
+ * @names: one NUL-terminated name per handle, without white space
+ * @fds: the handles
+ * @count: 1 to KVSCRATCH_MAX_PASSED
+ *
+ * The message is a little-endian u32 with the length of the text that follows,
+ * and the text: each name and a newline, in the order of the descriptors,
+ * which ride on the first byte.
+ */
+int kvscratch_send_handles(int sock, const char *const *names, const int *fds, unsigned int count);
+
+/**
+ * kvscratch_receive_handles() - take what kvscratch_send_handles() passed
+ * @sock: the socket
+ * @text: receives the names, each ended by NUL instead of the newline
+ * @text_size: bytes at @text
+ * @fds: receives the handles, close-on-exec; the caller closes them
+ * @max_fds: entries at @fds
+ *
+ * Returns how many handles came. EPROTO when the message is malformed, carries
+ * more than fits, or names and descriptors do not agree; EMFILE when this process
+ * may not have that many descriptors; ECONNRESET when the peer hung up; nothing
+ * is left open then.
+ */
+int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
+			      unsigned int max_fds);
+
+/* Listen on, or connect to, the Unix stream socket at @path; returns the socket. */
+int kvscratch_listen(const char *path);
+int kvscratch_connect(const char *path);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
