@@ -319,17 +319,17 @@ int kvscratch_default_backend(void);
  * struct kvscratch_promise - one promise and how far a backend keeps it
  * @name: one word for machines, "whole-appends"
  * @text: the promise as a sentence
+ * @reason: what may happen instead where it is not kept; else NULL
  * @holds: whether the backend keeps it
- * @reason: if not, what may happen instead; else NULL
  */
 struct kvscratch_promise {
 	const char *name;
 	const char *text;
-	bool holds;
 	const char *reason;
+	bool holds;
 };
 
-#define KVSCRATCH_NR_PROMISES 10
+#define KVSCRATCH_NR_PROMISES 11
 
 /* KVSCRATCH_NR_PROMISES of them, in a constant array, the same ones for each backend */
 const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backend);

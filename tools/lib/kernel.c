@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Pads of the module: every call is one of the device's.
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#include "backend.h"
+#include "device.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <time.h>
+#include <unistd.h>
+
+static int open_device(int access)
+{
+	int fd = device_open(access);
+
+	return fd < 0 ? cannot("open " KVSCRATCH_DEVICE, fd) : fd;
+}
+
+static int bind_new(int fd, const struct kvscratch_geometry *geometry)
+{
+	int err = device_create_scaled(fd, geometry->max_seq_len, geometry->dim, geometry->dtype,
+				       geometry->input_dtype, geometry->frac_bits);
+
+	return err ? set_error(err, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
+			       geometry->max_seq_len, geometry->dim,
+			       kvscratch_dtype_name(geometry->dtype), kvscratch_strerror(err)) : 0;
+}
+
+static int kernel_create(int *fd, const struct kvscratch_geometry *geometry)
+{
+	int err;
+
+	*fd = open_device(O_RDWR);
+	if (*fd < 0)
+		return *fd;
+	err = bind_new(*fd, geometry);
+	if (err)
+		close(*fd);
+	return err;
+}
+
+static int kernel_reopen(int *fd, int src_fd, int access)
+{
+	int err;
+
+	*fd = open_device(access);
+	if (*fd < 0)
+		return *fd;
+	err = device_attach(*fd, src_fd);
+	if (!err)
+		return 0;
+	close(*fd);
+	return cannot("attach to the pad", err);
+}
+
+static int kernel_adopt(struct kvscratch *pad)
+{
+	int err = device_info(pad->fd, &pad->info);
+
+	/* other files know no such ioctl; some call the wrong one ENOTTY, some EINVAL */
+	if (err == -ENOTTY || err == -EINVAL || err == -EOPNOTSUPP)
+		return -ENOTTY;
+	return err ? set_error(err, "descriptor %d: %s", pad->fd, kvscratch_strerror(err)) : 0;
+}
+
+static void kernel_release(struct kvscratch *pad)
+{
+	(void)pad;
+}
+
+static int kernel_info(struct kvscratch *pad, struct kvscratch_info *info)
+{
+	int err = device_info(pad->fd, info);
+
+	return err ? cannot("describe the pad", err) : 0;
+}
+
+static int kernel_append(struct kvscratch *pad, const void *rows, uint64_t nr_rows)
+{
+	struct kvscratch_info info;
+	int err = -ENOSPC;
+
+	/* a batch of more rows than fit may be too long to be written */
+	if (nr_rows <= pad->info.max_seq_len)
+		err = device_append(pad->fd, rows, nr_rows * pad->info.input_row_bytes);
+	if (err == -ENOSPC && !device_info(pad->fd, &info))
+		return fail_room(info.len, nr_rows, info.max_seq_len);
+	return err ? cannot("append", err) : 0;
+}
+
+static int kernel_truncate(struct kvscratch *pad, uint64_t len, bool zero)
+{
+	struct kvscratch_info info;
+	int err = device_truncate(pad->fd, len, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+
+	if (err == -EINVAL && !device_info(pad->fd, &info))
+		return set_error(err, "expected at most %" PRIu64 ", the committed rows, got %"
+				 PRIu64, (uint64_t)info.len, len);
+	return err ? cannot("truncate", err) : 0;
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
+static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
+{
+	struct pollfd polled = { .fd = pad->fd, .events = POLLIN | POLLPRI };
+	const int64_t end = now_ms() + timeout_ms;
+
+	for (;;) {
+		int64_t left = timeout_ms < 0 ? -1 : end - now_ms();
+		off_t seen = (off_t)kvscratch_state_len(state) * pad->info.row_bytes;
+		int ready;
+
+		/* acknowledge, then look, then sleep: see struct kvscratch_status */
+		lseek(pad->fd, seen, SEEK_SET);
+		if (kvscratch_view_state(pad->view) != state)
+			return 0;
+		if (timeout_ms >= 0 && left < 0)
+			left = 0;
+		ready = poll(&polled, 1, left);
+		if (ready < 0)
+			return cannot("wait", -errno);
+		if (!ready)
+			return set_error(-ETIMEDOUT, "nothing was appended or dropped in time");
+	}
+}
+
+const struct backend kernel_backend = {
+	.id = KVSCRATCH_BACKEND_KERNEL,
+	.create = kernel_create,
+	.reopen = kernel_reopen,
+	.adopt = kernel_adopt,
+	.release = kernel_release,
+	.info = kernel_info,
+	.append = kernel_append,
+	.truncate = kernel_truncate,
+	.wait = kernel_wait,
+};
+
+int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry)
+{
+	struct kvscratch_info unused;
+	int err = lay_out(&unused, geometry);
+
+	if (!err)
+		err = bind_new(fd, geometry);
+	return err ? err : kvscratch_from_fd(pad, fd);
+}

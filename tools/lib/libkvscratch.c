@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Pad objects: what is the same on every backend.
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#include "backend.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* Errors */
+
+static __thread char error_text[256] = "no error";
+
+int set_error(int err, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(error_text, sizeof(error_text), format, arguments);
+	va_end(arguments);
+	return err;
+}
+
+int cannot(const char *what, int err)
+{
+	return set_error(err, "cannot %s: %s", what, kvscratch_strerror(err));
+}
+
+int fail_room(uint64_t len, uint64_t rows, uint64_t max_seq_len)
+{
+	if (len == max_seq_len && rows == 1)
+		return set_error(-ENOSPC, "Scratchpad full: %" PRIu64 " / %" PRIu64 " tokens", len,
+				 max_seq_len);
+	return set_error(-ENOSPC, "Scratchpad overflow: %" PRIu64 " + %" PRIu64 " > %" PRIu64
+			 " max", len, rows, max_seq_len);
+}
+
+const char *kvscratch_error(void)
+{
+	return error_text;
+}
+
+const char *kvscratch_version(void)
+{
+	return KVSCRATCH_VERSION;
+}
+
+/* Geometry */
+
+static bool is_float(uint32_t dtype)
+{
+	return dtype == KVSCRATCH_DTYPE_F64 || dtype == KVSCRATCH_DTYPE_F32 ||
+	       dtype == KVSCRATCH_DTYPE_F16 || dtype == KVSCRATCH_DTYPE_BF16;
+}
+
+static bool may_have_frac_bits(uint32_t dtype)
+{
+	return dtype == KVSCRATCH_DTYPE_I64 || dtype == KVSCRATCH_DTYPE_I32 ||
+	       dtype == KVSCRATCH_DTYPE_I16 || dtype == KVSCRATCH_DTYPE_I8;
+}
+
+static int check_dtypes(const struct kvscratch_geometry *geometry, uint32_t input_dtype)
+{
+	const char *stored = kvscratch_dtype_name(geometry->dtype);
+	const char *input = kvscratch_dtype_name(input_dtype);
+	bool mx = geometry->dtype == KVSCRATCH_DTYPE_MXINT8;
+	bool integer = may_have_frac_bits(geometry->dtype);
+
+	if (!stored || !input)
+		return set_error(-EINVAL, "dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 "
+				 "u8 and mxint8, got number %" PRIu32,
+				 stored ? input_dtype : geometry->dtype);
+	if (input_dtype != geometry->dtype && !(is_float(input_dtype) && (mx || integer)))
+		return set_error(-EINVAL, "input dtype: expected %s%s for a dtype of %s, got %s",
+				 stored, mx || integer ? " f64 f32 f16 or bf16" : "", stored,
+				 input);
+	if (geometry->frac_bits > (integer ? KVSCRATCH_MAX_FRAC_BITS : 0))
+		return set_error(-EINVAL, "fraction bits: expected at most %d for %s, got %" PRIu32,
+				 integer ? KVSCRATCH_MAX_FRAC_BITS : 0, stored,
+				 geometry->frac_bits);
+	return 0;
+}
+
+static int check_geometry(const struct kvscratch_geometry *geometry, uint32_t input_dtype)
+{
+	int err = check_dtypes(geometry, input_dtype);
+
+	if (err)
+		return err;
+	if (!geometry->max_seq_len || geometry->max_seq_len > KVSCRATCH_MAX_SEQ_LEN)
+		return set_error(-EINVAL, "max_seq_len: expected 1 to %" PRIu32 " rows, got %"
+				 PRIu64, KVSCRATCH_MAX_SEQ_LEN, geometry->max_seq_len);
+	if (!geometry->dim)
+		return set_error(-EINVAL, "dim: expected at least 1, got 0");
+	if (geometry->dtype == KVSCRATCH_DTYPE_MXINT8 && geometry->dim % KVSCRATCH_MX_BLOCK)
+		return set_error(-EINVAL, "dim: expected a multiple of %d for mxint8, got %" PRIu32,
+				 KVSCRATCH_MX_BLOCK, geometry->dim);
+	return 0;
+}
+
+int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geometry)
+{
+	uint32_t input_dtype = geometry->input_dtype ? geometry->input_dtype : geometry->dtype;
+	const uint64_t page = sysconf(_SC_PAGESIZE);
+	uint64_t elements, scales, input, end = 0;
+	int err = check_geometry(geometry, input_dtype);
+
+	if (err)
+		return err;
+	elements = (uint64_t)geometry->dim * kvscratch_dtype_size(geometry->dtype);
+	scales = geometry->dtype == KVSCRATCH_DTYPE_MXINT8 ? geometry->dim / KVSCRATCH_MX_BLOCK : 0;
+	input = input_dtype == geometry->dtype ? elements + scales :
+		(uint64_t)geometry->dim * kvscratch_dtype_size(input_dtype);
+	if (elements + scales > KVSCRATCH_MAX_ROW_BYTES || input > KVSCRATCH_MAX_ROW_BYTES)
+		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu64,
+				 KVSCRATCH_MAX_ROW_BYTES,
+				 elements + scales > input ? elements + scales : input);
+	*info = (struct kvscratch_info){
+		.size = sizeof(*info),
+		.max_seq_len = geometry->max_seq_len,
+		.dim = geometry->dim,
+		.dtype = geometry->dtype,
+		.row_bytes = elements + scales,
+		.input_row_bytes = input,
+		.data_bytes = geometry->max_seq_len * (elements + scales),
+		.nr_planes = scales ? 2 : 1,
+		.planes = { { .row_bytes = elements }, { .row_bytes = scales } },
+		.input_dtype = input_dtype,
+		.frac_bits = geometry->frac_bits,
+	};
+	for (uint32_t i = 0; i < info->nr_planes; i++) {
+		info->planes[i].offset = end;
+		end += geometry->max_seq_len * info->planes[i].row_bytes;
+		end = (end + page - 1) / page * page;
+	}
+	info->status_offset = end;
+	return 0;
+}
+
+/* Backends */
+
+static const struct backend *const backends[] = { &kernel_backend, &memfd_backend };
+
+const char *kvscratch_backend_name(enum kvscratch_backend backend)
+{
+	return backend == KVSCRATCH_BACKEND_MEMFD ? "memfd" : "kernel";
+}
+
+int kvscratch_default_backend(void)
+{
+	const char *name = secure_getenv("KVSCRATCH_BACKEND");
+
+	if (!name || !*name)
+		return access(KVSCRATCH_DEVICE, F_OK) ? KVSCRATCH_BACKEND_MEMFD :
+							KVSCRATCH_BACKEND_KERNEL;
+	if (!strcmp(name, "kernel"))
+		return KVSCRATCH_BACKEND_KERNEL;
+	if (!strcmp(name, "memfd"))
+		return KVSCRATCH_BACKEND_MEMFD;
+	return set_error(-EINVAL, "KVSCRATCH_BACKEND: expected kernel or memfd, got \"%s\"", name);
+}
+
+enum kvscratch_backend kvscratch_backend(const struct kvscratch *pad)
+{
+	return pad->backend->id;
+}
+
+/* Handles */
+
+static struct kvscratch *allocate_pad(int fd, int access)
+{
+	struct kvscratch *pad = calloc(1, sizeof(*pad));
+
+	if (!pad) {
+		set_error(-ENOMEM, "out of memory");
+		return NULL;
+	}
+	pad->fd = fd;
+	pad->access = access;
+	pthread_mutex_init(&pad->lock, NULL);
+	return pad;
+}
+
+static void free_pad(struct kvscratch *pad)
+{
+	pthread_mutex_destroy(&pad->lock);
+	free(pad);
+}
+
+/* Make an object of @fd, which it takes over if that succeeds. */
+static int adopt(struct kvscratch **out, const struct backend *backend, int fd, int access,
+		 bool inherited)
+{
+	struct kvscratch *pad = allocate_pad(fd, access);
+	int err;
+
+	if (!pad)
+		return -ENOMEM;
+	pad->backend = backend;
+	pad->inherited = inherited;
+	err = backend->adopt(pad);
+	if (err)
+		free_pad(pad);
+	else
+		*out = pad;
+	return err;
+}
+
+static int adopt_or_close(struct kvscratch **pad, const struct backend *backend, int fd, int access)
+{
+	int err = adopt(pad, backend, fd, access, false);
+
+	if (err)
+		close(fd);
+	return err;
+}
+
+int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
+{
+	const struct kvscratch_geometry geometry = {
+		.max_seq_len = max_seq_len,
+		.dim = dim,
+		.dtype = dtype,
+	};
+
+	return kvscratch_new_geometry(pad, &geometry);
+}
+
+int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry)
+{
+	const struct backend *backend;
+	struct kvscratch_info unused;
+	int err = lay_out(&unused, geometry);
+	int id = kvscratch_default_backend();
+	int fd;
+
+	if (err || id < 0)
+		return err ? err : id;
+	backend = id == KVSCRATCH_BACKEND_MEMFD ? &memfd_backend : &kernel_backend;
+	err = backend->create(&fd, geometry);
+	return err ? err : adopt_or_close(pad, backend, fd, O_RDWR);
+}
+
+/* The access mode of @fd, or a negative errno */
+static int access_of(int fd)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0 || flags & O_PATH)
+		return set_error(-EBADF, "descriptor %d: expected a handle, got %s", fd,
+				 flags < 0 ? "none" : "a path");
+	return flags & O_ACCMODE;
+}
+
+/* EBADFD where it is known whose handle it is, and that it has no pad */
+static int find_backend(struct kvscratch **pad, int fd, int access)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(backends); i++) {
+		int err = adopt(pad, backends[i], fd, access, true);
+
+		if (err != -ENOTTY)
+			return err;
+	}
+	return set_error(-ENOTTY, "descriptor %d: expected a handle of a pad, got something else",
+			 fd);
+}
+
+int kvscratch_from_fd(struct kvscratch **pad, int fd)
+{
+	int access = access_of(fd);
+
+	return access < 0 ? access : find_backend(pad, fd, access);
+}
+
+int kvscratch_attach(struct kvscratch **pad, int fd, int access)
+{
+	struct kvscratch *source;
+	int has = access_of(fd);
+	int err, own;
+
+	if (has < 0)
+		return has;
+	if (has != O_RDWR && has != access)
+		return set_error(-EACCES, "descriptor %d: expected it open for no less than is "
+				 "asked for, got %s only", fd, has == O_RDONLY ? "read" : "write");
+	/* only to see whose it is: a writer is not needed for that */
+	err = find_backend(&source, fd, has == O_RDWR ? O_RDONLY : has);
+	if (err)
+		return err;
+	err = source->backend->reopen(&own, source->fd, access);
+	if (!err)
+		err = adopt_or_close(pad, source->backend, own, access);
+	/* but for the descriptor, which is the caller's */
+	source->fd = -1;
+	kvscratch_close(source);
+	return err;
+}
+
+void kvscratch_close(struct kvscratch *pad)
+{
+	if (!pad)
+		return;
+	if (pad->view)
+		munmap((void *)pad->mapping.data, pad->mapping.mapped_bytes);
+	pad->backend->release(pad);
+	if (pad->fd >= 0)
+		close(pad->fd);
+	free_pad(pad);
+}
+
+int kvscratch_fd(const struct kvscratch *pad)
+{
+	return pad->fd;
+}
+
+int kvscratch_access(const struct kvscratch *pad)
+{
+	return pad->access;
+}
+
+static int check_access(const struct kvscratch *pad, int access)
+{
+	if (pad->access == O_RDWR || pad->access == access)
+		return 0;
+	return set_error(-EBADF, "expected a handle open for %s, got one for %s only",
+			 access == O_RDONLY ? "read" : "write",
+			 access == O_RDONLY ? "write" : "read");
+}
+
+int kvscratch_open_reader(const struct kvscratch *pad)
+{
+	int err = check_access(pad, O_RDONLY);
+	int fd;
+
+	if (!err)
+		err = pad->backend->reopen(&fd, pad->fd, O_RDONLY);
+	return err ? err : fd;
+}
+
+/* Writing */
+
+int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements)
+{
+	return kvscratch_append_rows(pad, row, 1, elements);
+}
+
+int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_rows,
+			  uint32_t elements)
+{
+	const struct kvscratch_info *info = &pad->info;
+	const uint64_t most = KVSCRATCH_MAX_WRITE / info->input_row_bytes;
+	int err = check_access(pad, O_WRONLY);
+
+	if (err)
+		return err;
+	if (elements != info->dim)
+		return set_error(-EINVAL, "shape mismatch: expected %" PRIu32 " elements, got %"
+				 PRIu32, (uint32_t)info->dim, elements);
+	if (!nr_rows)
+		return 0;
+	if (nr_rows > most && nr_rows <= info->max_seq_len)
+		return set_error(-E2BIG, "expected at most %" PRIu64 " rows at once, got %" PRIu64,
+				 most, nr_rows);
+	return pad->backend->append(pad, rows, nr_rows);
+}
+
+int kvscratch_truncate(struct kvscratch *pad, uint64_t len, bool zero)
+{
+	int err = check_access(pad, O_WRONLY);
+
+	return err ? err : pad->backend->truncate(pad, len, zero);
+}
+
+int kvscratch_clear(struct kvscratch *pad, bool zero)
+{
+	return kvscratch_truncate(pad, 0, zero);
+}
+
+/* Reading */
+
+static const struct kvscratch_view *mapped_view(const struct kvscratch *pad)
+{
+	return __atomic_load_n(&pad->view, __ATOMIC_ACQUIRE);
+}
+
+int64_t kvscratch_len(struct kvscratch *pad)
+{
+	const struct kvscratch_view *view = mapped_view(pad);
+	struct kvscratch_info info;
+	int err;
+
+	if (view)
+		return kvscratch_state_len(kvscratch_view_state(view));
+	err = kvscratch_info(pad, &info);
+	return err ? err : (int64_t)info.len;
+}
+
+int kvscratch_is_empty(struct kvscratch *pad)
+{
+	int64_t len = kvscratch_len(pad);
+
+	return len < 0 ? (int)len : !len;
+}
+
+uint64_t kvscratch_capacity(const struct kvscratch *pad)
+{
+	return pad->info.max_seq_len;
+}
+
+uint32_t kvscratch_dim(const struct kvscratch *pad)
+{
+	return pad->info.dim;
+}
+
+int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *info)
+{
+	return pad->backend->info(pad, info);
+}
+
+static int map_view(struct kvscratch *pad)
+{
+	struct kvscratch_view view;
+	void *data;
+	int err = kvscratch_info(pad, &view.info);
+
+	if (err)
+		return err;
+	if (view.info.status_offset > SIZE_MAX / 2)
+		return set_error(-EOVERFLOW, "cannot map %" PRIu64 " bytes: this program has "
+				 "32-bit addresses", (uint64_t)view.info.status_offset);
+	view.mapped_bytes = view.info.status_offset + sysconf(_SC_PAGESIZE);
+	/* populated, for what has no pages by itself: the module maps all of them anyway */
+	data = mmap(NULL, view.mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, pad->fd, 0);
+	if (data == MAP_FAILED)
+		return cannot("map the pad", -errno);
+	view.data = data;
+	view.status = (const void *)((const char *)data + view.info.status_offset);
+	pad->mapping = view;
+	__atomic_store_n(&pad->view, &pad->mapping, __ATOMIC_RELEASE);
+	return 0;
+}
+
+const struct kvscratch_view *kvscratch_view(struct kvscratch *pad)
+{
+	int err = 0;
+
+	if (mapped_view(pad))
+		return mapped_view(pad);
+	pthread_mutex_lock(&pad->lock);
+	if (!pad->view)
+		err = check_access(pad, O_RDONLY);
+	if (!err && !pad->view)
+		err = map_view(pad);
+	pthread_mutex_unlock(&pad->lock);
+	if (err)
+		errno = -err;
+	return mapped_view(pad);
+}
+
+int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor)
+{
+	const struct kvscratch_view *view = kvscratch_view(pad);
+
+	if (!view)
+		return -errno;
+	tensor->state = kvscratch_view_state(view);
+	tensor->data = view->data;
+	tensor->scales = kvscratch_view_scales(view);
+	tensor->len = kvscratch_state_len(tensor->state);
+	tensor->dim = view->info.dim;
+	tensor->dtype = view->info.dtype;
+	return 0;
+}
+
+int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows)
+{
+	const struct kvscratch_view *view = kvscratch_view(pad);
+	uint64_t state;
+
+	if (!view)
+		return -errno;
+	do {
+		char *to = rows;
+
+		state = kvscratch_view_state(view);
+		if (first > kvscratch_state_len(state) ||
+		    count > kvscratch_state_len(state) - first)
+			return set_error(-ERANGE, "expected rows below %" PRIu32 ", got %" PRIu64
+					 " from %" PRIu64 " on", kvscratch_state_len(state), count,
+					 first);
+		for (uint32_t i = 0; i < view->info.nr_planes; i++) {
+			const struct kvscratch_plane *plane = &view->info.planes[i];
+
+			memcpy(to, (const char *)view->data + plane->offset +
+			       first * plane->row_bytes, count * plane->row_bytes);
+			to += count * plane->row_bytes;
+		}
+	} while (kvscratch_view_valid_rows(view, state) < first + count);
+	return 0;
+}
+
+int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
+{
+	const struct kvscratch_view *view = kvscratch_view(pad);
+
+	if (!view)
+		return -errno;
+	return pad->backend->wait(pad, state, timeout_ms);
+}

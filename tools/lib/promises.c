@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What each backend keeps of what a pad promises. The README and kvscratch_promises(3)
+ * say the same; the tests of the library try each that a program can.
+ */
+#include "backend.h"
+
+#define KEPT(...) { __VA_ARGS__, NULL, true }
+#define NOT_KEPT(...) { __VA_ARGS__, false }
+
+#define WHOLE_APPENDS	"whole-appends", "an append is committed as a whole or not at all"
+#define NO_TORN_ROWS	"no-torn-rows", "no reader is handed part of a row or of a batch"
+#define ZERO_COPY	"zero-copy-views", "views are contiguous, live and without a copy"
+#define LIFETIME	"lifetime", "a pad lives exactly as long as somebody holds it"
+#define ACCOUNTED	"accounted", "memory is charged to the cgroup of the creator"
+#define IMMUTABLE	"immutable-rows", "committed rows do not change until a truncate"
+#define READ_ONLY	"read-only-handles", "who was given a handle for reading cannot write"
+#define NO_ALLOCATION	"no-allocation", "an append allocates no memory"
+#define FAULTLESS	"faultless-views", "reading a mapped view takes no page fault"
+#define BOUNDED		"bounded", "limits refuse a new pad and kill nobody"
+#define POLL		"poll", "poll() and epoll report rows, room and truncates"
+
+static const struct kvscratch_promise kernel_promises[KVSCRATCH_NR_PROMISES] = {
+	KEPT(WHOLE_APPENDS),
+	KEPT(NO_TORN_ROWS),
+	KEPT(ZERO_COPY),
+	KEPT(LIFETIME),
+	KEPT(ACCOUNTED),
+	KEPT(IMMUTABLE),
+	KEPT(READ_ONLY),
+	KEPT(NO_ALLOCATION),
+	KEPT(FAULTLESS),
+	KEPT(BOUNDED),
+	KEPT(POLL),
+};
+
+/* The first ones as long as all who write do it through this library */
+static const struct kvscratch_promise memfd_promises[KVSCRATCH_NR_PROMISES] = {
+	KEPT(WHOLE_APPENDS),
+	KEPT(NO_TORN_ROWS),
+	KEPT(ZERO_COPY),
+	KEPT(LIFETIME),
+	KEPT(ACCOUNTED),
+	NOT_KEPT(IMMUTABLE, "whoever can write can overwrite any row, outside the library"),
+	NOT_KEPT(READ_ONLY, "the same user can open the memfd again for writing through /proc"),
+	NOT_KEPT(NO_ALLOCATION, "a page that was swapped out has to be read back"),
+	NOT_KEPT(FAULTLESS, "pages can be swapped out and migrated"),
+	NOT_KEPT(BOUNDED, "there is no limit but the cgroup's, whose OOM killer ends the creator"),
+	NOT_KEPT(POLL, "a memfd is always ready; kvscratch_wait() works"),
+};
+
+const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backend)
+{
+	return backend == KVSCRATCH_BACKEND_MEMFD ? memfd_promises : kernel_promises;
+}
