@@ -45,7 +45,7 @@ static const struct kvscratch_promise memfd_promises[KVSCRATCH_NR_PROMISES] = {
 	NOT_KEPT(READ_ONLY, "the same user can open the memfd again for writing through /proc"),
 	NOT_KEPT(NO_ALLOCATION, "a page that was swapped out has to be read back"),
 	NOT_KEPT(FAULTLESS, "pages can be swapped out and migrated"),
-	NOT_KEPT(BOUNDED, "there is no limit but the cgroup's, whose OOM killer ends the creator"),
+	NOT_KEPT(BOUNDED, "half of RAM per pad is the only limit; a full cgroup's OOM killer ends the creator"),
 	NOT_KEPT(POLL, "a memfd is always ready; kvscratch_wait() works"),
 };
 

@@ -1,0 +1,639 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * libkvscratch: the same tests over every backend; KVSCRATCH_BACKEND says which.
+ * What differs between them is kept(): nothing here asks for a backend by name.
+ */
+#include "common.h"
+
+#include <pthread.h>
+
+#define F32 KVSCRATCH_DTYPE_F32
+#define U8 KVSCRATCH_DTYPE_U8
+
+/* Whether pads that are made now keep the promise @name */
+static bool kept(const char *name)
+{
+	const struct kvscratch_promise *promises = kvscratch_promises(kvscratch_default_backend());
+
+	for (int i = 0; i < KVSCRATCH_NR_PROMISES; i++)
+		if (!strcmp(promises[i].name, name))
+			return promises[i].holds;
+	fprintf(stderr, "no promise is called %s\n", name);
+	abort();
+}
+
+#define EXPECT_ERROR(error, words, call) do { \
+	EXPECT_EQ(-(error), (long)(call)); \
+	EXPECT_STREQ(words, kvscratch_error()); \
+} while (0)
+
+FIXTURE(pad) {
+	struct kvscratch *pad;
+};
+
+FIXTURE_SETUP(pad)
+{
+	ASSERT_EQ(0, kvscratch_new(&self->pad, 10, 4, F32)) TH_LOG("%s", kvscratch_error());
+}
+
+FIXTURE_TEARDOWN(pad)
+{
+	kvscratch_close(self->pad);
+}
+
+static const float three_rows[3][4] = { { 1, 2, 3, 4 }, { 5, 6, 7, 8 }, { 9, 10, 11, 12 } };
+
+TEST_F(pad, is_empty_when_it_is_new)
+{
+	EXPECT_EQ(0, kvscratch_len(self->pad));
+	EXPECT_EQ(1, kvscratch_is_empty(self->pad));
+	EXPECT_EQ(10, kvscratch_capacity(self->pad));
+	EXPECT_EQ(4, kvscratch_dim(self->pad));
+	EXPECT_EQ(kvscratch_default_backend(), (int)kvscratch_backend(self->pad));
+	EXPECT_EQ(O_RDWR, kvscratch_access(self->pad));
+}
+
+TEST_F(pad, appends_rows_and_batches)
+{
+	struct kvscratch_tensor tensor;
+
+	EXPECT_EQ(0, kvscratch_append(self->pad, three_rows[0], 4));
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, three_rows[1], 2, 4));
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, NULL, 0, 4));
+	EXPECT_EQ(3, kvscratch_len(self->pad));
+	EXPECT_EQ(0, kvscratch_is_empty(self->pad));
+	ASSERT_EQ(0, kvscratch_as_tensor(self->pad, &tensor));
+	EXPECT_EQ(3, tensor.len);
+	EXPECT_EQ(4, tensor.dim);
+	EXPECT_EQ(F32, tensor.dtype);
+	EXPECT_EQ(NULL, tensor.scales);
+	EXPECT_EQ(0, memcmp(tensor.data, three_rows, sizeof(three_rows)));
+}
+
+TEST_F(pad, errors_are_in_the_words_of_the_model)
+{
+	float rows[11][4] = { 0 };
+
+	EXPECT_ERROR(EINVAL, "shape mismatch: expected 4 elements, got 3",
+		     kvscratch_append(self->pad, rows, 3));
+	EXPECT_ERROR(EINVAL, "shape mismatch: expected 4 elements, got 5",
+		     kvscratch_append_rows(self->pad, rows, 2, 5));
+	EXPECT_EQ(0, kvscratch_append(self->pad, rows, 4));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 1 + 10 > 10 max",
+		     kvscratch_append_rows(self->pad, rows, 10, 4));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 1 + 18446744073709551615 > 10 max",
+		     kvscratch_append_rows(self->pad, rows, UINT64_MAX, 4));
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, rows, 9, 4));
+	EXPECT_ERROR(ENOSPC, "Scratchpad full: 10 / 10 tokens",
+		     kvscratch_append(self->pad, rows, 4));
+	EXPECT_EQ(10, kvscratch_len(self->pad));
+}
+
+TEST(geometry_that_is_refused)
+{
+	static const struct {
+		struct kvscratch_geometry geometry;
+		const char *words;
+	} cases[] = {
+		{ { 0, 4, F32, 0, 0 }, "max_seq_len: expected 1 to 4294967295 rows, got 0" },
+		{ { 1ull << 32, 4, F32, 0, 0 },
+		  "max_seq_len: expected 1 to 4294967295 rows, got 4294967296" },
+		{ { 1, 0, F32, 0, 0 }, "dim: expected at least 1, got 0" },
+		{ { 1, 1 << 23, F32, 0, 0 },
+		  "dim: expected rows of at most 16777216 bytes, got 33554432" },
+		{ { 1, 4, 99, 0, 0 }, "dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 u8 "
+		  "and mxint8, got number 99" },
+		{ { 1, 4, F32, KVSCRATCH_DTYPE_F16, 0 },
+		  "input dtype: expected f32 for a dtype of f32, got f16" },
+		{ { 1, 4, KVSCRATCH_DTYPE_I8, U8, 0 },
+		  "input dtype: expected i8 f64 f32 f16 or bf16 for a dtype of i8, got u8" },
+		{ { 1, 4, F32, 0, 1 }, "fraction bits: expected at most 0 for f32, got 1" },
+		{ { 1, 4, KVSCRATCH_DTYPE_I8, F32, 63 },
+		  "fraction bits: expected at most 62 for i8, got 63" },
+		{ { 1, 33, KVSCRATCH_DTYPE_MXINT8, F32, 0 },
+		  "dim: expected a multiple of 32 for mxint8, got 33" },
+	};
+	struct kvscratch *pad;
+
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+		EXPECT_ERROR(EINVAL, cases[i].words,
+			     kvscratch_new_geometry(&pad, &cases[i].geometry));
+}
+
+/* Committed rows stay where they are, and the view grows without a call. */
+TEST_F(pad, a_view_is_live)
+{
+	const struct kvscratch_view *view = kvscratch_view(self->pad);
+	struct kvscratch_tensor tensor;
+
+	ASSERT_NE(NULL, view);
+	EXPECT_EQ(0, kvscratch_view_state(view));
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	EXPECT_EQ(3, kvscratch_state_len(kvscratch_view_state(view)));
+	EXPECT_EQ(0, memcmp(view->data, three_rows, sizeof(three_rows)));
+	ASSERT_EQ(0, kvscratch_as_tensor(self->pad, &tensor));
+	EXPECT_EQ(view->data, tensor.data);
+	EXPECT_EQ(view, kvscratch_view(self->pad));
+}
+
+TEST_F(pad, every_byte_of_a_view_can_be_touched)
+{
+	const struct kvscratch_view *view = kvscratch_view(self->pad);
+	const volatile uint8_t *bytes = view->data;
+	unsigned int sum = 0;
+
+	for (size_t i = 0; i < view->mapped_bytes - page_bytes(); i++)
+		sum += bytes[i];
+	EXPECT_EQ(0, sum);
+	EXPECT_EQ(KVSCRATCH_STATUS_MAGIC, view->status->magic);
+}
+
+TEST_F(pad, readers_learn_which_rows_a_truncate_kept)
+{
+	const struct kvscratch_view *view = kvscratch_view(self->pad);
+	struct kvscratch_info info;
+	uint64_t before;
+
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	before = kvscratch_view_state(view);
+	EXPECT_EQ(3, kvscratch_view_valid_rows(view, before));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 2, false));
+	EXPECT_EQ(2, kvscratch_view_valid_rows(view, before));
+	EXPECT_EQ(0, kvscratch_append(self->pad, three_rows[0], 4));
+	EXPECT_EQ(2, kvscratch_view_valid_rows(view, before));
+	EXPECT_EQ(3, kvscratch_view_valid_rows(view, kvscratch_view_state(view)));
+	ASSERT_EQ(0, kvscratch_info(self->pad, &info));
+	EXPECT_EQ(3, info.len);
+	EXPECT_EQ(1, info.generation);
+	EXPECT_EQ(2, info.trunc_len);
+	EXPECT_EQ(0, kvscratch_clear(self->pad, false));
+	EXPECT_EQ(0, kvscratch_view_valid_rows(view, before));
+	EXPECT_ERROR(EINVAL, "expected at most 0, the committed rows, got 1",
+		     kvscratch_truncate(self->pad, 1, false));
+}
+
+/* Also what a failed append left beyond the rows */
+TEST_F(pad, zeroing_scrubs_all_that_was_written)
+{
+	const struct kvscratch_view *view = kvscratch_view(self->pad);
+	static const uint8_t zeros[10 * 16];
+
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 1, false));
+	EXPECT_NE(0, memcmp((const char *)view->data + 16, zeros, 32));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 1, true));
+	EXPECT_EQ(0, memcmp(view->data, three_rows, 16));
+	EXPECT_EQ(0, memcmp((const char *)view->data + 16, zeros, sizeof(zeros) - 16));
+}
+
+/* @pages of memory behind which there is nothing */
+static char *memory_with_an_end(size_t pages)
+{
+	size_t bytes = pages * page_bytes();
+	char *memory = mmap(NULL, bytes + page_bytes(), PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return memory == MAP_FAILED || munmap(memory + bytes, page_bytes()) ? NULL : memory;
+}
+
+TEST(a_bad_source_commits_nothing)
+{
+	uint32_t dim = page_bytes();
+	char *rows = memory_with_an_end(2);
+	struct kvscratch *pad;
+
+	ASSERT_NE(NULL, rows);
+	memset(rows, 7, 2 * page_bytes());
+	ASSERT_EQ(0, kvscratch_new(&pad, 10, dim, U8));
+	EXPECT_EQ(0, kvscratch_append(pad, rows, dim));
+	EXPECT_EQ(-EFAULT, kvscratch_append_rows(pad, rows, 3, dim));
+	EXPECT_EQ(1, kvscratch_len(pad));
+	EXPECT_EQ(0, kvscratch_append_rows(pad, rows, 2, dim));
+	EXPECT_EQ(3, kvscratch_len(pad));
+	kvscratch_close(pad);
+}
+
+TEST_F(pad, a_second_handle_sees_and_appends_to_the_same_rows)
+{
+	struct kvscratch *other;
+
+	ASSERT_EQ(0, kvscratch_attach(&other, kvscratch_fd(self->pad), O_RDWR));
+	EXPECT_EQ(0, kvscratch_append(self->pad, three_rows[0], 4));
+	EXPECT_EQ(1, kvscratch_len(other));
+	EXPECT_EQ(0, kvscratch_append(other, three_rows[1], 4));
+	EXPECT_EQ(2, kvscratch_len(self->pad));
+	EXPECT_EQ(10, kvscratch_capacity(other));
+	kvscratch_close(other);
+	EXPECT_EQ(2, kvscratch_len(self->pad));
+}
+
+TEST_F(pad, lives_as_long_as_somebody_holds_it)
+{
+	struct kvscratch_tensor tensor;
+	struct kvscratch *other;
+
+	EXPECT_EQ(0, kvscratch_append(self->pad, three_rows[0], 4));
+	ASSERT_EQ(0, kvscratch_attach(&other, kvscratch_fd(self->pad), O_RDONLY));
+	kvscratch_close(self->pad);
+	self->pad = NULL;
+	ASSERT_EQ(0, kvscratch_as_tensor(other, &tensor));
+	EXPECT_EQ(0, memcmp(tensor.data, three_rows, 16));
+	kvscratch_close(other);
+}
+
+TEST_F(pad, a_handle_for_reading_only_reads)
+{
+	struct kvscratch *reader, *writer;
+	int fd = kvscratch_open_reader(self->pad);
+
+	ASSERT_LE(0, fd);
+	EXPECT_EQ(O_RDONLY, fcntl(fd, F_GETFL) & O_ACCMODE);
+	ASSERT_EQ(0, kvscratch_from_fd(&reader, fd));
+	EXPECT_EQ(fd, kvscratch_fd(reader));
+	EXPECT_ERROR(EBADF, "expected a handle open for write, got one for read only",
+		     kvscratch_append(reader, three_rows, 4));
+	EXPECT_EQ(-EBADF, kvscratch_truncate(reader, 0, false));
+	EXPECT_EQ(-EBADF, kvscratch_clear(reader, true));
+	EXPECT_EQ(-EACCES, kvscratch_attach(&writer, fd, O_RDWR));
+	EXPECT_EQ(0, kvscratch_append(self->pad, three_rows, 4));
+	EXPECT_EQ(1, kvscratch_len(reader));
+	EXPECT_NE(NULL, kvscratch_view(reader));
+	EXPECT_EQ(-1, mprotect((void *)kvscratch_view(reader)->data, page_bytes(),
+			       PROT_READ | PROT_WRITE));
+	kvscratch_close(reader);
+}
+
+/* What kept("read-only-handles") is about */
+TEST_F(pad, a_reader_opens_its_handle_again)
+{
+	int fd = kvscratch_open_reader(self->pad);
+	struct kvscratch *again;
+	char path[32];
+	int other;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	other = open(path, O_RDWR);
+	ASSERT_LE(0, other);
+	EXPECT_EQ(kept("read-only-handles") ? -EBADFD : 0, kvscratch_from_fd(&again, other));
+	if (!kept("read-only-handles"))
+		kvscratch_close(again);
+}
+
+TEST_F(pad, what_is_no_handle)
+{
+	int files[] = { open("/dev/null", O_RDWR), open("/proc/self/stat", O_RDONLY),
+			memfd_create("other", MFD_ALLOW_SEALING),
+			socket(AF_UNIX, SOCK_STREAM, 0) };
+	struct kvscratch *pad;
+	char words[80];
+
+	for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
+		ASSERT_LE(0, files[i]);
+		snprintf(words, sizeof(words),
+			 "descriptor %d: expected a handle of a pad, got something else", files[i]);
+		EXPECT_ERROR(ENOTTY, words, kvscratch_from_fd(&pad, files[i]));
+		/* still ours */
+		EXPECT_EQ(0, close(files[i]));
+	}
+	EXPECT_ERROR(EBADF, "descriptor -1: expected a handle, got none",
+		     kvscratch_from_fd(&pad, -1));
+	EXPECT_EQ(-EBADF, kvscratch_attach(&pad, 1000, O_RDONLY));
+}
+
+/* A memfd that looks like a pad but whose last page says @dim */
+static int forged_memfd(uint32_t dim)
+{
+	struct kvscratch *pad;
+	uint64_t offset;
+	int fd = memfd_create("forged", MFD_ALLOW_SEALING);
+	char page[4096];
+
+	setenv("KVSCRATCH_BACKEND", "memfd", 1);
+	if (kvscratch_new(&pad, 1, 1, U8))
+		return -1;
+	offset = page_bytes();
+	if (pread(kvscratch_fd(pad), page, sizeof(page), offset) != sizeof(page))
+		return -1;
+	kvscratch_close(pad);
+	memcpy(page + offsetof(struct kvscratch_status, dim), &dim, sizeof(dim));
+	if (ftruncate(fd, 2 * page_bytes()) || pwrite(fd, page, sizeof(page), offset) < 0 ||
+	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+		return -1;
+	return fd;
+}
+
+TEST(a_forged_memfd_is_checked_against_its_size)
+{
+	struct kvscratch *pad;
+	int good = forged_memfd(page_bytes());
+	int large = forged_memfd(page_bytes() + 1);
+	int none = forged_memfd(0);
+
+	ASSERT_LE(0, good);
+	EXPECT_EQ(0, kvscratch_from_fd(&pad, good));
+	kvscratch_close(pad);
+	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, large));
+	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, none));
+}
+
+TEST(the_environment_chooses_the_backend)
+{
+	struct kvscratch *pad;
+
+	ASSERT_EQ(0, setenv("KVSCRATCH_BACKEND", "memfd", 1));
+	EXPECT_EQ(KVSCRATCH_BACKEND_MEMFD, kvscratch_default_backend());
+	ASSERT_EQ(0, kvscratch_new(&pad, 1, 1, U8));
+	EXPECT_STREQ("memfd", kvscratch_backend_name(kvscratch_backend(pad)));
+	kvscratch_close(pad);
+	ASSERT_EQ(0, setenv("KVSCRATCH_BACKEND", "kernel", 1));
+	EXPECT_EQ(KVSCRATCH_BACKEND_KERNEL, kvscratch_default_backend());
+	if (access(KVSCRATCH_DEVICE, F_OK))
+		EXPECT_ERROR(ENOENT, "cannot open /dev/kvscratch: no such device: is the module "
+			     "loaded?", kvscratch_new(&pad, 1, 1, U8));
+	ASSERT_EQ(0, setenv("KVSCRATCH_BACKEND", "disk", 1));
+	EXPECT_ERROR(EINVAL, "KVSCRATCH_BACKEND: expected kernel or memfd, got \"disk\"",
+		     kvscratch_new(&pad, 1, 1, U8));
+	ASSERT_EQ(0, unsetenv("KVSCRATCH_BACKEND"));
+	EXPECT_EQ(access(KVSCRATCH_DEVICE, F_OK) ? KVSCRATCH_BACKEND_MEMFD :
+						   KVSCRATCH_BACKEND_KERNEL,
+		  kvscratch_default_backend());
+}
+
+TEST(both_backends_have_the_same_promises)
+{
+	const struct kvscratch_promise *kernel = kvscratch_promises(KVSCRATCH_BACKEND_KERNEL);
+	const struct kvscratch_promise *memfd = kvscratch_promises(KVSCRATCH_BACKEND_MEMFD);
+
+	for (int i = 0; i < KVSCRATCH_NR_PROMISES; i++) {
+		EXPECT_STREQ(kernel[i].name, memfd[i].name);
+		EXPECT_STREQ(kernel[i].text, memfd[i].text);
+		EXPECT_TRUE(kernel[i].holds);
+		EXPECT_EQ(NULL, kernel[i].reason);
+		EXPECT_EQ(memfd[i].holds, !memfd[i].reason);
+	}
+}
+
+/* 1.5 and -1000.0 with eight fraction bits: the second one does not fit. */
+TEST(rows_are_converted_to_fixed_point)
+{
+	const struct kvscratch_geometry geometry = {
+		.max_seq_len = 4, .dim = 2, .dtype = KVSCRATCH_DTYPE_I16,
+		.input_dtype = KVSCRATCH_DTYPE_F64, .frac_bits = 8,
+	};
+	static const double row[] = { 1.5, -1000.0 };
+	static const double bad[] = { 1.5, __builtin_nan("") };
+	static const int16_t stored[] = { 384, -32768 };
+	struct kvscratch_info info;
+	struct kvscratch *pad;
+	int16_t got[2];
+
+	ASSERT_EQ(0, kvscratch_new_geometry(&pad, &geometry));
+	EXPECT_EQ(0, kvscratch_append(pad, row, 2));
+	EXPECT_ERROR(EDOM, "cannot append: a NaN or an infinity has no integer",
+		     kvscratch_append(pad, bad, 2));
+	ASSERT_EQ(0, kvscratch_info(pad, &info));
+	EXPECT_EQ(1, info.len);
+	EXPECT_EQ(1, info.saturated);
+	EXPECT_EQ(16, info.input_row_bytes);
+	EXPECT_EQ(4, info.row_bytes);
+	ASSERT_EQ(0, kvscratch_copy_rows(pad, 0, 1, got));
+	EXPECT_EQ(0, memcmp(got, stored, sizeof(got)));
+	kvscratch_close(pad);
+}
+
+#define MX_ROWS 150
+#define MX_DIM 96
+
+/* What one pad made of floats, appended to another as it is, gives the same planes. */
+TEST(rows_of_mxint8_converted_and_as_stored)
+{
+	const struct kvscratch_geometry converted = {
+		.max_seq_len = MX_ROWS, .dim = MX_DIM, .dtype = KVSCRATCH_DTYPE_MXINT8,
+		.input_dtype = F32,
+	};
+	static float rows[MX_ROWS][MX_DIM];
+	static uint8_t records[MX_ROWS][MX_DIM + MX_DIM / 32];
+	struct kvscratch_tensor first, second;
+	struct kvscratch *from, *to;
+
+	for (int i = 0; i < MX_ROWS * MX_DIM; i++)
+		rows[0][i] = (float)(i % 977 - 488) * __builtin_powif(2, i / 32 % 40 - 20);
+	ASSERT_EQ(0, kvscratch_new_geometry(&from, &converted));
+	ASSERT_EQ(0, kvscratch_new(&to, MX_ROWS, MX_DIM, KVSCRATCH_DTYPE_MXINT8));
+	ASSERT_EQ(0, kvscratch_append_rows(from, rows, MX_ROWS, MX_DIM));
+	ASSERT_EQ(0, kvscratch_as_tensor(from, &first));
+	ASSERT_NE(NULL, first.scales);
+	for (int i = 0; i < MX_ROWS; i++) {
+		memcpy(records[i], (const char *)first.data + i * MX_DIM, MX_DIM);
+		memcpy(records[i] + MX_DIM, first.scales + i * MX_DIM / 32, MX_DIM / 32);
+	}
+	ASSERT_EQ(0, kvscratch_append_rows(to, records, MX_ROWS, MX_DIM));
+	ASSERT_EQ(0, kvscratch_as_tensor(to, &second));
+	EXPECT_EQ(0, memcmp(first.data, second.data, MX_ROWS * MX_DIM));
+	EXPECT_EQ(0, memcmp(first.scales, second.scales, MX_ROWS * MX_DIM / 32));
+	/* 1.0 is 64 / 64 by 2^0 */
+	rows[0][0] = 1.0f;
+	for (int i = 1; i < 32; i++)
+		rows[0][i] = 0.0f;
+	ASSERT_EQ(0, kvscratch_clear(from, false));
+	ASSERT_EQ(0, kvscratch_append(from, rows, MX_DIM));
+	EXPECT_EQ(64, *(const int8_t *)first.data);
+	EXPECT_EQ(127, first.scales[0]);
+	kvscratch_close(from);
+	kvscratch_close(to);
+}
+
+TEST_F(pad, rows_are_copied_as_of_one_moment)
+{
+	float rows[2][4];
+
+	EXPECT_EQ(0, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	ASSERT_EQ(0, kvscratch_copy_rows(self->pad, 1, 2, rows));
+	EXPECT_EQ(0, memcmp(rows, three_rows[1], sizeof(rows)));
+	EXPECT_EQ(0, kvscratch_copy_rows(self->pad, 3, 0, rows));
+	EXPECT_ERROR(ERANGE, "expected rows below 3, got 2 from 2 on",
+		     kvscratch_copy_rows(self->pad, 2, 2, rows));
+	EXPECT_EQ(-ERANGE, kvscratch_copy_rows(self->pad, 4, 0, rows));
+	EXPECT_EQ(-ERANGE, kvscratch_copy_rows(self->pad, 1, UINT64_MAX, rows));
+}
+
+/* Waiting */
+
+static void *append_when_told(void *argument)
+{
+	struct kvscratch *pad = argument;
+
+	return (void *)(long)kvscratch_append(pad, three_rows, 4);
+}
+
+TEST_F(pad, a_reader_sleeps_until_there_is_something)
+{
+	struct kvscratch *reader;
+	pthread_t writer;
+	void *err;
+
+	ASSERT_EQ(0, kvscratch_attach(&reader, kvscratch_fd(self->pad), O_RDONLY));
+	EXPECT_ERROR(ETIMEDOUT, "nothing was appended or dropped in time",
+		     kvscratch_wait(reader, 0, 0));
+	EXPECT_EQ(-ETIMEDOUT, kvscratch_wait(reader, 0, 1));
+	/* another state is no reason to sleep */
+	EXPECT_EQ(0, kvscratch_wait(reader, 7, -1));
+	ASSERT_EQ(0, pthread_create(&writer, NULL, append_when_told, self->pad));
+	EXPECT_EQ(0, kvscratch_wait(reader, 0, -1));
+	EXPECT_EQ(1, kvscratch_len(reader));
+	pthread_join(writer, &err);
+	EXPECT_EQ(NULL, err);
+	/* the same len in another generation */
+	EXPECT_EQ(-ETIMEDOUT, kvscratch_wait(reader, 1, 0));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 1, false));
+	EXPECT_EQ(0, kvscratch_wait(reader, 1, -1));
+	kvscratch_close(reader);
+}
+
+/* Writers at once */
+
+#define WRITERS 4
+#define ROWS_EACH 200
+#define ROW_DIM 640
+
+struct writer {
+	struct kvscratch *pad;
+	uint32_t number;
+};
+
+static void *write_rows(void *argument)
+{
+	const struct writer *writer = argument;
+	uint8_t rows[2][ROW_DIM];
+
+	for (uint32_t i = 0; i < ROWS_EACH / 2; i++) {
+		memset(rows, writer->number, sizeof(rows));
+		if (kvscratch_append_rows(writer->pad, rows, 2, ROW_DIM))
+			return (void *)1;
+	}
+	return NULL;
+}
+
+/* Pairs that belong together lie together, and none is lost. */
+static bool pairs_are_whole(struct kvscratch *pad, uint64_t rows)
+{
+	struct kvscratch_tensor tensor;
+
+	if (kvscratch_as_tensor(pad, &tensor) || tensor.len != rows)
+		return false;
+	for (uint64_t i = 0; i < rows; i += 2) {
+		const uint8_t *pair = (const uint8_t *)tensor.data + i * ROW_DIM;
+
+		for (size_t j = 0; j < 2 * ROW_DIM; j++)
+			if (pair[j] != pair[0])
+				return false;
+	}
+	return true;
+}
+
+TEST(threads_share_a_pad_object)
+{
+	struct writer writers[WRITERS];
+	pthread_t threads[WRITERS];
+	struct kvscratch *pad;
+
+	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
+	for (uint32_t i = 0; i < WRITERS; i++) {
+		writers[i] = (struct writer){ pad, i + 1 };
+		ASSERT_EQ(0, pthread_create(&threads[i], NULL, write_rows, &writers[i]));
+	}
+	for (int i = 0; i < WRITERS; i++) {
+		void *failed;
+
+		pthread_join(threads[i], &failed);
+		EXPECT_EQ(NULL, failed);
+	}
+	EXPECT_TRUE(pairs_are_whole(pad, WRITERS * ROWS_EACH));
+	kvscratch_close(pad);
+}
+
+/* By descriptors that were inherited, which share one open file until they are handles. */
+TEST(processes_share_a_pad)
+{
+	struct kvscratch *pad;
+
+	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
+	for (uint32_t i = 0; i < WRITERS; i++) {
+		if (fork())
+			continue;
+		struct writer writer = { .number = i + 1 };
+
+		if (kvscratch_from_fd(&writer.pad, dup(kvscratch_fd(pad))) || write_rows(&writer))
+			_exit(1);
+		_exit(0);
+	}
+	for (int i = 0; i < WRITERS; i++) {
+		int status;
+
+		ASSERT_LT(0, wait(&status));
+		EXPECT_EQ(0, status);
+	}
+	EXPECT_TRUE(pairs_are_whole(pad, WRITERS * ROWS_EACH));
+	kvscratch_close(pad);
+}
+
+/* Killed at any moment, a writer leaves whole batches only, and nobody waits for it. */
+TEST(a_writer_that_is_killed_leaves_whole_batches)
+{
+	struct kvscratch *pad;
+	int64_t before = 0;
+
+	ASSERT_EQ(0, kvscratch_new(&pad, 100000, ROW_DIM, U8));
+	for (uint32_t round = 0; round < 40; round++) {
+		struct writer writer = { .number = round + 1 };
+		int64_t now;
+		pid_t child = fork();
+
+		if (!child) {
+			if (kvscratch_attach(&writer.pad, kvscratch_fd(pad), O_RDWR))
+				_exit(1);
+			for (;;)
+				if (write_rows(&writer))
+					_exit(1);
+		}
+		/* it has begun */
+		while (kvscratch_len(pad) < before + 2 + round % 7)
+			kvscratch_wait(pad, kvscratch_view_state(kvscratch_view(pad)), -1);
+		ASSERT_LT(0, child);
+		ASSERT_EQ(0, kill(child, SIGKILL));
+		ASSERT_EQ(child, waitpid(child, NULL, 0));
+		now = kvscratch_len(pad);
+		EXPECT_EQ(0, now % 2);
+		EXPECT_TRUE(pairs_are_whole(pad, now));
+		ASSERT_EQ(0, kvscratch_truncate(pad, now / 2 & ~1, round % 2));
+		before = kvscratch_len(pad);
+	}
+	kvscratch_close(pad);
+}
+
+/* The kernel's own way to make a pad: on a handle that is open already */
+TEST(a_handle_that_is_not_bound_yet)
+{
+	const struct kvscratch_geometry geometry = { .max_seq_len = 3, .dim = 2, .dtype = F32 };
+	int fd = open(KVSCRATCH_DEVICE, O_RDWR | O_CLOEXEC);
+	struct kvscratch *pad;
+
+	if (fd < 0)
+		SKIP(return, "there is no device");
+	EXPECT_EQ(-EBADFD, kvscratch_from_fd(&pad, fd));
+	ASSERT_EQ(0, kvscratch_new_on(&pad, fd, &geometry));
+	EXPECT_EQ(3, kvscratch_capacity(pad));
+	EXPECT_ERROR(EBUSY, "cannot create a pad of [3, 2] f32: the handle is bound to a pad "
+		     "already", kvscratch_new_on(&pad, fd, &geometry));
+	kvscratch_close(pad);
+}
+
+TEST(a_pad_larger_than_the_machine)
+{
+	struct kvscratch *pad;
+	int err = kvscratch_new(&pad, UINT32_MAX, KVSCRATCH_MAX_ROW_BYTES, U8);
+
+	EXPECT_EQ(-EDQUOT, err);
+}
+
+TEST_HARNESS_MAIN
