@@ -54,7 +54,7 @@ help:
 
 tools: $(TOOLS:%=build/%)
 tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
-sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized
+sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 
 build:
 	mkdir -p $@

@@ -61,7 +61,7 @@ struct backend {
 	void (*release)(struct kvscratch *pad);
 	int (*info)(struct kvscratch *pad, struct kvscratch_info *info);
 	int (*append)(struct kvscratch *pad, const void *rows, uint64_t nr_rows);
-	int (*truncate)(struct kvscratch *pad, uint64_t len, bool zero);
+	int (*truncate)(struct kvscratch *pad, uint64_t len, uint32_t flags);
 	int (*wait)(struct kvscratch *pad, uint64_t state, int timeout_ms);
 };
 

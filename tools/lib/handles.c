@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-#include "libkvscratch.h"
+#include "backend.h"
 
 #include <endian.h>
 #include <errno.h>
@@ -7,9 +7,6 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
-
-/* 253 names of 15 characters: enough for k and v of 126 layers, and a bound */
-#define MAX_NAMES_BYTES 4096
 
 union handle_control {
 	struct cmsghdr align;
@@ -31,9 +28,16 @@ static int send_all(int sock, const char *bytes, size_t count)
 	return 0;
 }
 
+static int check_name(const char *name)
+{
+	if (*name && !name[strcspn(name, " \f\n\r\t\v")])
+		return 0;
+	return set_error(-EINVAL, "expected names without white space, got \"%s\"", name);
+}
+
 int kvscratch_send_handles(int sock, const char *const *names, const int *fds, unsigned int count)
 {
-	char text[sizeof(uint32_t) + MAX_NAMES_BYTES];
+	char text[sizeof(uint32_t) + KVSCRATCH_MAX_NAMES_BYTES];
 	union handle_control control = { 0 };
 	struct iovec iov = { .iov_base = text };
 	struct msghdr msg = {
@@ -46,14 +50,20 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 	size_t end = sizeof(uint32_t);
 	uint32_t length;
 	ssize_t sent;
+	int err;
 
 	if (!count || count > KVSCRATCH_MAX_PASSED)
-		return -EINVAL;
+		return set_error(-EINVAL, "expected 1 to %d handles, got %u", KVSCRATCH_MAX_PASSED,
+				 count);
 	for (unsigned int i = 0; i < count; i++) {
 		size_t name_length = strlen(names[i]);
 
+		err = check_name(names[i]);
+		if (err)
+			return err;
 		if (name_length + 1 > sizeof(text) - end)
-			return -EMSGSIZE;
+			return set_error(-EMSGSIZE, "expected names of at most %d bytes, got more",
+					 KVSCRATCH_MAX_NAMES_BYTES);
 		memcpy(text + end, names[i], name_length);
 		text[end + name_length] = '\n';
 		end += name_length + 1;
@@ -70,9 +80,8 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 	do
 		sent = sendmsg(sock, &msg, MSG_NOSIGNAL);
 	while (sent < 0 && errno == EINTR);
-	if (sent < 0)
-		return -errno;
-	return send_all(sock, text + sent, end - sent);
+	err = sent < 0 ? -errno : send_all(sock, text + sent, end - sent);
+	return err ? cannot("pass handles", err) : 0;
 }
 
 static int receive_all(int sock, char *bytes, size_t count)
@@ -157,8 +166,7 @@ static int split_names(char *text, uint32_t length)
 	return lines;
 }
 
-int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
-			      unsigned int max_fds)
+static int receive_message(int sock, char *text, size_t text_size, int *fds, unsigned int max_fds)
 {
 	char word[sizeof(uint32_t)];
 	uint32_t length;
@@ -188,6 +196,14 @@ err_close:
 	return err;
 }
 
+int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
+			      unsigned int max_fds)
+{
+	int count = receive_message(sock, text, text_size, fds, max_fds);
+
+	return count < 0 ? cannot("receive handles", count) : count;
+}
+
 static int unix_address(const char *path, struct sockaddr_un *address)
 {
 	*address = (struct sockaddr_un){ .sun_family = AF_UNIX };
@@ -197,6 +213,11 @@ static int unix_address(const char *path, struct sockaddr_un *address)
 	return 0;
 }
 
+static int fail_socket(const char *path, const char *what, int err)
+{
+	return set_error(err, "%s: cannot %s: %s", path, what, strerror(-err));
+}
+
 int kvscratch_listen(const char *path)
 {
 	struct sockaddr_un address;
@@ -204,14 +225,14 @@ int kvscratch_listen(const char *path)
 	int err = unix_address(path, &address);
 
 	if (err)
-		return err;
+		return fail_socket(path, "listen", err);
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
-		return -errno;
+		return fail_socket(path, "listen", -errno);
 	if (bind(sock, (struct sockaddr *)&address, sizeof(address)) || listen(sock, SOMAXCONN)) {
 		err = -errno;
 		close(sock);
-		return err;
+		return fail_socket(path, "listen", err);
 	}
 	return sock;
 }
@@ -223,16 +244,16 @@ int kvscratch_connect(const char *path)
 	int err = unix_address(path, &address);
 
 	if (err)
-		return err;
+		return fail_socket(path, "connect", err);
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
-		return -errno;
+		return fail_socket(path, "connect", -errno);
 	while (connect(sock, (struct sockaddr *)&address, sizeof(address))) {
 		if (errno == EINTR)
 			continue;
 		err = -errno;
 		close(sock);
-		return err;
+		return fail_socket(path, "connect", err);
 	}
 	return sock;
 }

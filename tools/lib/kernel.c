@@ -18,6 +18,9 @@ static int open_device(int access)
 {
 	int fd = device_open(access);
 
+	if (fd == -EACCES)
+		return set_error(fd, "cannot open " KVSCRATCH_DEVICE ": expected permission, as the "
+				 "group of the device has; KVSCRATCH_BACKEND=memfd works without");
 	return fd < 0 ? cannot("open " KVSCRATCH_DEVICE, fd) : fd;
 }
 
@@ -93,12 +96,12 @@ static int kernel_append(struct kvscratch *pad, const void *rows, uint64_t nr_ro
 	return err ? cannot("append", err) : 0;
 }
 
-static int kernel_truncate(struct kvscratch *pad, uint64_t len, bool zero)
+static int kernel_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	struct kvscratch_info info;
-	int err = device_truncate(pad->fd, len, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	int err = device_truncate(pad->fd, len, flags);
 
-	if (err == -EINVAL && !device_info(pad->fd, &info))
+	if (err == -EINVAL && !device_info(pad->fd, &info) && len > info.len)
 		return set_error(err, "expected at most %" PRIu64 ", the committed rows, got %"
 				 PRIu64, (uint64_t)info.len, len);
 	return err ? cannot("truncate", err) : 0;

@@ -373,16 +373,21 @@ int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_r
 	return pad->backend->append(pad, rows, nr_rows);
 }
 
-int kvscratch_truncate(struct kvscratch *pad, uint64_t len, bool zero)
+int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	int err = check_access(pad, O_WRONLY);
 
-	return err ? err : pad->backend->truncate(pad, len, zero);
+	if (err)
+		return err;
+	if (flags & ~KVSCRATCH_TRUNCATE_ZERO)
+		return set_error(-EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x%"
+				 PRIx32, flags);
+	return pad->backend->truncate(pad, len, flags);
 }
 
-int kvscratch_clear(struct kvscratch *pad, bool zero)
+int kvscratch_clear(struct kvscratch *pad, uint32_t flags)
 {
-	return kvscratch_truncate(pad, 0, zero);
+	return kvscratch_truncate(pad, 0, flags);
 }
 
 /* Reading */
@@ -392,6 +397,15 @@ static const struct kvscratch_view *mapped_view(const struct kvscratch *pad)
 	return __atomic_load_n(&pad->view, __ATOMIC_ACQUIRE);
 }
 
+/* A memfd says whatever its writers do. */
+static int64_t check_len(const struct kvscratch *pad, uint64_t len)
+{
+	if (len <= pad->info.max_seq_len)
+		return len;
+	return set_error(-EPROTO, "expected at most %" PRIu64 " rows, got a status page that says %"
+			 PRIu64, (uint64_t)pad->info.max_seq_len, len);
+}
+
 int64_t kvscratch_len(struct kvscratch *pad)
 {
 	const struct kvscratch_view *view = mapped_view(pad);
@@ -399,9 +413,9 @@ int64_t kvscratch_len(struct kvscratch *pad)
 	int err;
 
 	if (view)
-		return kvscratch_state_len(kvscratch_view_state(view));
+		return check_len(pad, kvscratch_state_len(kvscratch_view_state(view)));
 	err = kvscratch_info(pad, &info);
-	return err ? err : (int64_t)info.len;
+	return err ? err : check_len(pad, info.len);
 }
 
 int kvscratch_is_empty(struct kvscratch *pad)
@@ -421,9 +435,42 @@ uint32_t kvscratch_dim(const struct kvscratch *pad)
 	return pad->info.dim;
 }
 
-int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *info)
+void kvscratch_geometry(const struct kvscratch *pad, struct kvscratch_geometry *geometry)
 {
-	return pad->backend->info(pad, info);
+	*geometry = (struct kvscratch_geometry){
+		.max_seq_len = pad->info.max_seq_len,
+		.dim = pad->info.dim,
+		.dtype = pad->info.dtype,
+		.input_dtype = pad->info.input_dtype,
+		.frac_bits = pad->info.frac_bits,
+	};
+}
+
+int kvscratch_info_sized(struct kvscratch *pad, struct kvscratch_info *info, size_t size)
+{
+	struct kvscratch_info whole;
+	int err = pad->backend->info(pad, &whole);
+
+	if (err)
+		return err;
+	if (size > sizeof(whole)) {
+		memset(info, 0, size);
+		size = sizeof(whole);
+	}
+	if (whole.size > size)
+		whole.size = size;
+	memcpy(info, &whole, size);
+	return 0;
+}
+
+int kvscratch_display(struct kvscratch *pad, char *text, size_t size)
+{
+	int64_t len = kvscratch_len(pad);
+
+	if (len < 0)
+		return (int)len;
+	return snprintf(text, size, "Scratchpad(len=%" PRId64 ", capacity=%" PRIu64 ", dim=%" PRIu32
+			")", len, (uint64_t)pad->info.max_seq_len, (uint32_t)pad->info.dim);
 }
 
 static int map_view(struct kvscratch *pad)
@@ -469,16 +516,42 @@ const struct kvscratch_view *kvscratch_view(struct kvscratch *pad)
 int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor)
 {
 	const struct kvscratch_view *view = kvscratch_view(pad);
+	uint64_t state;
+	int64_t len;
 
 	if (!view)
 		return -errno;
-	tensor->state = kvscratch_view_state(view);
-	tensor->data = view->data;
-	tensor->scales = kvscratch_view_scales(view);
-	tensor->len = kvscratch_state_len(tensor->state);
-	tensor->dim = view->info.dim;
-	tensor->dtype = view->info.dtype;
+	state = kvscratch_view_state(view);
+	len = check_len(pad, kvscratch_state_len(state));
+	if (len < 0)
+		return (int)len;
+	*tensor = (struct kvscratch_tensor){
+		.data = view->data,
+		.scales = kvscratch_view_scales(view),
+		.len = len,
+		.dim = view->info.dim,
+		.dtype = view->info.dtype,
+		.state = state,
+	};
 	return 0;
+}
+
+/* Row by row where the parts of one lie in different planes */
+static void copy_records(const struct kvscratch_view *view, uint64_t first, uint64_t count,
+			 char *to)
+{
+	const uint64_t at_once = view->info.nr_planes == 1 ? count : 1;
+
+	for (uint64_t row = first; row < first + count; row += at_once) {
+		for (uint32_t i = 0; i < view->info.nr_planes; i++) {
+			const struct kvscratch_plane *plane = &view->info.planes[i];
+			size_t bytes = at_once * plane->row_bytes;
+
+			memcpy(to, (const char *)view->data + plane->offset +
+			       row * plane->row_bytes, bytes);
+			to += bytes;
+		}
+	}
 }
 
 int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows)
@@ -489,21 +562,16 @@ int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, v
 	if (!view)
 		return -errno;
 	do {
-		char *to = rows;
+		int64_t len;
 
 		state = kvscratch_view_state(view);
-		if (first > kvscratch_state_len(state) ||
-		    count > kvscratch_state_len(state) - first)
-			return set_error(-ERANGE, "expected rows below %" PRIu32 ", got %" PRIu64
-					 " from %" PRIu64 " on", kvscratch_state_len(state), count,
-					 first);
-		for (uint32_t i = 0; i < view->info.nr_planes; i++) {
-			const struct kvscratch_plane *plane = &view->info.planes[i];
-
-			memcpy(to, (const char *)view->data + plane->offset +
-			       first * plane->row_bytes, count * plane->row_bytes);
-			to += count * plane->row_bytes;
-		}
+		len = check_len(pad, kvscratch_state_len(state));
+		if (len < 0)
+			return (int)len;
+		if (first > (uint64_t)len || count > (uint64_t)len - first)
+			return set_error(-EINVAL, "expected rows below %" PRId64 ", got %" PRIu64
+					 " from %" PRIu64 " on", len, count, first);
+		copy_records(view, first, count, rows);
 	} while (kvscratch_view_valid_rows(view, state) < first + count);
 	return 0;
 }

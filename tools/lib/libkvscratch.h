@@ -17,15 +17,21 @@
  * Unless it says otherwise a function returns 0 or a count, and a negative errno
  * on failure; kvscratch_error() then has a sentence about it. Output arguments are
  * written on success only. Element counts, rows and lengths are in elements and
- * rows, never bytes, unless the name says bytes.
+ * rows, never bytes, unless the name says bytes. What a handle is not open for is
+ * EBADF everywhere but in kvscratch_attach(); a signal whose handler does not restart
+ * calls makes those that wait fail with EINTR, and nothing has been done then.
  *
  * Threads: one pad object may be used by any number of threads at once, but for
  * kvscratch_close(), which must come last, and kvscratch_wait(), of which one at a
  * time may run on an object. Appends by many threads, objects and processes are
  * ordered one after the other, each whole. Nothing here is async-signal-safe but
- * the inline functions. After fork() the child may read; to append or truncate
- * it attaches a handle of its own. Strings that are returned are constants, but
- * for kvscratch_error().
+ * the inline functions. After fork() the child may read, and may close its copy of
+ * an object; to append or truncate it attaches a handle of its own. Strings that are
+ * returned are constants, but for kvscratch_error().
+ *
+ * The len of a memfd is what its writers say. Functions refuse one that cannot be
+ * (EPROTO); who loads the state itself and does not trust the producer compares it
+ * with max_seq_len first.
  */
 #ifndef LIBKVSCRATCH_H
 #define LIBKVSCRATCH_H
@@ -37,6 +43,9 @@
 
 #ifdef __cplusplus
 extern "C" {
+/* functions beside structs of the same name, as in C */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wshadow"
 #endif
 
 #define KVSCRATCH_DEVICE "/dev/kvscratch"
@@ -69,22 +78,31 @@ enum kvscratch_backend {
 };
 
 /*
- * Making and ending handles. @access is O_RDONLY, O_WRONLY or O_RDWR of <fcntl.h>.
- * What needs a right that the handle has not fails with EBADF or EACCES.
+ * Making and ending handles. @access is O_RDONLY, O_WRONLY or O_RDWR of <fcntl.h>; a
+ * memfd has no handles for writing only (EOPNOTSUPP).
  */
 
-/* Make a zero-filled pad of [max_seq_len, dim] elements of @dtype: all its memory is taken here. */
+/*
+ * Make a zero-filled pad of [max_seq_len, dim] elements of @dtype: all its memory is
+ * taken here. Errors: EINVAL (a value that the format does not allow), EDQUOT (above
+ * the limits: of the module, or half of RAM for a memfd), ENOMEM, EINTR; ENOENT
+ * and EACCES of the device.
+ */
 int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, uint32_t dtype);
 
 /* The same for any geometry. */
 int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry);
 
-/* The same on @fd, an open, unbound handle of the device. The pad object takes over @fd. */
+/*
+ * The same on @fd, an open, unbound handle of the device (EBUSY when it has a pad). The
+ * pad object takes over @fd; after a failure it is still the caller's.
+ */
 int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry);
 
 /*
- * Make a handle of its own on the pad of @fd, whose rights have to include @access.
- * @fd stays the caller's. A writer needs the device node or, for a memfd, /proc.
+ * Make a handle of its own on the pad of @fd, whose rights have to include @access
+ * (EACCES). @fd stays the caller's. It takes permission for the device node or, for a
+ * memfd, /proc. The Rust model's clone(), but for copy-on-write: both share the pad.
  */
 int kvscratch_attach(struct kvscratch **pad, int fd, int access);
 
@@ -92,20 +110,28 @@ int kvscratch_attach(struct kvscratch **pad, int fd, int access);
  * Use @fd, a handle that was inherited or received, as it is: with its rights, and
  * with a file position that all share who have this open file. The pad object takes
  * over @fd. Fails with EBADFD when it is an unbound handle, with ENOTTY when it is
- * no handle at all; @fd is then still the caller's.
+ * no handle at all, with EPROTO when it is a memfd that somebody made up; @fd is then
+ * still the caller's. To append to a memfd it is opened again: kvscratch_fd() is another one.
  */
 int kvscratch_from_fd(struct kvscratch **pad, int fd);
 
 /* End a handle, its views and what kvscratch_as_tensor() gave. NULL does nothing. */
 void kvscratch_close(struct kvscratch *pad);
 
-/* The descriptor of a handle, to be passed on. It stays the pad object's. */
+/*
+ * The descriptor of a handle, close-on-exec, to be passed on or, of the kernel's, to be
+ * polled (see struct kvscratch_status). It stays the pad object's: neither close nor lock it.
+ */
 int kvscratch_fd(const struct kvscratch *pad);
 
 /* The access mode of a handle: O_RDONLY, O_WRONLY or O_RDWR. */
 int kvscratch_access(const struct kvscratch *pad);
 
-/* Open a read-only handle of its own on the pad, to be passed to a reader; returns the descriptor. */
+/*
+ * Open a read-only handle of its own on the pad, to be passed to a reader; returns the
+ * descriptor. Each reader gets one: who shares it shares the file position, which
+ * kvscratch_wait() uses.
+ */
 int kvscratch_open_reader(const struct kvscratch *pad);
 
 /* Writing */
@@ -114,7 +140,8 @@ int kvscratch_open_reader(const struct kvscratch *pad);
  * kvscratch_append() - append one row
  * @pad: a handle that may write
  * @row: its elements, of the pad's input dtype
- * @elements: how many; they have to be dim
+ * @elements: how many; they have to be dim. Where MXINT8 is appended as it is
+ *	stored, the dim / 32 scales follow them, uncounted.
  *
  * Errors: EINVAL (shape mismatch), ENOSPC (full), EDOM (a NaN or an infinity that
  * would become an integer), EFAULT (@row cannot be read), EBADF, EINTR.
@@ -135,45 +162,65 @@ int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements);
 int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_rows,
 			  uint32_t elements);
 
-/* Keep the first @len rows; EINVAL when there are fewer. With @zero the rest is scrubbed. */
-int kvscratch_truncate(struct kvscratch *pad, uint64_t len, bool zero);
+/*
+ * Keep the first @len rows; EINVAL when there are fewer. @flags is 0 or
+ * KVSCRATCH_TRUNCATE_ZERO, which overwrites with zeros all that was ever written beyond.
+ */
+int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags);
 
 /* Drop all rows. */
-int kvscratch_clear(struct kvscratch *pad, bool zero);
+int kvscratch_clear(struct kvscratch *pad, uint32_t flags);
 
 /* Reading */
 
-/* Rows committed now; never fails on a handle that may read. */
+/* Rows committed now */
 int64_t kvscratch_len(struct kvscratch *pad);
 
 /* 1, 0 or a negative errno */
 int kvscratch_is_empty(struct kvscratch *pad);
 
-/* max_seq_len and dim: these never fail. */
+/* max_seq_len, dim, and all that the pad is made of, input_dtype filled in: these never fail. */
 uint64_t kvscratch_capacity(const struct kvscratch *pad);
 uint32_t kvscratch_dim(const struct kvscratch *pad);
+void kvscratch_geometry(const struct kvscratch *pad, struct kvscratch_geometry *geometry);
 
-/* Everything there is to know; see struct kvscratch_info. */
-int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *info);
+/*
+ * Everything there is to know: the first @size bytes of a struct kvscratch_info, whose size
+ * becomes that of what was filled.
+ */
+int kvscratch_info_sized(struct kvscratch *pad, struct kvscratch_info *info, size_t size);
+
+/* The same, as this program knows the struct */
+static inline int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *info)
+{
+	return kvscratch_info_sized(pad, info, sizeof(*info));
+}
+
+/*
+ * The model's Display line, "Scratchpad(len=3, capacity=10, dim=4)", at most @size bytes of it
+ * with the NUL; 64 are enough. Returns its whole length, as snprintf() does.
+ */
+int kvscratch_display(struct kvscratch *pad, char *text, size_t size);
 
 /**
  * struct kvscratch_view - a mapped pad
  * @data: the [max_seq_len, dim] array; rows below the len of a loaded state
  *	are committed
  * @status: the status page
- * @info: the pad as it was when it was mapped
  * @mapped_bytes: length of the mapping that begins at @data
+ * @info: the pad as it was when it was mapped
  */
 struct kvscratch_view {
 	const void *data;
 	const struct kvscratch_status *status;
-	struct kvscratch_info info;
 	size_t mapped_bytes;
+	struct kvscratch_info info;
 };
 
 /*
  * The view of a handle that may read, mapped by the first call. It stays valid and
- * where it is until kvscratch_close(). NULL on failure; errno is set as well.
+ * where it is until kvscratch_close(). NULL on failure, with errno and kvscratch_error():
+ * EBADF, ENOMEM, EOVERFLOW (a pad beyond the addresses of a 32-bit program).
  */
 const struct kvscratch_view *kvscratch_view(struct kvscratch *pad);
 
@@ -195,19 +242,24 @@ struct kvscratch_tensor {
 	uint64_t state;
 };
 
-/* The committed rows, without a copy; valid like kvscratch_view(), growing with the next call. */
+/*
+ * The committed rows, without a copy: memory of kvscratch_view(). Rows that come later are
+ * in the tensor of the next call, at the same address.
+ */
 int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor);
 
 /*
- * Copy rows [first, first + count), as stored, with the scales of all of them behind
- * the elements of all of them, as they were at one moment. ERANGE when there are not that
- * many; count 1 is the model's get_token().
+ * Copy rows [first, first + count) as they were at one moment, row_bytes each: the elements
+ * of a row and behind them its scales, which is what a pad without conversion appends.
+ * EINVAL when there are not that many; with a count of 1 it is the model's get_token().
  */
 int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows);
 
 /*
- * Sleep until the state (see kvscratch_view_state()) is another than @state; at once when it
- * is already. @timeout_ms below 0 is none. ETIMEDOUT, or EINTR after a signal.
+ * Sleep until the state (see kvscratch_view_state()) is another than @state; no sleep when
+ * it is already. A negative @timeout_ms waits without end, 0 only looks. Errors: ETIMEDOUT,
+ * EINTR. On a pad of the kernel this moves the file position: of all who share an
+ * open file, one at a time may wait.
  */
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 
@@ -277,6 +329,12 @@ static inline uint32_t kvscratch_view_valid_rows(const struct kvscratch_view *vi
 	return kept < len ? kept : len;
 }
 
+/* The elements of row @row, which has to be below max_seq_len */
+static inline const void *kvscratch_view_row(const struct kvscratch_view *view, uint64_t row)
+{
+	return (const char *)view->data + (size_t)row * view->info.planes[0].row_bytes;
+}
+
 /* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad, otherwise NULL */
 static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
 {
@@ -287,10 +345,13 @@ static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *
 
 /* Words */
 
-/* What the latest function that failed in this thread has to say, without a full stop */
+/*
+ * What the latest function that failed in this thread has to say, without a full stop; "no
+ * error" before. Good until the next one fails.
+ */
 const char *kvscratch_error(void);
 
-/* What a negative errno of any function here means, without a full stop */
+/* What an errno of any function here means, with either sign, without a full stop */
 const char *kvscratch_strerror(int err);
 
 /* "f32" and the like; NULL and 0 for what is no dtype. */
@@ -329,26 +390,26 @@ struct kvscratch_promise {
 	bool holds;
 };
 
-#define KVSCRATCH_NR_PROMISES 11
-
-/* KVSCRATCH_NR_PROMISES of them, in a constant array, the same ones for each backend */
+/* A constant array, ended by a name of NULL: the same promises for each backend */
 const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backend);
 
 /* Passing handles between processes */
 
-/* The most handles that fit one message (the kernel's SCM_MAX_FD). */
+/* The most handles that fit one message (the kernel's SCM_MAX_FD), and bytes of their names */
 #define KVSCRATCH_MAX_PASSED 253
+#define KVSCRATCH_MAX_NAMES_BYTES 4096
 
 /**
  * kvscratch_send_handles() - pass handles over a connected Unix stream socket
  * @sock: the socket
- * @names: one NUL-terminated name per handle, without white space
+ * @names: one NUL-terminated name per handle, not empty and without white space
  * @fds: the handles
  * @count: 1 to KVSCRATCH_MAX_PASSED
  *
  * The message is a little-endian u32 with the length of the text that follows,
  * and the text: each name and a newline, in the order of the descriptors,
- * which ride on the first byte.
+ * which ride on the first byte. EINVAL for a count or a name that cannot be, EMSGSIZE
+ * when the names take more than KVSCRATCH_MAX_NAMES_BYTES.
  */
 int kvscratch_send_handles(int sock, const char *const *names, const int *fds, unsigned int count);
 
@@ -368,11 +429,16 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 			      unsigned int max_fds);
 
-/* Listen on, or connect to, the Unix stream socket at @path; returns the socket. */
+/*
+ * Listen on, or connect to, the Unix stream socket at @path; returns the socket,
+ * close-on-exec. What exists at @path already is EADDRINUSE, also when nobody listens there
+ * any more; who listens removes it in the end.
+ */
 int kvscratch_listen(const char *path);
 int kvscratch_connect(const char *path);
 
 #ifdef __cplusplus
+#pragma GCC diagnostic pop
 }
 #endif
 

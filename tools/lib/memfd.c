@@ -512,7 +512,7 @@ static int zero_rows(const struct kvscratch *pad, uint64_t first, uint64_t end)
 	return 0;
 }
 
-static int truncate_locked(struct kvscratch *pad, uint64_t len, bool zero)
+static int truncate_locked(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	struct memfd_page *page = pad->page;
 	const uint64_t state = load_state(pad);
@@ -527,7 +527,7 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, bool zero)
 	__atomic_store_n(&page->generation_high, generation >> 32, __ATOMIC_RELEASE);
 	store_word(&page->status.trunc, now);
 	publish(pad, now);
-	if (!zero || page->dirty_rows <= len)
+	if (!(flags & KVSCRATCH_TRUNCATE_ZERO) || page->dirty_rows <= len)
 		return 0;
 	if (page->dirty_rows > pad->info.max_seq_len)
 		return set_error(-EPROTO, "the status page has been overwritten");
@@ -538,13 +538,13 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, bool zero)
 	return 0;
 }
 
-static int memfd_truncate(struct kvscratch *pad, uint64_t len, bool zero)
+static int memfd_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	int err = lock_writers(pad);
 
 	if (err)
 		return err;
-	err = truncate_locked(pad, len, zero);
+	err = truncate_locked(pad, len, flags);
 	unlock_writers(pad);
 	return err;
 }

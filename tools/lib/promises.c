@@ -20,7 +20,7 @@
 #define BOUNDED		"bounded", "limits refuse a new pad and kill nobody"
 #define POLL		"poll", "poll() and epoll report rows, room and truncates"
 
-static const struct kvscratch_promise kernel_promises[KVSCRATCH_NR_PROMISES] = {
+static const struct kvscratch_promise kernel_promises[] = {
 	KEPT(WHOLE_APPENDS),
 	KEPT(NO_TORN_ROWS),
 	KEPT(ZERO_COPY),
@@ -32,10 +32,11 @@ static const struct kvscratch_promise kernel_promises[KVSCRATCH_NR_PROMISES] = {
 	KEPT(FAULTLESS),
 	KEPT(BOUNDED),
 	KEPT(POLL),
+	{ NULL, NULL, NULL, false },
 };
 
 /* The first ones as long as all who write do it through this library */
-static const struct kvscratch_promise memfd_promises[KVSCRATCH_NR_PROMISES] = {
+static const struct kvscratch_promise memfd_promises[] = {
 	KEPT(WHOLE_APPENDS),
 	KEPT(NO_TORN_ROWS),
 	KEPT(ZERO_COPY),
@@ -47,6 +48,7 @@ static const struct kvscratch_promise memfd_promises[KVSCRATCH_NR_PROMISES] = {
 	NOT_KEPT(FAULTLESS, "pages can be swapped out and migrated"),
 	NOT_KEPT(BOUNDED, "half of RAM per pad is the only limit; a full cgroup's OOM killer ends the creator"),
 	NOT_KEPT(POLL, "a memfd is always ready; kvscratch_wait() works"),
+	{ NULL, NULL, NULL, false },
 };
 
 const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backend)

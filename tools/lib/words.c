@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
-#include "libkvscratch.h"
+#include "backend.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-
-#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 static const struct {
 	const char *name;
@@ -43,7 +42,7 @@ uint32_t kvscratch_dtype_by_name(const char *name)
 
 const char *kvscratch_strerror(int err)
 {
-	switch (-err) {
+	switch (abs(err)) {
 	case ENOENT:
 	case ENODEV:
 	case ENXIO:
@@ -71,6 +70,6 @@ const char *kvscratch_strerror(int err)
 	case ENOTTY:
 		return "not a handle of /dev/kvscratch";
 	default:
-		return strerror(-err);
+		return strerror(abs(err));
 	}
 }
