@@ -437,6 +437,74 @@ int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 int kvscratch_listen(const char *path);
 int kvscratch_connect(const char *path);
 
+/*
+ * Holder
+ *
+ * A holder is a process, kvscratchctl hold NAME, that keeps pads so that they
+ * outlive who made them. It has a Unix socket, $XDG_RUNTIME_DIR/kvscratch/NAME, and
+ * gives handles to processes of its own user only: both sides look at the user
+ * of the other, and root is another user like any. Whoever gets a handle gets a file
+ * position of its own with it. Handles are for reading unless the holder was
+ * started with --write.
+ *
+ * Names, of holders and of the pads in one, are 1 to KVSCRATCH_MAX_NAME of the
+ * characters A-Z a-z 0-9 . _ - and do not begin with a dot.
+ *
+ * Errors of all of these: EINVAL (no such name is possible), ENXIO (XDG_RUNTIME_DIR
+ * is not set), ENOENT (no such holder, or no such pad in it), EACCES (the holder is
+ * another user's, or was not started with --write), EPROTO (what listens is no
+ * holder), ETIMEDOUT (it did not answer within seconds).
+ */
+
+#define KVSCRATCH_MAX_NAME 63
+
+/**
+ * kvscratch_attach_name() - open a handle on a held pad
+ * @pad: receives it
+ * @name: "story/k0", or "story" for the only pad of a holder that has one
+ * @access: O_RDONLY, O_WRONLY or O_RDWR
+ */
+int kvscratch_attach_name(struct kvscratch **pad, const char *name, int access);
+
+/**
+ * kvscratch_holder_get() - open a handle on each pad of a holder
+ * @name: of the holder
+ * @access: O_RDONLY, O_WRONLY or O_RDWR
+ * @names: receives the names of the pads, each ended by NUL
+ * @names_size: bytes at @names
+ * @fds: receives the handles, close-on-exec, in the order in which the pads came
+ *	into the holder; the caller closes them or gives them to kvscratch_from_fd()
+ * @max_fds: entries at @fds
+ *
+ * Returns how many there are, 0 for an empty holder. EMSGSIZE when they do not fit.
+ * KVSCRATCH_MAX_PASSED handles and KVSCRATCH_MAX_NAMES_BYTES always suffice.
+ */
+int kvscratch_holder_get(const char *name, int access, char *names, size_t names_size, int *fds,
+			 unsigned int max_fds);
+
+/**
+ * kvscratch_holder_put() - give pads to a holder, all of them or none
+ * @name: of a holder that was started with --write
+ * @names: the names that the pads get there
+ * @fds: handles on them, which stay the caller's; what they are open for is
+ *	what the holder can hand out
+ * @count: 1 to KVSCRATCH_MAX_PASSED
+ *
+ * Errors: EEXIST when the holder has a pad of one of the names, EMSGSIZE when it would have
+ * more than KVSCRATCH_MAX_PASSED pads or KVSCRATCH_MAX_NAMES_BYTES of names.
+ */
+int kvscratch_holder_put(const char *name, const char *const *names, const int *fds,
+			 unsigned int count);
+
+/*
+ * Let a holder forget the pad "story/k0", or with "story" forget all and end. The
+ * pads live on where somebody else has a handle or a view.
+ */
+int kvscratch_holder_drop(const char *name);
+
+/* The path of a holder's socket, or with NULL of the directory of all of them; makes nothing. */
+int kvscratch_holder_path(const char *name, char *path, size_t path_size);
+
 #ifdef __cplusplus
 #pragma GCC diagnostic pop
 }
