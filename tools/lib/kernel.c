@@ -160,3 +160,10 @@ int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geom
 		err = bind_new(fd, geometry);
 	return err ? err : kvscratch_from_fd(pad, fd);
 }
+
+int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd)
+{
+	int err = device_attach(fd, src_fd);
+
+	return err ? cannot("attach to the pad", err) : kvscratch_from_fd(pad, fd);
+}

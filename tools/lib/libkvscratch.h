@@ -107,6 +107,12 @@ int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geom
 int kvscratch_attach(struct kvscratch **pad, int fd, int access);
 
 /*
+ * Bind @fd, an open, unbound handle of the device, to the pad of @src_fd, whose rights have
+ * to include those of @fd. The pad object takes over @fd.
+ */
+int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd);
+
+/*
  * Use @fd, a handle that was inherited or received, as it is: with its rights, and
  * with a file position that all share who have this open file. The pad object takes
  * over @fd. Fails with EBADFD when it is an unbound handle, with ENOTTY when it is
