@@ -2,9 +2,10 @@
 /*
  * kvdecode: text from a Llama-2 style model whose KV cache lives in pads.
  *
- * K and V of every layer have a pad each, and one more pad has the token of
- * each position. It is the last one written in a step, so a token exists when
- * that pad has it; whoever takes over truncates all other pads to its length.
+ * K and V of every layer have a pad each, and so have, where they are wanted,
+ * the queries; one more pad has the token of each position. It is the last one
+ * written in a step, so a token exists when that pad has it; whoever takes over
+ * truncates all other pads to its length.
  * Nothing else has to survive the decoder: the random number of a position is a
  * function of the seed and the position, and the logits come back by running
  * the last token once more.
@@ -12,7 +13,7 @@
 #define _GNU_SOURCE
 #include "../kvscratch_scale.h"
 #include "cli.h"
-#include "device.h"
+#include "libkvscratch.h"
 #include "llama2.h"
 
 #include <dirent.h>
@@ -47,6 +48,8 @@ struct options {
 	uint64_t seed;
 	uint32_t steps;		/* 0: as many as the model has positions */
 	int first_handle;	/* 0: none */
+	const char *hold;
+	bool queries;
 	float temperature;
 	float top_p;
 	bool heap;
@@ -63,9 +66,9 @@ struct options {
  * @dtype: their type, as stored
  * @input_dtype: their type, as appended
  * @row_bytes: bytes per row, as stored, scales included
- * @input_row_bytes: bytes per row, as appended
- * @fd: the pad's handle, or -1
- * @bound: whether @fd has its pad yet
+ * @pad: the pad, or NULL
+ * @handle: the descriptor that we got for it, or -1
+ * @unbound: @handle is open and has no pad yet
  * @view: the mapped pad
  * @heap: the array, with the scales behind it
  */
@@ -76,27 +79,27 @@ struct store {
 	uint32_t dtype;
 	uint32_t input_dtype;
 	size_t row_bytes;
-	size_t input_row_bytes;
-	int fd;
-	bool bound;
-	struct kvscratch_view view;
+	struct kvscratch *pad;
+	int handle;
+	bool unbound;
+	const struct kvscratch_view *view;
 	char *heap;
 };
 
 /**
- * struct cache - K and V of every layer, and the tokens
- * @stores: k0 v0 k1 v1 ... tokens, the order in which a step writes them
+ * struct cache - K and V of every layer, perhaps its queries, and the tokens
+ * @stores: k0 v0 k1 v1 ... q0 q1 ... tokens; a step writes the tokens last
  * @count: how many
  * @seq_len: rows that each has room for
  * @kv_dtype: how K and V are stored
- * @kv: the rows of @stores as the model takes them
+ * @rows: the rows of @stores as the model takes them
  */
 struct cache {
 	struct store *stores;
 	unsigned int count;
 	uint32_t seq_len;
 	uint32_t kv_dtype;
-	struct llama2_rows **kv;
+	struct llama2_rows **rows;
 };
 
 /* Entries of struct server's array that are no clients. */
@@ -159,8 +162,12 @@ static const char help_text[] =
 "  --cache pads|heap    where K and V are kept (pads)\n"
 "  --kv f32|mxint8      how: as they are, or in a byte per element and a scale\n"
 "                       per 32, to which the kernel converts them (f32)\n"
-"  --handles FIRST      use the inherited descriptors FIRST.. as pads, in the\n"
-"                       order k0 v0 k1 v1 ... tokens, and go on where they end\n"
+"  --hold NAME          keep the pads with kvscratchctl hold NAME --write, and go\n"
+"                       on where they end when it has some\n"
+"  --handles FIRST      the same with the inherited descriptors FIRST.., in the\n"
+"                       order k0 v0 k1 v1 ... tokens\n"
+"  --queries            keep the queries as well, in pads q0 q1 ... before tokens,\n"
+"                       for readers that look at the attention\n"
 "  --serve SOCKET       pass read-only handles to whoever connects to SOCKET\n"
 "  --wait-reader        with --serve: begin when the first one was served\n"
 "\n"
@@ -186,7 +193,9 @@ enum {
 	OPT_CACHE,
 	OPT_KV,
 	OPT_LOGITS,
+	OPT_HOLD,
 	OPT_HANDLES,
+	OPT_QUERIES,
 	OPT_SERVE,
 	OPT_WAIT_READER,
 	OPT_STATS,
@@ -205,7 +214,9 @@ static const struct option long_options[] = {
 	{ "cache", required_argument, NULL, OPT_CACHE },
 	{ "kv", required_argument, NULL, OPT_KV },
 	{ "logits", required_argument, NULL, OPT_LOGITS },
+	{ "hold", required_argument, NULL, OPT_HOLD },
 	{ "handles", required_argument, NULL, OPT_HANDLES },
+	{ "queries", no_argument, NULL, OPT_QUERIES },
 	{ "serve", required_argument, NULL, OPT_SERVE },
 	{ "wait-reader", no_argument, NULL, OPT_WAIT_READER },
 	{ "stats", no_argument, NULL, OPT_STATS },
@@ -292,6 +303,12 @@ static int parse_option(struct options *options, int option, const char *text)
 	case OPT_LOGITS:
 		options->logits = text;
 		return 0;
+	case OPT_HOLD:
+		options->hold = text;
+		return 0;
+	case OPT_QUERIES:
+		options->queries = true;
+		return 0;
 	case OPT_SERVE:
 		options->socket = text;
 		return 0;
@@ -316,9 +333,11 @@ static int check_options(const struct options *options)
 			    "expected both --checkpoint and --tokenizer, got one of them");
 	if (options->model && options->checkpoint)
 		return fail(EXIT_INPUT, "expected either --model or --checkpoint, got both");
-	if (options->heap && (options->socket || options->first_handle))
-		return fail(EXIT_INPUT,
-			    "--serve and --handles: expected --cache pads, got --cache heap");
+	if (options->heap && (options->socket || options->first_handle || options->hold))
+		return fail(EXIT_INPUT, "--serve, --handles and --hold: expected --cache pads, "
+			    "got --cache heap");
+	if (options->first_handle && options->hold)
+		return fail(EXIT_INPUT, "expected either --handles or --hold, got both");
 	if (options->wait_reader && !options->socket)
 		return fail(EXIT_INPUT, "--wait-reader: expected --serve with it");
 	return 0;
@@ -391,12 +410,12 @@ static int append_heap_mxint8(struct llama2_rows *rows, const void *row)
 static int append_pad(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
-	int err = device_append(store->fd, row, store->input_row_bytes);
+	int err = kvscratch_append(store->pad, row, store->dim);
 	uint32_t len;
 
 	if (err)
 		return fail_pad(store, "append", err);
-	len = kvscratch_state_len(kvscratch_view_state(&store->view));
+	len = kvscratch_state_len(kvscratch_view_state(store->view));
 	/* two names of one pad, or a predecessor that still writes */
 	if (len != rows->len + 1)
 		return fail(EXIT_PADS, "%s: expected %" PRIu32 " rows after an append, got %" PRIu32
@@ -405,45 +424,53 @@ static int append_pad(struct llama2_rows *rows, const void *row)
 	return 0;
 }
 
-static void name_store(struct store *store, unsigned int i, const struct llama2_shape *shape,
-		       uint32_t kv_dtype)
+static unsigned int nr_stores(const struct llama2_shape *shape, bool queries)
 {
-	bool tokens = i == 2 * shape->n_layers;
+	return (queries ? 3 : 2) * shape->n_layers + 1;
+}
 
-	if (tokens)
+static void name_store(struct store *store, unsigned int i, const struct cache *cache,
+		       const struct llama2_shape *shape)
+{
+	bool tokens = i == cache->count - 1;
+	bool query = !tokens && i >= 2 * shape->n_layers;
+
+	store->dtype = query ? KVSCRATCH_DTYPE_F32 : cache->kv_dtype;
+	store->input_dtype = KVSCRATCH_DTYPE_F32;
+	if (tokens) {
 		strcpy(store->name, "tokens");
-	else
+		store->dim = 1;
+		store->dtype = KVSCRATCH_DTYPE_I32;
+		store->input_dtype = KVSCRATCH_DTYPE_I32;
+	} else if (query) {
+		snprintf(store->name, sizeof(store->name), "q%u", i - 2 * shape->n_layers);
+		store->dim = shape->dim;
+	} else {
 		snprintf(store->name, sizeof(store->name), "%c%u", i % 2 ? 'v' : 'k', i / 2);
-	store->dim = tokens ? 1 : shape->kv_dim;
-	store->dtype = tokens ? KVSCRATCH_DTYPE_I32 : kv_dtype;
-	store->input_dtype = tokens ? KVSCRATCH_DTYPE_I32 : KVSCRATCH_DTYPE_F32;
+		store->dim = shape->kv_dim;
+	}
 	store->row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->dtype);
 	if (store->dtype == KVSCRATCH_DTYPE_MXINT8)
 		store->row_bytes += store->dim / KVSCRATCH_MX_BLOCK;
-	store->input_row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->input_dtype);
-	store->fd = -1;
+	store->handle = -1;
 }
 
-static unsigned int nr_stores(const struct llama2_shape *shape)
-{
-	return 2 * shape->n_layers + 1;
-}
-
-static int init_cache(struct cache *cache, const struct llama2_shape *shape, uint32_t kv_dtype)
+static int init_cache(struct cache *cache, const struct llama2_shape *shape, uint32_t kv_dtype,
+		      bool queries)
 {
 	if (kv_dtype == KVSCRATCH_DTYPE_MXINT8 && shape->kv_dim % KVSCRATCH_MX_BLOCK)
 		return fail(EXIT_INPUT, "--kv mxint8: expected rows of a multiple of %d elements, "
 			    "got %" PRIu32, KVSCRATCH_MX_BLOCK, shape->kv_dim);
 	cache->kv_dtype = kv_dtype;
-	cache->count = nr_stores(shape);
+	cache->count = nr_stores(shape, queries);
 	cache->seq_len = shape->seq_len;
 	cache->stores = calloc(cache->count, sizeof(*cache->stores));
-	cache->kv = calloc(cache->count, sizeof(*cache->kv));
-	if (!cache->stores || !cache->kv)
+	cache->rows = calloc(cache->count, sizeof(*cache->rows));
+	if (!cache->stores || !cache->rows)
 		return fail(EXIT_SYSTEM, "out of memory");
 	for (unsigned int i = 0; i < cache->count; i++) {
-		name_store(&cache->stores[i], i, shape, kv_dtype);
-		cache->kv[i] = &cache->stores[i].rows;
+		name_store(&cache->stores[i], i, cache, shape);
+		cache->rows[i] = &cache->stores[i].rows;
 	}
 	return 0;
 }
@@ -453,14 +480,13 @@ static void close_cache(struct cache *cache)
 	for (unsigned int i = 0; cache->stores && i < cache->count; i++) {
 		struct store *store = &cache->stores[i];
 
-		if (store->view.data)
-			device_unmap(&store->view);
-		if (store->fd >= 0)
-			close(store->fd);
+		kvscratch_close(store->pad);
+		if (store->handle >= 0)
+			close(store->handle);
 		free(store->heap);
 	}
 	free(cache->stores);
-	free(cache->kv);
+	free(cache->rows);
 }
 
 static struct store *token_store(const struct cache *cache)
@@ -486,33 +512,35 @@ static int allocate_arrays(struct cache *cache)
 	return 0;
 }
 
-/* The pad has to be bound. */
 static int map_pad(struct store *store)
 {
-	struct kvscratch_view view;
-	int err = device_map(store->fd, &view);
-
-	if (err)
-		return fail_pad(store, "map", err);
-	store->view = view;
-	store->rows.data = view.data;
-	store->rows.scales = kvscratch_view_scales(&view);
-	store->rows.len = view.info.len;
+	store->view = kvscratch_view(store->pad);
+	if (!store->view)
+		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
+	store->rows.data = store->view->data;
+	store->rows.scales = kvscratch_view_scales(store->view);
+	store->rows.len = kvscratch_state_len(kvscratch_view_state(store->view));
 	store->rows.append = append_pad;
 	return 0;
 }
 
 static int create_pad(struct cache *cache, struct store *store)
 {
-	int err = device_create_scaled(store->fd, cache->seq_len, store->dim, store->dtype,
-					  store->input_dtype, 0);
+	const struct kvscratch_geometry geometry = {
+		.max_seq_len = cache->seq_len,
+		.dim = store->dim,
+		.dtype = store->dtype,
+		.input_dtype = store->input_dtype,
+	};
+	int err = store->unbound ? kvscratch_new_on(&store->pad, store->handle, &geometry) :
+				   kvscratch_new_geometry(&store->pad, &geometry);
 
 	if (err)
-		return fail(EXIT_PADS,
-			    "%s: cannot create a pad of [%" PRIu32 ", %" PRIu32 "] %s: %s",
-			    store->name, cache->seq_len, store->dim,
-			    kvscratch_dtype_name(store->dtype), kvscratch_strerror(err));
-	store->bound = true;
+		return fail(EXIT_PADS, "%s: %s; --cache heap works without pads", store->name,
+			    kvscratch_error());
+	if (store->unbound)
+		store->handle = -1;
+	store->unbound = false;
 	return map_pad(store);
 }
 
@@ -521,28 +549,14 @@ static int create_missing_pads(struct cache *cache)
 	int err = 0;
 
 	for (unsigned int i = 0; !err && i < cache->count; i++)
-		if (!cache->stores[i].bound)
+		if (!cache->stores[i].pad)
 			err = create_pad(cache, &cache->stores[i]);
 	return err;
 }
 
-static int open_pads(struct cache *cache)
-{
-	for (unsigned int i = 0; i < cache->count; i++) {
-		int fd = device_open(O_RDWR);
-
-		if (fd < 0)
-			return fail(EXIT_PADS, KVSCRATCH_DEVICE
-				    ": cannot open: %s; --cache heap works without",
-				    kvscratch_strerror(fd));
-		cache->stores[i].fd = fd;
-	}
-	return create_missing_pads(cache);
-}
-
 static int truncate_pad(struct store *store, uint32_t len)
 {
-	int err = device_truncate(store->fd, len, 0);
+	int err = kvscratch_truncate(store->pad, len, 0);
 
 	if (err)
 		return fail_pad(store, "truncate", err);
@@ -573,45 +587,49 @@ static const char *dtype_name(uint32_t dtype)
 	return name ? name : "unknown";
 }
 
-static int check_geometry(const struct cache *cache, const struct store *store,
-			  const struct kvscratch_info *info)
+static int check_geometry(const struct cache *cache, const struct store *store)
 {
-	if (info->max_seq_len == cache->seq_len && info->dim == store->dim &&
-	    info->dtype == store->dtype && info->input_dtype == store->input_dtype)
+	struct kvscratch_geometry got;
+
+	kvscratch_geometry(store->pad, &got);
+	if (got.max_seq_len == cache->seq_len && got.dim == store->dim &&
+	    got.dtype == store->dtype && got.input_dtype == store->input_dtype)
 		return 0;
 	return fail(EXIT_PADS, "handle %d (%s): expected a pad of [%" PRIu32 ", %" PRIu32
-		    "] %s from %s, got [%" PRIu64 ", %" PRIu32 "] %s from %s", store->fd,
+		    "] %s from %s, got [%" PRIu64 ", %" PRIu32 "] %s from %s", store->handle,
 		    store->name, cache->seq_len, store->dim, dtype_name(store->dtype),
-		    dtype_name(store->input_dtype), (uint64_t)info->max_seq_len,
-		    (uint32_t)info->dim, dtype_name(info->dtype), dtype_name(info->input_dtype));
+		    dtype_name(store->input_dtype), got.max_seq_len, got.dim,
+		    dtype_name(got.dtype), dtype_name(got.input_dtype));
 }
 
-static int inherit_handle(const struct cache *cache, struct store *store, int fd)
+static int check_access(const struct store *store, int flags)
 {
-	int flags = fcntl(fd, F_GETFL);
 	int access = flags & O_ACCMODE;
-	struct kvscratch_info info;
-	int err;
 
-	if (flags < 0)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
-			    kvscratch_strerror(-errno));
-	store->fd = fd;
-	err = device_info(fd, &info);
-	if (err && err != -EBADFD)
-		return fail(EXIT_PADS, "handle %d (%s): %s", fd, store->name,
-			    kvscratch_strerror(err));
-	if (access != O_RDWR)
-		return fail(EXIT_PADS,
-			    "handle %d (%s): expected it open for read and write, got %s only", fd,
-			    store->name, access == O_RDONLY ? "read" : "write");
-	if (err)
+	if (access == O_RDWR)
 		return 0;
-	err = check_geometry(cache, store, &info);
-	if (err)
+	return fail(EXIT_PADS, "handle %d (%s): expected it open for read and write, got %s only",
+		    store->handle, store->name, access == O_RDONLY ? "read" : "write");
+}
+
+/* Take the descriptor of @store, a duplicate of which goes into the pad object. */
+static int inherit_handle(const struct cache *cache, struct store *store)
+{
+	int flags = fcntl(store->handle, F_GETFL);
+	int fd = fcntl(store->handle, F_DUPFD_CLOEXEC, FIRST_FREE_FD);
+	int err = fd < 0 ? -errno : kvscratch_from_fd(&store->pad, fd);
+
+	if (err && fd >= 0)
+		close(fd);
+	store->unbound = err == -EBADFD;
+	if (err && !store->unbound)
+		return fail(EXIT_PADS, "handle %d (%s): %s", store->handle, store->name,
+			    kvscratch_strerror(err));
+	err = check_access(store, flags);
+	if (err || store->unbound)
 		return err;
-	store->bound = true;
-	return map_pad(store);
+	err = check_geometry(cache, store);
+	return err ? err : map_pad(store);
 }
 
 /* Pads are bound in order, so those that have a tokens pad are complete. */
@@ -622,13 +640,14 @@ static int check_lengths(const struct cache *cache)
 	for (unsigned int i = 0; i < cache->count; i++) {
 		const struct store *store = &cache->stores[i];
 
-		if (!store->bound)
+		if (!store->pad)
 			return fail(EXIT_PADS,
 				    "handle %d (%s): expected a pad, got an unbound handle",
-				    store->fd, store->name);
+				    store->handle, store->name);
 		if (store->rows.len < len)
 			return fail(EXIT_PADS, "handle %d (%s): expected at least %" PRIu32
-				    " rows, as tokens has, got %" PRIu32, store->fd, store->name,
+				    " rows, as tokens has, got %" PRIu32, store->handle,
+				    store->name,
 				    len, store->rows.len);
 	}
 	return 0;
@@ -642,7 +661,7 @@ static int check_no_rows(const struct cache *cache)
 
 		if (store->rows.len)
 			return fail(EXIT_PADS, "handle %d (%s): expected no rows, as there is no "
-				    "tokens pad, got %" PRIu32, store->fd, store->name,
+				    "tokens pad, got %" PRIu32, store->handle, store->name,
 				    store->rows.len);
 	}
 	return 0;
@@ -658,12 +677,12 @@ static int check_tokens(struct decoder *decoder)
 	for (uint32_t i = 0; i < store->rows.len; i++) {
 		if (tokens[i] < 0 || (uint32_t)tokens[i] >= decoder->tok.vocab_size)
 			return fail(EXIT_PADS, "handle %d (tokens): expected ids from 0 to %" PRIu32
-				    ", got %" PRId32 " at position %" PRIu32, store->fd,
+				    ", got %" PRId32 " at position %" PRIu32, store->handle,
 				    decoder->tok.vocab_size - 1, tokens[i], i);
 		if (i < decoder->prompt_len && tokens[i] != decoder->prompt[i])
 			return fail(EXIT_PADS, "handle %d (tokens): expected token %" PRId32
 				    " of the prompt at position %" PRIu32 ", got %" PRId32,
-				    store->fd, decoder->prompt[i], i, tokens[i]);
+				    store->handle, decoder->prompt[i], i, tokens[i]);
 	}
 	return 0;
 }
@@ -676,11 +695,11 @@ static int take_over(struct decoder *decoder)
 	int err;
 
 	for (unsigned int i = 0; i < cache->count; i++) {
-		err = inherit_handle(cache, &cache->stores[i], decoder->options.first_handle + i);
+		err = inherit_handle(cache, &cache->stores[i]);
 		if (err)
 			return err;
 	}
-	if (!tokens->bound) {
+	if (!tokens->pad) {
 		err = check_no_rows(cache);
 		return err ? err : create_missing_pads(cache);
 	}
@@ -690,20 +709,113 @@ static int take_over(struct decoder *decoder)
 	return err ? err : truncate_pads(cache, tokens->rows.len);
 }
 
+static int take_over_inherited(struct decoder *decoder)
+{
+	struct cache *cache = &decoder->cache;
+
+	for (unsigned int i = 0; i < cache->count; i++)
+		cache->stores[i].handle = decoder->options.first_handle + i;
+	return take_over(decoder);
+}
+
+/* Held pads: a holder keeps them when we are killed. */
+
+static int fail_holder(void)
+{
+	return fail(EXIT_PADS, "%s; kvscratchctl hold NAME --write makes one", kvscratch_error());
+}
+
+static int put_pads(const struct cache *cache, const char *holder)
+{
+	const char *names[KVSCRATCH_MAX_PASSED];
+	int fds[KVSCRATCH_MAX_PASSED];
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		names[i] = cache->stores[i].name;
+		fds[i] = kvscratch_fd(cache->stores[i].pad);
+	}
+	return kvscratch_holder_put(holder, names, fds, cache->count) ? fail_holder() : 0;
+}
+
+/* Returns the descriptor that came under the name of @store, or -1. */
+static int find_handle(const struct store *store, const char *names, int *fds, int count)
+{
+	for (int i = 0; i < count; i++) {
+		if (!strcmp(names, store->name))
+			return fds[i];
+		names += strlen(names) + 1;
+	}
+	return -1;
+}
+
+/* Sort what came by our names; what has none of them is closed. */
+static int sort_handles(struct cache *cache, const char *holder, const char *names, int *fds,
+			int count)
+{
+	const char *missing = NULL;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		struct store *store = &cache->stores[i];
+
+		store->handle = find_handle(store, names, fds, count);
+		if (store->handle < 0)
+			missing = store->name;
+	}
+	if ((unsigned int)count == cache->count && !missing)
+		return 0;
+	/* those of ours are closed with the cache */
+	for (int i = 0; i < count; i++) {
+		bool ours = false;
+
+		for (unsigned int j = 0; j < cache->count; j++)
+			ours |= cache->stores[j].handle == fds[i];
+		if (!ours)
+			close(fds[i]);
+	}
+	return fail(EXIT_PADS, "%s: expected no pads or the %u of this model, got %d%s%s", holder,
+		    cache->count, count, missing ? " without " : "", missing ? missing : "");
+}
+
+static int take_over_held(struct decoder *decoder)
+{
+	const char *holder = decoder->options.hold;
+	struct cache *cache = &decoder->cache;
+	char names[KVSCRATCH_MAX_NAMES_BYTES];
+	int fds[KVSCRATCH_MAX_PASSED];
+	int count, err;
+
+	if (cache->count > KVSCRATCH_MAX_PASSED)
+		return fail(EXIT_INPUT, "--hold: expected at most %d pads, got %u",
+			    KVSCRATCH_MAX_PASSED, cache->count);
+	count = kvscratch_holder_get(holder, O_RDWR, names, sizeof(names), fds, ARRAY_SIZE(fds));
+	if (count < 0)
+		return fail_holder();
+	if (!count) {
+		err = create_missing_pads(cache);
+		return err ? err : put_pads(cache, holder);
+	}
+	err = sort_handles(cache, holder, names, fds, count);
+	return err ? err : take_over(decoder);
+}
+
 static int open_cache(struct decoder *decoder)
 {
-	int err = init_cache(&decoder->cache, &decoder->model.shape, decoder->options.kv_dtype);
+	struct cache *cache = &decoder->cache;
+	const struct options *options = &decoder->options;
+	int err = init_cache(cache, &decoder->model.shape, options->kv_dtype, options->queries);
 
 	if (err)
 		return err;
-	decoder->tokens = calloc(decoder->cache.seq_len, sizeof(*decoder->tokens));
+	if (options->queries)
+		decoder->model.queries = cache->rows + 2 * decoder->model.shape.n_layers;
+	decoder->tokens = calloc(cache->seq_len, sizeof(*decoder->tokens));
 	if (!decoder->tokens)
 		return fail(EXIT_SYSTEM, "out of memory");
-	if (decoder->options.heap)
-		return allocate_arrays(&decoder->cache);
-	if (decoder->options.first_handle)
-		return take_over(decoder);
-	return open_pads(&decoder->cache);
+	if (options->heap)
+		return allocate_arrays(cache);
+	if (options->first_handle)
+		return take_over_inherited(decoder);
+	return options->hold ? take_over_held(decoder) : create_missing_pads(cache);
 }
 
 /* Readers */
@@ -776,9 +888,9 @@ static int open_server(struct decoder *decoder)
 	int listener;
 	int signals;
 
-	if (nr_stores(&decoder->model.shape) > KVSCRATCH_MAX_PASSED)
+	if (nr_stores(&decoder->model.shape, decoder->options.queries) > KVSCRATCH_MAX_PASSED)
 		return fail(EXIT_INPUT, "--serve: expected at most %d pads, got %u",
-			    KVSCRATCH_MAX_PASSED, nr_stores(&decoder->model.shape));
+			    KVSCRATCH_MAX_PASSED, nr_stores(&decoder->model.shape, decoder->options.queries));
 	if (add_polled(server, -1, POLLIN) || add_polled(server, -1, POLLIN))
 		return fail(EXIT_SYSTEM, "out of memory");
 	signals = catch_signals(server);
@@ -815,7 +927,7 @@ static void close_server(struct server *server)
 static unsigned int open_readers(const struct cache *cache, int *fds)
 {
 	for (unsigned int i = 0; i < cache->count; i++) {
-		fds[i] = device_open_reader(cache->stores[i].fd);
+		fds[i] = kvscratch_open_reader(cache->stores[i].pad);
 		if (fds[i] < 0) {
 			fail(EXIT_PADS, "%s: cannot open a handle for a reader: %s",
 			     cache->stores[i].name, kvscratch_strerror(fds[i]));
@@ -969,7 +1081,7 @@ static int close_logits(struct decoder *decoder)
 static int step(struct decoder *decoder, int32_t token, uint32_t pos)
 {
 	struct llama2_rows *tokens = &token_store(&decoder->cache)->rows;
-	int err = llama2_forward(&decoder->model, decoder->cache.kv, token, pos);
+	int err = llama2_forward(&decoder->model, decoder->cache.rows, token, pos);
 
 	decoder->forwards++;
 	decoder->tokens[pos] = token;

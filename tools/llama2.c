@@ -611,6 +611,8 @@ static int attention(struct llama2_model *model, struct llama2_rows *const *cach
 	err = keys->append(keys, model->k);
 	if (!err)
 		err = values->append(values, model->v);
+	if (!err && model->queries)
+		err = model->queries[layer]->append(model->queries[layer], model->q);
 	if (err)
 		return err;
 	for (uint32_t head = 0; head < shape->n_heads; head++)

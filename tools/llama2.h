@@ -66,9 +66,12 @@ enum llama2_tensor {
 	LLAMA2_NR_TENSORS
 };
 
+struct llama2_rows;
+
 /**
  * struct llama2_model - weights and activations
  * @logits: what llama2_forward() leaves: one per token of the vocabulary
+ * @queries: of each layer, where the rotated query of each position goes; or NULL
  * @scratch: the one allocation that the activations are cut from
  */
 struct llama2_model {
@@ -89,10 +92,11 @@ struct llama2_model {
 	float *cosines;
 	float *sines;
 	float *logits;
+	struct llama2_rows *const *queries;
 };
 
 /**
- * struct llama2_rows - K or V of one layer
+ * struct llama2_rows - K or V of one layer, or queries, which are not read again
  * @data: the [len, kv_dim] array of floats, or of MXINT8 elements
  * @scales: the [len, kv_dim / 32] array of their scales, NULL with floats
  * @len: rows in it
