@@ -12,11 +12,11 @@ VERSION := 0.1.0
 override CPPFLAGS += -Iuapi -Itools/lib -DKVSCRATCH_VERSION='"$(VERSION)"'
 LIBKVSCRATCH := $(wildcard tools/lib/*.c)
 TOOLS := kvscratchctl kvdecode
-kvscratchctl-sources := tools/kvscratchctl.c tools/cli.c
+kvscratchctl-sources := tools/kvscratchctl.c $(wildcard tools/ctl/*.c) tools/cli.c
 kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
-HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
+HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check

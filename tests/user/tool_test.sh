@@ -1,8 +1,13 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
-# kvscratchctl on the real device: what it prints, what it refuses, its exit
-# status. Prints TAP.
-cd /tmp || exit 1
+# kvscratchctl on both backends: what it prints, what it refuses, its exit status.
+# $KVSCRATCHCTL is the program, otherwise it is found in PATH. Prints TAP.
+directory=$(mktemp -d) && cd "$directory" || exit 1
+trap 'rm -rf "$directory"' EXIT
+if [ -n "${KVSCRATCHCTL:-}" ]; then
+	mkdir bin && ln -s "$KVSCRATCHCTL" bin/kvscratchctl
+	PATH=$directory/bin:$PATH
+fi
 count=0
 output=''
 status=0
@@ -30,17 +35,60 @@ expect() {
 	result $? "$1"
 }
 
-new_pad() {
-	exec 3<>/dev/kvscratch
-	kvscratchctl create --max-seq-len "$1" --dim "$2" --dtype "$3"
+# The first lines of info; the backend and its promises have a test of their own.
+display() {
+	kvscratchctl "$@" info 2>&1 | sed '/^[a-z]* keeps:/,$d'
 }
+
+# What differs between the backends. A shell can open the device, make a pad of the
+# handle, and attach other handles to that. A memfd it can only open again, through
+# /proc, of a process that has it; its handles are never unbound, and never for writing
+# only.
+backend=$(kvscratchctl create --max-seq-len 1 --dim 1 -- kvscratchctl info --json |
+	sed 's/.*"backend": "\([a-z]*\)".*/\1/')
+case $backend in
+kernel)
+	# new_pad OPTION...: as descriptor 3
+	new_pad() {
+		exec 3>&-
+		exec 3<>/dev/kvscratch
+		kvscratchctl create "$@"
+	}
+	# A handle for reading of the same pad, as descriptor 4
+	new_reader() {
+		exec 4</dev/kvscratch
+		kvscratchctl --fd 4 attach --src-fd 3
+	}
+	kept=11
+	;;
+memfd)
+	mkfifo made taken
+	new_pad() {
+		# shellcheck disable=SC2016
+		kvscratchctl create "$@" -- sh -c 'echo $$ >made; read -r _ <taken' 3>&- &
+		read -r maker <made
+		exec 3>&-
+		exec 3<>"/proc/$maker/fd/3"
+		echo >taken
+		wait $!
+	}
+	new_reader() {
+		exec 4</proc/self/fd/3
+	}
+	kept=5
+	;;
+*)
+	echo "Bail out! expected kvscratchctl info to name a backend, got \"$backend\""
+	exit 1
+	;;
+esac
 
 echo TAP version 13
 
 # Help and wrong usage need no device.
 for verb in create info append dump truncate clear attach watch; do
 	run kvscratchctl $verb --help
-	case $output in "Usage: kvscratchctl [--fd N] $verb"*) ;; *) status=1 ;; esac
+	case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 	result $status "$verb has help"
 done
 run kvscratchctl --help
@@ -59,7 +107,7 @@ expect "a negative number" 1 "kvscratchctl create: --max-seq-len: expected an in
 run kvscratchctl create --max-seq-len 1 --dim 1 --dtype f33
 expect "an unknown dtype" 1 "kvscratchctl create: --dtype: expected f64 f32 f16 bf16 i64 i32 i16 i8 u8 or mxint8, got \"f33\""
 run kvscratchctl create --max-seq-len 1 --dim 4194305
-expect "a row too long" 1 "kvscratchctl create: --dim: expected rows of at most 16777216 bytes, got 16777220"
+expect "a row too long" 1 "kvscratchctl create: dim: expected rows of at most 16777216 bytes, got 16777220"
 run kvscratchctl dump --format png
 expect "an unknown format" 1 "kvscratchctl dump: --format: expected text, raw or npy, got \"png\""
 run kvscratchctl info --frobnicate
@@ -73,21 +121,17 @@ expect "options that exclude each other" 1 "kvscratchctl watch: expected either 
 
 # Descriptors that are no pads
 run kvscratchctl --fd 7 info
-expect "a closed descriptor" 2 "kvscratchctl info: descriptor 7: cannot describe the pad: not open, or not for this"
+expect "a closed descriptor" 2 "kvscratchctl info: descriptor 7: expected a handle, got none"
 exec 7</dev/null
 run kvscratchctl --fd 7 info
-expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: cannot describe the pad: not a handle of /dev/kvscratch"
+expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got something else"
 exec 7<&-
-exec 3<>/dev/kvscratch
-run kvscratchctl info
-expect "an unbound handle" 2 "kvscratchctl info: descriptor 3: cannot describe the pad: the handle is not bound to a pad yet"
 
 # A pad's life
-run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+new_pad --max-seq-len 10 --dim 4 --dtype f32 >output 2>&1
+status=$? output=$(cat output)
 expect "create" 0 ""
-run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
-expect "create again" 2 "kvscratchctl create: descriptor 3: cannot create a pad of [10, 4] f32: the handle is bound to a pad already"
-run kvscratchctl info
+run display
 expect "an empty pad" 0 "Scratchpad(len=0, capacity=10, dim=4)"
 # 1 2 3 4, -0.5 0.1 inf nan, 0 1e-45 3.4028234664e38 -2
 printf '\000\000\200\077\000\000\000\100\000\000\100\100\000\000\200\100' >row0
@@ -96,10 +140,17 @@ printf '\000\000\000\000\001\000\000\000\377\377\177\177\000\000\000\300' >row2
 cat row0 row1 row2 >rows
 run kvscratchctl append rows
 expect "append a file" 0 ""
-run kvscratchctl info
+run display
 expect "the Display line" 0 "Scratchpad(len=3, capacity=10, dim=4)"
-run kvscratchctl info --json
-expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "input_dtype": "f32", "input_row_bytes": 16, "frac_bits": 0, "saturated": 0}'
+run sh -c 'kvscratchctl info --json | sed "s/, .backend.*//"'
+expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "input_dtype": "f32", "input_row_bytes": 16, "frac_bits": 0, "saturated": 0'
+run sh -c 'kvscratchctl info --json | grep -o "\"backend\": \"[a-z]*\", \"promises\": {\"whole-appends\": true,"'
+expect "the backend in JSON" 0 "\"backend\": \"$backend\", \"promises\": {\"whole-appends\": true,"
+run sh -c 'kvscratchctl info --json | grep -o ": true" | wc -l; kvscratchctl info | sed -n "s/^$1 keeps: //p" | wc -w; kvscratchctl info | grep -c "^$1 does not keep [a-z-]*: "' sh "$backend"
+[ "$kept" != 11 ] || status=0
+expect "the promises of the backend" 0 "$kept
+$kept
+$((11 - kept))"
 run kvscratchctl dump
 expect "dump as text" 0 "1 2 3 4
 -0.5 0.100000001 inf nan
@@ -152,11 +203,9 @@ run sh -c 'kvscratchctl append --format raw rows.npy; kvscratchctl append --form
 expect "the format that was asked for" 1 "kvscratchctl append: Scratchpad overflow: 7 + 11 > 10 max
 kvscratchctl append: rows: expected a .npy header"
 (
-	exec 3>&-
-	new_pad 5 3 f32
+	new_pad --max-seq-len 5 --dim 3
 	kvscratchctl append rows.npy
-	exec 3>&-
-	new_pad 5 4 f64
+	new_pad --max-seq-len 5 --dim 4 --dtype f64
 	kvscratchctl append rows.npy
 ) >errors 2>&1
 run cat errors
@@ -178,14 +227,13 @@ run kvscratchctl append scalar.npy
 expect "no dimension" 1 "kvscratchctl append: scalar.npy: expected an array of [rows, 4], got 0 dimensions"
 run kvscratchctl --fd 0 append
 expect "a pad appended to itself" 1 "kvscratchctl append: --fd: expected another descriptor than that of the input"
-run kvscratchctl info
+run display
 expect "refused input changes nothing" 0 "Scratchpad(len=7, capacity=10, dim=4)"
 { npy '<f4' False '4,'; cat row0; } >row.npy
 (
-	exec 3>&-
-	new_pad 5 4 f32
+	new_pad --max-seq-len 5 --dim 4 --dtype f32
 	kvscratchctl append row.npy
-	kvscratchctl info
+	display
 ) >one 2>&1
 run cat one
 expect "one dimension is one row" 0 "Scratchpad(len=1, capacity=5, dim=4)"
@@ -205,25 +253,7 @@ run kvscratchctl dump
 expect "one row is left" 0 "1 2 3 4"
 run sh -c 'kvscratchctl info --json | grep -o "\"generation\".*\"trunc_len\": 1"'
 expect "a new generation" 0 '"generation": 1, "trunc_len": 1'
-exec 4</dev/kvscratch
-run kvscratchctl --fd 4 attach --src-fd 9
-expect "attach to nothing" 2 "kvscratchctl attach: --src-fd: expected a handle as descriptor 9, got none"
-run kvscratchctl --fd 4 attach --src-fd 0
-expect "attach to something else" 2 "kvscratchctl attach: --src-fd: expected a handle of /dev/kvscratch as descriptor 0, got something else"
-run kvscratchctl --fd 4 attach --src-fd 4
-expect "attach to an unbound handle" 2 "kvscratchctl attach: --src-fd: expected a pad behind descriptor 4, got an unbound handle"
-run kvscratchctl --fd 9 attach --src-fd 3
-expect "attach without a handle" 2 "kvscratchctl attach: expected a handle as descriptor 9, got none"
-run kvscratchctl --fd 4 attach --src-fd 3
-expect "attach" 0 ""
-exec 5<>/dev/kvscratch
-run kvscratchctl --fd 5 attach --src-fd 4
-expect "attach for more than there is" 2 "kvscratchctl attach: descriptor 5: expected it open for no more than descriptor 4 is, got more"
-exec 5>&- 5>/dev/kvscratch
-kvscratchctl --fd 5 attach --src-fd 3
-run kvscratchctl --fd 5 dump
-expect "dump with a handle for writing" 2 "kvscratchctl dump: descriptor 5: expected it open for read, got write only"
-exec 5>&-
+new_reader
 run kvscratchctl --fd 4 dump
 expect "the same pad" 0 "1 2 3 4"
 run kvscratchctl --fd 4 append row0
@@ -232,13 +262,12 @@ run kvscratchctl --fd 4 clear
 expect "clear with a handle for reading" 2 "kvscratchctl clear: descriptor 4: expected it open for write, got read only"
 run kvscratchctl clear
 expect "clear" 0 ""
-run kvscratchctl --fd 4 info
+run display --fd 4
 expect "empty again" 0 "Scratchpad(len=0, capacity=10, dim=4)"
 
 # dump keeps the old file until it has what to write.
 echo precious >file
-exec 5</dev/kvscratch
-run kvscratchctl --fd 5 dump -o file
+run kvscratchctl --fd 9 dump -o file
 output="$status $(cat file)"
 status=0
 expect "a failed dump leaves the file" 0 "2 precious"
@@ -252,30 +281,27 @@ for case in 'f64 \000\000\000\000\000\000\370\077 1.5' 'f16 \000\074 1' 'f16 \00
 	'i32 \000\000\000\200 -2147483648' 'i16 \377\377 -1' 'i8 \200 -128' 'u8 \377 255'; do
 	# shellcheck disable=SC2086
 	set -- $case
-	exec 3>&-
-	new_pad 1 1 "$1"
+	new_pad --max-seq-len 1 --dim 1 --dtype "$1"
 	# shellcheck disable=SC2059
 	printf "$2" | kvscratchctl append
 	run kvscratchctl dump
 	expect "$1 as text" 0 "$3"
 done
-exec 3>&-
-new_pad 1 1 bf16
+new_pad --max-seq-len 1 --dim 1 --dtype bf16
 run kvscratchctl dump --format npy
-expect "no .npy of bf16" 1 "kvscratchctl dump: --format: .npy has no type for bf16; expected text or raw"
+expect "no .npy of bf16" 1 "kvscratchctl dump: --format: .npy has no type for bf16; expected text, raw or json"
 
 # Scaled integers
 run kvscratchctl create --max-seq-len 1 --dim 33 --dtype mxint8
-expect "half a block" 1 "kvscratchctl create: --dim: expected a multiple of 32 for mxint8, got 33"
+expect "half a block" 1 "kvscratchctl create: dim: expected a multiple of 32 for mxint8, got 33"
 run kvscratchctl create --max-seq-len 1 --dim 32 --dtype u8 --input f32
-expect "no conversion to u8" 1 "kvscratchctl create: --input: expected u8 for --dtype u8, got f32"
+expect "no conversion to u8" 1 "kvscratchctl create: input dtype: expected u8 for a dtype of u8, got f32"
 run kvscratchctl create --max-seq-len 1 --dim 32 --dtype i8 --input i16
-expect "no conversion from i16" 1 "kvscratchctl create: --input: expected i8 f64 f32 f16 or bf16 for --dtype i8, got i16"
+expect "no conversion from i16" 1 "kvscratchctl create: input dtype: expected i8 f64 f32 f16 or bf16 for a dtype of i8, got i16"
 run kvscratchctl create --max-seq-len 1 --dim 32 --frac-bits 3
-expect "no fraction bits of f32" 1 "kvscratchctl create: --frac-bits: expected --dtype i64 i32 i16 or i8, got f32"
-exec 3>&-
-exec 3<>/dev/kvscratch
-run kvscratchctl create --max-seq-len 4 --dim 32 --dtype mxint8 --input f32
+expect "no fraction bits of f32" 1 "kvscratchctl create: fraction bits: expected at most 0 for f32, got 3"
+new_pad --max-seq-len 4 --dim 32 --dtype mxint8 --input f32 >output 2>&1
+status=$? output=$(cat output)
 expect "create of mxint8" 0 ""
 # 1.0, -1.984375 = -127 / 64 and zeros; then 32 times 2^-60
 {
@@ -287,7 +313,7 @@ expect "create of mxint8" 0 ""
 } >floats
 run kvscratchctl append floats
 expect "append of floats" 0 ""
-run kvscratchctl info
+run display
 expect "info names the format" 0 "Scratchpad(len=2, capacity=4, dim=32)
 mxint8, from f32, 0 saturated"
 zeros=$(printf '%30s' '' | sed 's/ / 0/g')
@@ -312,8 +338,7 @@ run cmp back.npy expected
 expect "as .npy it is f32 again" 0 ""
 run sh -c "printf '\\000\\000\\300\\177%124s' '' | kvscratchctl append"
 expect "a NaN" 2 "kvscratchctl append: descriptor 3: cannot append: a NaN or an infinity has no integer"
-exec 3>&-
-new_pad 4 32 mxint8
+new_pad --max-seq-len 4 --dim 32 --dtype mxint8
 run kvscratchctl append records
 expect "append of records" 0 ""
 run sh -c 'kvscratchctl dump --format npy | cmp - back.npy'
@@ -324,20 +349,17 @@ printf '%32s\177' '' | tr ' ' '\200' | kvscratchctl append
 run sh -c 'kvscratchctl dump | tail -n 2 | cut -d " " -f 1,32'
 expect "a block that is NaN" 0 "nan nan
 -2 -2"
-exec 3>&-
-exec 3<>/dev/kvscratch
-kvscratchctl create --max-seq-len 4 --dim 2 --dtype i16 --input f64 --frac-bits 8
+new_pad --max-seq-len 4 --dim 2 --dtype i16 --input f64 --frac-bits 8
 # 1.5, -1000.0
 printf '\000\000\000\000\000\000\370\077\000\000\000\000\000\100\217\300' | kvscratchctl append
 run kvscratchctl dump
 expect "fixed point" 0 "1.5 -128"
-run kvscratchctl info
+run display
 expect "clamped elements are counted" 0 "Scratchpad(len=1, capacity=4, dim=2)
 i16 with 8 fraction bits, from f64, 1 saturated"
 
 # watch: each step waits until the watcher has told of the one before.
-exec 3>&-
-new_pad 10 1 i8
+new_pad --max-seq-len 10 --dim 1 --dtype i8
 mkfifo told
 kvscratchctl watch --rows --until 4 >told &
 exec 6<told
@@ -374,7 +396,88 @@ output=$line
 expect "a watch ends when it is interrupted" 143 "Scratchpad(len=4, capacity=10, dim=1)"
 run kvscratchctl watch --json --until 4
 expect "watch as JSON" 0 '{"len": 4, "generation": 1}'
-run kvscratchctl watch --socket /tmp/nobody --timeout 0
-expect "a socket that nobody serves" 2 "kvscratchctl watch: /tmp/nobody: cannot connect: No such file or directory"
+run kvscratchctl watch --socket nobody --timeout 0
+expect "a socket that nobody serves" 2 "kvscratchctl watch: nobody: cannot connect: No such file or directory"
+
+# JSON
+new_pad --max-seq-len 4 --dim 2 --dtype f32
+run kvscratchctl dump --json
+expect "no rows as JSON" 0 "[]"
+printf '\000\000\200\077\000\000\300\177\000\000\200\177\000\000\200\377' | kvscratchctl append
+run kvscratchctl dump --json
+expect "rows as JSON" 0 "[[1, null],
+ [1e999, -1e999]]"
+run kvscratchctl dump --json --format text
+expect "two formats" 1 "kvscratchctl dump: expected either --format or --json, got both"
+
+# A command gets the handle.
+run kvscratchctl create --max-seq-len 4 --dim 2 --dtype u8 -- sh -c 'printf abcd | kvscratchctl append && kvscratchctl dump'
+expect "create for a command" 0 "97 98
+99 100"
+run kvscratchctl --fd 8 create --max-seq-len 4 --dim 2 -- sh -c 'kvscratchctl --fd 8 info | head -n 1; exit 9'
+expect "its descriptor and its exit status" 9 "Scratchpad(len=0, capacity=4, dim=2)"
+run kvscratchctl create --max-seq-len 4 --dim 2 -- ./nix
+expect "a command that does not exist" 127 "kvscratchctl create: ./nix: No such file or directory"
+run kvscratchctl create --max-seq-len 4 --dim 2 -- /
+expect "a command that cannot be run" 126 "kvscratchctl create: /: Permission denied"
+run kvscratchctl create --max-seq-len 4 --dim 2 --
+expect "no command" 1 "kvscratchctl create: expected COMMAND behind --"
+run kvscratchctl attach --src-fd 3 -- sh -c 'kvscratchctl info | head -n 1; kvscratchctl clear'
+expect "attach for a command that reads" 2 "Scratchpad(len=2, capacity=4, dim=2)
+kvscratchctl clear: descriptor 3: expected it open for write, got read only"
+run kvscratchctl attach --src-fd 3 --write -- kvscratchctl truncate --len 1
+expect "attach for a command that writes" 0 ""
+run display
+expect "what it wrote" 0 "Scratchpad(len=1, capacity=4, dim=2)"
+run kvscratchctl attach
+expect "attach to what" 1 "kvscratchctl attach: expected --src-fd or --name"
+run kvscratchctl attach --src-fd 3 --write
+expect "attach for whom" 1 "kvscratchctl attach: --write: expected -- COMMAND with it"
+run kvscratchctl -n story create
+expect "an option of other verbs" 1 "kvscratchctl create: unexpected --name, see --help"
+run kvscratchctl --fd 3 -n story info
+expect "two pads" 1 "kvscratchctl info: expected either --fd or --name, got both"
+
+# What only handles of the device can be: unbound, attached by themselves, for writing only
+if [ "$backend" = kernel ]; then
+	exec 3>&-
+	exec 3<>/dev/kvscratch
+	run kvscratchctl info
+	expect "an unbound handle" 2 "kvscratchctl info: descriptor 3: the handle is not bound to a pad yet"
+	run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+	expect "create on a handle" 0 ""
+	run kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+	expect "create again" 2 "kvscratchctl create: descriptor 3: cannot create a pad of [10, 4] f32: the handle is bound to a pad already"
+	kvscratchctl append row0
+	exec 4>&-
+	exec 4</dev/kvscratch
+	run kvscratchctl --fd 4 attach --src-fd 9
+	expect "attach to nothing" 2 "kvscratchctl attach: --src-fd: expected a handle as descriptor 9, got none"
+	run kvscratchctl --fd 4 attach --src-fd 0
+	expect "attach to something else" 2 "kvscratchctl attach: --src-fd: expected a handle of /dev/kvscratch as descriptor 0, got something else"
+	run kvscratchctl --fd 4 attach --src-fd 4
+	expect "attach to an unbound handle" 2 "kvscratchctl attach: --src-fd: expected a pad behind descriptor 4, got an unbound handle"
+	run kvscratchctl --fd 9 attach --src-fd 3
+	expect "attach without a handle" 2 "kvscratchctl attach: expected a handle as descriptor 9, got none"
+	run kvscratchctl --fd 4 attach --src-fd 3
+	expect "attach" 0 ""
+	exec 5<>/dev/kvscratch
+	run kvscratchctl --fd 5 attach --src-fd 4
+	expect "attach for more than there is" 2 "kvscratchctl attach: descriptor 5: expected it open for no more than descriptor 4 is, got more"
+	exec 5>&- 5>/dev/kvscratch
+	kvscratchctl --fd 5 attach --src-fd 3
+	run kvscratchctl --fd 5 dump
+	expect "dump with a handle for writing" 2 "kvscratchctl dump: descriptor 5: expected it open for read, got write only"
+	run display --fd 5
+	expect "info with a handle for writing" 0 "Scratchpad(len=1, capacity=10, dim=4)"
+	exec 5>&-
+	run kvscratchctl --fd 4 dump
+	expect "dump through a handle that was attached" 0 "1 2 3 4"
+else
+	exec 3>&-
+	exec 3<>row0
+	run kvscratchctl create --max-seq-len 10 --dim 4
+	expect "a memfd needs a command" 2 "kvscratchctl create: descriptor 3: cannot create a pad of [10, 4] f32: not a handle of /dev/kvscratch"
+fi
 
 echo "1..$count"
