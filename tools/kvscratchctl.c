@@ -294,6 +294,64 @@ NO_PROGRESS_HELP,
 			OPTION("json", no_argument, OPT_JSON),
 			HELP, END
 		},
+	}, {
+		.name = "hold",
+		.summary = "keep pads under a name",
+		.help =
+"Usage: kvscratchctl hold NAME --write\n"
+"       kvscratchctl hold NAME --max-seq-len N --dim N [OPTION]...\n"
+"       kvscratchctl --fd N hold NAME [OPTION]...\n"
+"Keep pads in a process of their own, in the background, and hand out handles on\n"
+"them to processes of the same user, root being another one. It begins with a new\n"
+"pad, with the one of descriptor N, either named \"pad\", or empty, for others to put\n"
+"pads in. It ends when NAME is dropped or on SIGTERM. NAME is of A-Z a-z 0-9 . _ -\n"
+"with no dot first; the socket is $XDG_RUNTIME_DIR/kvscratch/NAME\n"
+"\n"
+"  --write          whoever gets a handle may write, and may put more pads\n"
+"  --foreground     stay, as a service: tell systemd when it is ready and keep\n"
+"                   the handles in its file-descriptor store, from where they\n"
+"                   come back after a crash\n"
+GEOMETRY_HELP,
+		.run = run_hold,
+		.takes = TAKES_FD | TAKES_ARGUMENT,
+		.options = {
+			OPTION("write", no_argument, OPT_WRITE),
+			OPTION("foreground", no_argument, OPT_FOREGROUND),
+			GEOMETRY_OPTIONS, HELP, END
+		},
+	}, {
+		.name = "drop",
+		.summary = "forget held pads",
+		.help =
+"Usage: kvscratchctl drop NAME\n"
+"Let the holder NAME forget all its pads and end, or of HOLDER/PAD that one. A pad\n"
+"lives on as long as somebody else has a handle or a view.\n",
+		.run = run_drop,
+		.takes = TAKES_ARGUMENT,
+		.options = { HELP, END },
+	}, {
+		.name = "ls",
+		.summary = "list held pads",
+		.help =
+"Usage: kvscratchctl ls [--json]\n"
+"Print a line for each pad that is held for this user:\n"
+"story/k0: Scratchpad(len=3, capacity=10, dim=4)\n"
+"\n"
+"  --json  an array of objects\n",
+		.run = run_ls,
+		.options = { OPTION("json", no_argument, OPT_JSON), HELP, END },
+	}, {
+		.name = "metrics",
+		.summary = "describe held pads to Prometheus",
+		.help =
+"Usage: kvscratchctl metrics [--output FILE]\n"
+"Print rows, capacity, bytes, truncates and saturated elements of each held pad, and\n"
+"what the module tells, in the text format of Prometheus.\n"
+"\n"
+"  -o, --output FILE  replace FILE in one step, instead of stdout: for the\n"
+"                     textfile collector of node_exporter\n",
+		.run = run_metrics,
+		.options = { OPTION("output", required_argument, OPT_OUTPUT), HELP, END },
 	},
 };
 

@@ -86,13 +86,13 @@ esac
 echo TAP version 13
 
 # Help and wrong usage need no device.
-for verb in create info append dump truncate clear attach watch; do
+for verb in create info append dump truncate clear attach watch hold drop ls metrics; do
 	run kvscratchctl $verb --help
 	case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 	result $status "$verb has help"
 done
 run kvscratchctl --help
-case $output in *create*info*append*dump*truncate*clear*attach*watch*"Exit status"*) ;; *) status=1 ;; esac
+case $output in *create*info*append*dump*truncate*clear*attach*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
 result $status "help lists every verb"
 run kvscratchctl
 expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
@@ -434,7 +434,9 @@ expect "attach to what" 1 "kvscratchctl attach: expected --src-fd or --name"
 run kvscratchctl attach --src-fd 3 --write
 expect "attach for whom" 1 "kvscratchctl attach: --write: expected -- COMMAND with it"
 run kvscratchctl -n story create
-expect "an option of other verbs" 1 "kvscratchctl create: unexpected --name, see --help"
+expect "a name of a pad to make" 1 "kvscratchctl create: unexpected --name, see --help"
+run kvscratchctl ls --fd 3
+expect "an option of other verbs" 1 "kvscratchctl ls: unexpected --fd, see --help"
 run kvscratchctl --fd 3 -n story info
 expect "two pads" 1 "kvscratchctl info: expected either --fd or --name, got both"
 

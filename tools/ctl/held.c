@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * ls, drop and metrics: what is held by all holders of this user.
+ */
+#define _GNU_SOURCE
+#include "ctl.h"
+#include "holder.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/**
+ * struct entry - a held pad, or a holder without one
+ * @holder: its name
+ * @pad: the name of the pad, or "" if the holder has none
+ * @info: the pad
+ * @backend: where it lives
+ */
+struct entry {
+	char holder[KVSCRATCH_MAX_NAME + 1];
+	char pad[KVSCRATCH_MAX_NAME + 1];
+	struct kvscratch_info info;
+	enum kvscratch_backend backend;
+};
+
+struct entries {
+	struct entry *list;
+	size_t count;
+	size_t room;
+};
+
+static struct entry *add_entry(struct entries *entries, const char *holder)
+{
+	struct entry *entry;
+
+	if (entries->count == entries->room) {
+		size_t room = entries->room ? 2 * entries->room : 64;
+		struct entry *list = reallocarray(entries->list, room, sizeof(*list));
+
+		if (!list) {
+			fail(EXIT_SYSTEM, "out of memory");
+			return NULL;
+		}
+		entries->list = list;
+		entries->room = room;
+	}
+	entry = &entries->list[entries->count++];
+	*entry = (struct entry){ 0 };
+	strcpy(entry->holder, holder);
+	return entry;
+}
+
+/* Takes over @fd. */
+static int add_pad(struct entries *entries, const char *holder, const char *name, int fd)
+{
+	struct entry *entry = add_entry(entries, holder);
+	struct kvscratch *pad;
+	int err;
+
+	if (!entry) {
+		close(fd);
+		return EXIT_SYSTEM;
+	}
+	strcpy(entry->pad, name);
+	if (kvscratch_from_fd(&pad, fd)) {
+		close(fd);
+		entries->count--;
+		return fail(EXIT_SYSTEM, "%s/%s: %s", holder, name, kvscratch_error());
+	}
+	err = kvscratch_info(pad, &entry->info);
+	entry->backend = kvscratch_backend(pad);
+	kvscratch_close(pad);
+	if (!err)
+		return 0;
+	entries->count--;
+	return fail(EXIT_SYSTEM, "%s/%s: %s", holder, name, kvscratch_error());
+}
+
+static int add_holder(struct entries *entries, const char *name)
+{
+	static struct handles handles;
+	const char *pad = handles.names;
+	int err = 0;
+	int count = kvscratch_holder_get(name, O_RDONLY, handles.names, sizeof(handles.names),
+					 handles.fds, ARRAY_SIZE(handles.fds));
+
+	/* it was killed, or ended right now */
+	if (count == -ENOENT)
+		return 0;
+	if (count < 0)
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
+	for (int i = 0; i < count; i++, pad += strlen(pad) + 1)
+		err |= add_pad(entries, name, pad, handles.fds[i]);
+	return count || add_entry(entries, name) ? err : EXIT_SYSTEM;
+}
+
+static int is_holder(const struct dirent *entry)
+{
+	return holder_name_is_valid(entry->d_name);
+}
+
+/* Everything that can be seen; an exit code tells that something cannot. */
+static int collect(struct entries *entries)
+{
+	struct dirent **names;
+	char path[4096];
+	int err = 0;
+	int count;
+
+	*entries = (struct entries){ 0 };
+	if (kvscratch_holder_path(NULL, path, sizeof(path)))
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
+	count = scandir(path, &names, is_holder, alphasort);
+	if (count < 0)
+		return errno == ENOENT ? 0 :
+		       fail(EXIT_SYSTEM, "%s: cannot list: %s", path, strerror(errno));
+	for (int i = 0; i < count; i++) {
+		err |= add_holder(entries, names[i]->d_name);
+		free(names[i]);
+	}
+	free(names);
+	return err;
+}
+
+/* ls */
+
+static void print_entry(const struct entry *entry)
+{
+	if (!*entry->pad) {
+		printf("%s: no pads\n", entry->holder);
+		return;
+	}
+	printf("%s/%s: ", entry->holder, entry->pad);
+	print_display_line(entry->info.len, &entry->info);
+}
+
+/* Names have no characters that JSON would want quoted. */
+static void print_json_entry(const struct entry *entry)
+{
+	printf("{\"holder\": \"%s\", ", entry->holder);
+	if (*entry->pad) {
+		printf("\"pad\": \"%s\", ", entry->pad);
+		print_json_members(&entry->info, entry->backend);
+		putchar('}');
+	} else {
+		printf("\"pad\": null}");
+	}
+}
+
+int run_ls(const struct arguments *args)
+{
+	bool json = given(args, OPT_JSON);
+	struct entries entries;
+	int unseen = collect(&entries);
+	int err;
+
+	if (json)
+		putchar('[');
+	for (size_t i = 0; i < entries.count; i++) {
+		if (!json) {
+			print_entry(&entries.list[i]);
+			continue;
+		}
+		if (i)
+			fputs(",\n ", stdout);
+		print_json_entry(&entries.list[i]);
+	}
+	if (json)
+		puts("]");
+	free(entries.list);
+	err = finish_output();
+	return err ? err : unseen;
+}
+
+/* drop */
+
+int run_drop(const struct arguments *args)
+{
+	int err;
+
+	if (!args->argument)
+		return fail(EXIT_INPUT, "expected NAME or NAME/PAD");
+	err = kvscratch_holder_drop(args->argument);
+	if (err)
+		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+	return 0;
+}
+
+/* metrics */
+
+static uint64_t rows_of(const struct kvscratch_info *info)
+{
+	return info->len;
+}
+
+static uint64_t capacity_of(const struct kvscratch_info *info)
+{
+	return info->max_seq_len;
+}
+
+static uint64_t bytes_of(const struct kvscratch_info *info)
+{
+	return info->data_bytes;
+}
+
+static uint64_t generation_of(const struct kvscratch_info *info)
+{
+	return info->generation;
+}
+
+static uint64_t saturated_of(const struct kvscratch_info *info)
+{
+	return info->saturated;
+}
+
+static const struct {
+	const char *name;
+	const char *type;
+	const char *help;
+	uint64_t (*value)(const struct kvscratch_info *info);
+} pad_metrics[] = {
+	{ "kvscratch_pad_rows", "gauge", "Committed rows.", rows_of },
+	{ "kvscratch_pad_capacity_rows", "gauge", "Rows that fit.", capacity_of },
+	{ "kvscratch_pad_bytes", "gauge", "Bytes of all rows that fit.", bytes_of },
+	{ "kvscratch_pad_truncates_total", "counter", "Truncates: the generation.",
+	  generation_of },
+	{ "kvscratch_pad_saturated_elements_total", "counter",
+	  "Elements that were clamped by a conversion.", saturated_of },
+};
+
+static const struct {
+	const char *name;
+	const char *help;
+	const char *path;
+} module_metrics[] = {
+	{ "kvscratch_module_open_handles", "Open files of " KVSCRATCH_DEVICE
+	  ", and others that pin the module.", "/sys/module/kvscratch/refcnt" },
+	{ "kvscratch_module_max_bytes_per_pad", "Limit of the bytes that one pad takes.",
+	  "/sys/module/kvscratch/parameters/max_bytes_per_pad" },
+	{ "kvscratch_module_max_bytes_total", "Limit of the bytes that all pads take.",
+	  "/sys/module/kvscratch/parameters/max_bytes_total" },
+};
+
+static void print_head(const char *name, const char *type, const char *help)
+{
+	printf("# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+
+/* Names have none of the characters that a label's value has to escape. */
+static void print_pad_metrics(const struct entries *entries)
+{
+	print_head("kvscratch_pad_info", "gauge", "What a held pad is made of.");
+	for (size_t i = 0; i < entries->count; i++) {
+		const struct entry *entry = &entries->list[i];
+
+		if (*entry->pad)
+			printf("kvscratch_pad_info{holder=\"%s\",pad=\"%s\",backend=\"%s\","
+			       "dtype=\"%s\",dim=\"%" PRIu32 "\"} 1\n", entry->holder, entry->pad,
+			       kvscratch_backend_name(entry->backend),
+			       kvscratch_dtype_name(entry->info.dtype),
+			       (uint32_t)entry->info.dim);
+	}
+	for (size_t m = 0; m < ARRAY_SIZE(pad_metrics); m++) {
+		print_head(pad_metrics[m].name, pad_metrics[m].type, pad_metrics[m].help);
+		for (size_t i = 0; i < entries->count; i++) {
+			const struct entry *entry = &entries->list[i];
+
+			if (*entry->pad)
+				printf("%s{holder=\"%s\",pad=\"%s\"} %" PRIu64 "\n",
+				       pad_metrics[m].name, entry->holder, entry->pad,
+				       pad_metrics[m].value(&entry->info));
+		}
+	}
+}
+
+/* Of a module that is loaded; without it there are none. */
+static void print_module_metrics(void)
+{
+	for (size_t m = 0; m < ARRAY_SIZE(module_metrics); m++) {
+		FILE *file = fopen(module_metrics[m].path, "re");
+		uint64_t value;
+
+		if (!file)
+			continue;
+		if (fscanf(file, "%" SCNu64, &value) == 1) {
+			print_head(module_metrics[m].name, "gauge", module_metrics[m].help);
+			printf("%s %" PRIu64 "\n", module_metrics[m].name, value);
+		}
+		fclose(file);
+	}
+}
+
+static int print_metrics(const struct entries *entries)
+{
+	print_pad_metrics(entries);
+	print_module_metrics();
+	return finish_output();
+}
+
+/*
+ * The collector of node_exporter may read at any moment: the file is always a whole one.
+ * It skips what does not end in .prom, as the new one does not until it is renamed.
+ */
+static int replace_file(const char *path, const struct entries *entries)
+{
+	char *beside;
+	int fd, err;
+
+	if (asprintf(&beside, "%s.XXXXXX", path) < 0)
+		return fail(EXIT_SYSTEM, "out of memory");
+	fd = mkstemp(beside);
+	if (fd < 0) {
+		err = fail(EXIT_SYSTEM, "%s: cannot make a file beside it: %s", path,
+			   strerror(errno));
+		free(beside);
+		return err;
+	}
+	/* for the collector, which is another user */
+	fchmod(fd, 0644);
+	dup2(fd, STDOUT_FILENO);
+	close(fd);
+	err = print_metrics(entries);
+	if (!err && rename(beside, path))
+		err = fail(EXIT_SYSTEM, "%s: cannot replace: %s", path, strerror(errno));
+	if (err)
+		unlink(beside);
+	free(beside);
+	return err;
+}
+
+int run_metrics(const struct arguments *args)
+{
+	struct entries entries;
+	int unseen = collect(&entries);
+	int err;
+
+	err = is_dash(args->output) ? print_metrics(&entries) :
+				      replace_file(args->output, &entries);
+	free(entries.list);
+	return err ? err : unseen;
+}
