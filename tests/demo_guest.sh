@@ -26,8 +26,40 @@ else
 fi
 
 say "a pad from the shell"
-set -x
-exec 3<>/dev/kvscratch
-kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
-printf 'three rows of four floats, 16 bytes each rows!!!' | kvscratchctl --fd 3 append
-kvscratchctl --fd 3 info
+(
+	set -x
+	exec 3<>/dev/kvscratch
+	kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
+	printf 'three rows of four floats, 16 bytes each rows!!!' | kvscratchctl --fd 3 append
+	kvscratchctl --fd 3 info
+)
+
+say "a decoder whose pads are held elsewhere, killed in the middle of a sentence"
+export XDG_RUNTIME_DIR=/tmp
+mkfifo /tmp/text
+kvscratchctl hold story --write
+kvdecode "$@" --hold story >/tmp/text &
+decoder=$!
+# some of the text has come: there is more to come
+exec 4</tmp/text
+dd bs=1 count=100 <&4 2>/dev/null
+kill -KILL $decoder
+status=0
+wait $decoder || status=$?
+exec 4<&-
+if [ $status -ne 137 ]; then
+	echo "kvdecode ended before it was killed"
+	exit 1
+fi
+printf '...\n'
+kvscratchctl ls | tail -n 3
+
+say "a new process goes on from the held pads"
+kvdecode "$@" --hold story --stats >/tmp/resumed
+if cmp /tmp/pads /tmp/resumed; then
+	echo "the text is that of the uninterrupted run: $(wc -c </tmp/resumed) bytes"
+else
+	echo "DIFFERENT"
+	exit 1
+fi
+kvscratchctl drop story
