@@ -573,19 +573,40 @@ TEST_F(pad, a_reader_sleeps_until_there_is_something)
 /* Writers at once */
 
 #define WRITERS 4
-#define ROWS_EACH 200
+#define ROWS_EACH 8000
 #define ROW_DIM 640
 
+/**
+ * struct writer - one of several
+ * @pad: where it appends
+ * @number: what its rows are filled with
+ * @missing: in shared memory: how many are not ready yet; NULL when nobody is awaited
+ */
 struct writer {
 	struct kvscratch *pad;
 	uint32_t number;
+	int *missing;
 };
+
+static int *new_barrier(int count)
+{
+	int *missing = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+			    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	*missing = count;
+	return missing;
+}
 
 static void *write_rows(void *argument)
 {
 	const struct writer *writer = argument;
 	uint8_t rows[2][ROW_DIM];
 
+	if (writer->missing) {
+		__atomic_fetch_sub(writer->missing, 1, __ATOMIC_RELEASE);
+		while (__atomic_load_n(writer->missing, __ATOMIC_ACQUIRE))
+			sched_yield();
+	}
 	for (uint32_t i = 0; i < ROWS_EACH / 2; i++) {
 		memset(rows, writer->number, sizeof(rows));
 		if (kvscratch_append_rows(writer->pad, rows, 2, ROW_DIM))
@@ -615,11 +636,12 @@ TEST(threads_share_a_pad_object)
 {
 	struct writer writers[WRITERS];
 	pthread_t threads[WRITERS];
+	int *missing = new_barrier(WRITERS);
 	struct kvscratch *pad;
 
 	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
 	for (uint32_t i = 0; i < WRITERS; i++) {
-		writers[i] = (struct writer){ pad, i + 1 };
+		writers[i] = (struct writer){ pad, i + 1, missing };
 		ASSERT_EQ(0, pthread_create(&threads[i], NULL, write_rows, &writers[i]));
 	}
 	for (int i = 0; i < WRITERS; i++) {
@@ -635,13 +657,14 @@ TEST(threads_share_a_pad_object)
 /* By descriptors that were inherited, which share one open file until they are handles. */
 TEST(processes_share_a_pad)
 {
+	int *missing = new_barrier(WRITERS);
 	struct kvscratch *pad;
 
 	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
 	for (uint32_t i = 0; i < WRITERS; i++) {
 		if (fork())
 			continue;
-		struct writer writer = { .number = i + 1 };
+		struct writer writer = { .number = i + 1, .missing = missing };
 
 		if (kvscratch_from_fd(&writer.pad, dup(kvscratch_fd(pad))) || write_rows(&writer))
 			_exit(1);
@@ -663,7 +686,7 @@ TEST(a_writer_that_is_killed_leaves_whole_batches)
 	struct kvscratch *pad;
 	int64_t before = 0;
 
-	ASSERT_EQ(0, kvscratch_new(&pad, 100000, ROW_DIM, U8));
+	ASSERT_EQ(0, kvscratch_new(&pad, 50000, ROW_DIM, U8));
 	for (uint32_t round = 0; round < 40; round++) {
 		struct writer writer = { .number = round + 1 };
 		int64_t now;
