@@ -163,15 +163,6 @@ def help_needs_nothing():
 
 
 @test
-def without_the_module():
-    if pathlib.Path("/dev/kvscratch").exists():
-        return "the module is loaded here"
-    expect_error(2, "is the module loaded?; --cache heap works without", "kvdecode")
-    expect_error(2, "descriptor 3: cannot describe the pad: not open", "kvscratchctl", "info")
-    return None
-
-
-@test
 def wrong_options():
     for arguments, words in (
             (["--steps", "0"], "--steps: expected an integer from 1 to 4294967295, got \"0\""),
@@ -344,6 +335,68 @@ def an_output_that_is_full():
                               stderr=subprocess.PIPE, check=False)
     expect(done.returncode == 3 and b"No space left on device" in done.stderr,
            f"exit {done.returncode}: {done.stderr!r}")
+
+
+def without_device(**environment):
+    """An environment in which pads live in memfds."""
+    return {**os.environ, "KVSCRATCH_BACKEND": "memfd", **environment}
+
+
+@test
+def pads_without_the_module():
+    for options in ((), ("--kv", "mxint8"), ("--queries",)):
+        heap = text_of(*(option for option in options if option != "--queries"))
+        done = subprocess.run([BUILD / "kvdecode-sanitized", *options], capture_output=True,
+                              check=False, stdin=subprocess.DEVNULL, env=without_device())
+        expect(done.returncode == 0 and not done.stderr, f"{options}: {done.stderr!r}")
+        expect(done.stdout == heap, f"{options}: {done.stdout!r} instead of {heap!r}")
+
+
+@test
+def no_device():
+    if os.path.exists("/dev/kvscratch"):
+        return "there is a device"
+    done = subprocess.run([BUILD / "kvdecode-sanitized"], capture_output=True, check=False,
+                          stdin=subprocess.DEVNULL,
+                          env={**os.environ, "KVSCRATCH_BACKEND": "kernel"})
+    expect(done.returncode == 2 and b"is the module loaded?; --cache heap works" in done.stderr,
+           f"exit {done.returncode}: {done.stderr!r}")
+    return None
+
+
+def killed_decoder(environment):
+    """A kvdecode that was killed when some of its text had come."""
+    with subprocess.Popen([BUILD / "kvdecode-sanitized", "--hold", "story"], env=environment,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as decoder:
+        text = decoder.stdout.read(60)
+        decoder.kill()
+    expect(decoder.returncode == -9, f"kvdecode ended with {decoder.returncode} after {text!r}")
+
+
+@test
+def a_killed_decoder_goes_on_from_held_pads():
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+
+        def tool(*arguments):
+            return subprocess.run([BUILD / arguments[0], *arguments[1:]], capture_output=True,
+                                  check=False, stdin=subprocess.DEVNULL, env=environment)
+
+        none = tool("kvdecode-sanitized", "--hold", "story")
+        expect(none.returncode == 2 and b"no pads are held as" in none.stderr, f"{none.stderr!r}")
+        held = tool("kvscratchctl-sanitized", "hold", "story", "--write")
+        expect(held.returncode == 0, f"{held.stderr!r}")
+        try:
+            killed_decoder(environment)
+            resumed = tool("kvdecode-sanitized", "--hold", "story", "--stats")
+            tokens, computed = (int(word) for word in resumed.stderr.split()[:3:2])
+            expect(resumed.stdout == text_of(), f"{resumed.stdout!r}, {resumed.stderr!r}")
+            expect(computed < tokens, f"{resumed.stderr!r}")
+            other = tool("kvdecode-sanitized", "--hold", "story", "--queries")
+            expect(other.returncode == 2 and b"expected no pads or the" in other.stderr,
+                   f"{other.stderr!r}")
+        finally:
+            tool("kvscratchctl-sanitized", "drop", "story")
 
 
 @test
