@@ -511,6 +511,150 @@ int kvscratch_holder_drop(const char *name);
 /* The path of a holder's socket, or with NULL of the directory of all of them; makes nothing. */
 int kvscratch_holder_path(const char *name, char *path, size_t path_size);
 
+/*
+ * Files
+ *
+ * The committed rows of a pad are saved as an array of [len, dim] in one of two
+ * formats, which the end of the file's name chooses:
+ *
+ * .npy: the rows of one pad and nothing else. NumPy has no type for bf16 and mxint8, and
+ * max_seq_len, input_dtype and frac_bits are not kept: integers are saved as integers.
+ *
+ * .safetensors: any number of pads, each a tensor under its name; an MXINT8 pad is two,
+ * NAME (I8, [len, dim]) and NAME.scales (U8, [len, dim / 32]). __metadata__ says what
+ * they are made of: "kvscratch": "1", the version of this, and for each pad
+ * NAME.max_seq_len, NAME.dtype, NAME.input_dtype and NAME.frac_bits.
+ *
+ * Loading goes by what is in the file. All of it but the rows themselves is checked
+ * before anything is made of it; malformed and foreign things are EBADMSG, with what was
+ * expected and what came. Headers are at most 16 MiB long. The descriptor and the
+ * memory of a pad are the only things that it takes: rows go through a small buffer.
+ */
+
+/**
+ * kvscratch_progress - hears how far a transfer is
+ * @context: what was given along with the function
+ * @done: bytes that were transferred
+ * @total: bytes in all
+ *
+ * Called at the begin, the end and every few MiB between, by the calling thread. When rows
+ * have to be saved again, because somebody truncated a pad, @done begins anew and @total
+ * may change. Returns 0, or anything else to have the transfer undone, which then fails
+ * with ECANCELED.
+ */
+typedef int kvscratch_progress(void *context, uint64_t done, uint64_t total);
+
+/**
+ * struct kvscratch_named_pad - a pad to be saved
+ * @name: what it is called in the file: valid UTF-8, neither empty nor "__metadata__";
+ *	.npy has no names, there it may be NULL
+ * @pad: a handle that may read
+ */
+struct kvscratch_named_pad {
+	const char *name;
+	struct kvscratch *pad;
+};
+
+/**
+ * kvscratch_save() - save the committed rows of pads
+ * @path: the file, by the end of its name .npy or .safetensors
+ * @pads: the pads; exactly one for .npy
+ * @count: how many
+ * @progress: hears of it, or NULL
+ * @context: for @progress
+ *
+ * The rows of each pad are those of one moment, and no pad is truncated between the
+ * first of these moments and the last: if one is, all is saved anew. The moments are
+ * as close together as this can take them, in the order of @pads, but not one: a
+ * writer may be between the pads of a token. So name that pad first which is written
+ * last in a step. Every other one then has at least as many rows in the file, and who
+ * loads them cuts them all back to the rows of the first, as who takes over from a writer
+ * that died does.
+ *
+ * Atomic: a new file is written beside @path, brought to disk and put in its place. Until
+ * then, and on every failure, @path is what it was, and nothing is left beside it, unless
+ * this process is killed (".NAME.XXXXXX" is then left). A file that is replaced passes on
+ * its permission bits; a symbolic link stays and the file behind it is replaced.
+ *
+ * Errors: EINVAL (another end of the name, a name that is no UTF-8 or comes twice, no pad
+ * or several for .npy, @path is no regular file), EOPNOTSUPP (bf16 or mxint8 in .npy),
+ * EBADF (a pad that may not be read), EAGAIN (pads were truncated again and again),
+ * ECANCELED, and what writing files gives: EACCES, ENOSPC, EDQUOT, EFBIG, EIO, EROFS and
+ * so on. EIO of the directory, after the replacement, leaves the new file.
+ */
+int kvscratch_save(const char *path, const struct kvscratch_named_pad *pads, unsigned int count,
+		   kvscratch_progress *progress, void *context);
+
+/* A file that was opened and checked; any number of threads may load from it at once. */
+struct kvscratch_file;
+
+/**
+ * struct kvscratch_saved_pad - what a file has to make a pad of
+ * @name: its name; empty in .npy
+ * @len: rows
+ * @geometry: what the pad was made of; what the file does not say is 0 in frac_bits,
+ *	dtype in input_dtype and @len in max_seq_len
+ * @has_geometry: the file says all of it: kvscratch_save() wrote it as .safetensors
+ */
+struct kvscratch_saved_pad {
+	const char *name;
+	uint64_t len;
+	struct kvscratch_geometry geometry;
+	bool has_geometry;
+};
+
+/*
+ * Open @path, a .npy or .safetensors file, and check its header and its size. Errors:
+ * EBADMSG, ENOMEM, and those of open() and read(). kvscratch_close_file() ends it; NULL does
+ * nothing there.
+ */
+int kvscratch_open_file(struct kvscratch_file **file, const char *path);
+void kvscratch_close_file(struct kvscratch_file *file);
+
+/* What is in it, in the order of its header: *@count of them, valid as long as @file */
+const struct kvscratch_saved_pad *kvscratch_file_pads(const struct kvscratch_file *file,
+						      unsigned int *count);
+
+/**
+ * kvscratch_load() - make a pad of saved rows
+ * @pad: receives a handle that may do everything, as of kvscratch_new_geometry()
+ * @file: the file
+ * @name: which of its pads; NULL if there is but one
+ * @max_seq_len: capacity, at least the saved rows; 0 for that of the file
+ * @progress: hears of it, or NULL
+ * @context: for @progress
+ *
+ * The rows are those that were saved, bit by bit. For that the new pad takes rows as
+ * they are stored: its input_dtype is its dtype, even if the pad that was saved converted
+ * what was appended to it. On failure there is no pad.
+ *
+ * Errors: EINVAL (@max_seq_len below the rows; 0 and the file has neither rows nor a
+ * max_seq_len), ENOENT (no pad of this name, or several and @name is NULL), EBADMSG (the
+ * file became shorter), EIO, ECANCELED, and those of kvscratch_new_geometry().
+ */
+int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, const char *name,
+		   uint64_t max_seq_len, kvscratch_progress *progress, void *context);
+
+/**
+ * kvscratch_load_into() - append saved rows to a pad
+ * @pad: a handle that may write, on a pad of the same dim, dtype and frac_bits that takes
+ *	rows as they are stored; any frac_bits will do where the file does not say them
+ * @file: the file
+ * @name: which of its pads; NULL if there is but one
+ * @progress: hears of it, or NULL
+ * @context: for @progress
+ *
+ * All rows or none: what was appended before a failure is truncated again. Readers see the
+ * rows come in several batches, each whole. Nobody else should write to the pad meanwhile:
+ * the truncate would take their rows along.
+ *
+ * Errors: EINVAL (the pad is made of something else, or converts), ENOSPC (rows do not
+ * fit), ENOENT, EBADMSG (the file became shorter), EIO, ECANCELED, and those of
+ * kvscratch_append_rows().
+ */
+int kvscratch_load_into(struct kvscratch *pad, const struct kvscratch_file *file, const char *name,
+			kvscratch_progress *progress, void *context);
+
 #ifdef __cplusplus
 #pragma GCC diagnostic pop
 }
