@@ -526,9 +526,10 @@ int kvscratch_holder_path(const char *name, char *path, size_t path_size);
  * NAME.max_seq_len, NAME.dtype, NAME.input_dtype and NAME.frac_bits.
  *
  * Loading goes by what is in the file. All of it but the rows themselves is checked
- * before anything is made of it; malformed and foreign things are EBADMSG, with what was
- * expected and what came. Headers are at most 16 MiB long. The descriptor and the
- * memory of a pad are the only things that it takes: rows go through a small buffer.
+ * before anything is made of it; what is malformed or no pad is EBADMSG, with what was
+ * expected and what came. Headers have at most 16 MiB, in .npy 128 KiB; the rows go
+ * through a buffer of a few MiB. A safetensors file without the above may come from anybody:
+ * each tensor of it has to be a [rows, dim] matrix.
  */
 
 /**
@@ -563,18 +564,16 @@ struct kvscratch_named_pad {
  * @progress: hears of it, or NULL
  * @context: for @progress
  *
- * The rows of each pad are those of one moment, and no pad is truncated between the
- * first of these moments and the last: if one is, all is saved anew. The moments are
- * as close together as this can take them, in the order of @pads, but not one: a
- * writer may be between the pads of a token. So name that pad first which is written
- * last in a step. Every other one then has at least as many rows in the file, and who
- * loads them cuts them all back to the rows of the first, as who takes over from a writer
- * that died does.
+ * There is a moment at which every pad begins with the rows that are saved of it: if
+ * a truncate drops some of them meanwhile, all pads are saved anew. A writer that puts a
+ * token into one pad after the other may be between two of them at that moment. So a
+ * token is whole when the shortest pad has it: who loads pads that belong together
+ * truncates all to the rows of the shortest.
  *
  * Atomic: a new file is written beside @path, brought to disk and put in its place. Until
- * then, and on every failure, @path is what it was, and nothing is left beside it, unless
- * this process is killed (".NAME.XXXXXX" is then left). A file that is replaced passes on
- * its permission bits; a symbolic link stays and the file behind it is replaced.
+ * then, and on every failure, @path is what it was, and nothing is left beside it unless
+ * this process is killed; that is then named .kvscratch-XXXXXXXX. A file that is replaced
+ * passes on its permission bits; a symbolic link stays and the file behind it is replaced.
  *
  * Errors: EINVAL (another end of the name, a name that is no UTF-8 or comes twice, no pad
  * or several for .npy, @path is no regular file), EOPNOTSUPP (bf16 or mxint8 in .npy),
