@@ -1,0 +1,1484 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Pads in .npy and safetensors files, over every backend: KVSCRATCH_BACKEND says
+ * which. Needs no device over a memfd, where it runs with sanitizers.
+ */
+#include "common.h"
+
+#include <dirent.h>
+#include <endian.h>
+#include <ftw.h>
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#define F32 KVSCRATCH_DTYPE_F32
+#define F64 KVSCRATCH_DTYPE_F64
+#define I8 KVSCRATCH_DTYPE_I8
+#define U8 KVSCRATCH_DTYPE_U8
+#define MXINT8 KVSCRATCH_DTYPE_MXINT8
+
+/* What the library moves between two calls of a progress function */
+#define PIECE_BYTES (4u << 20)
+
+#define EXPECT_ERROR(error, words, call) do { \
+	EXPECT_EQ(-(error), (long)(call)); \
+	EXPECT_STREQ(words, kvscratch_error()); \
+} while (0)
+
+#define ASSERT_DONE(call) ASSERT_EQ(0, call) TH_LOG("%s", kvscratch_error())
+
+/* Files: each test has a directory */
+
+static char directory[64];
+
+/* The path of @name in the directory of the test; of the latest two calls */
+static const char *at(const char *name)
+{
+	static char paths[2][128];
+	static int turn;
+
+	turn = !turn;
+	snprintf(paths[turn], sizeof(paths[turn]), "%s/%s", directory, name);
+	return paths[turn];
+}
+
+static int remove_entry(const char *path, const struct stat *stat, int type, struct FTW *ftw)
+{
+	(void)stat, (void)type, (void)ftw;
+	return remove(path);
+}
+
+/* How many files there are beside "." and ".." */
+static int nr_entries(void)
+{
+	DIR *entries = opendir(directory);
+	int count = -2;
+
+	while (entries && readdir(entries))
+		count++;
+	closedir(entries);
+	return count;
+}
+
+static void write_bytes(const char *path, const void *bytes, size_t size)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+
+	if (fd < 0 || write(fd, bytes, size) != (ssize_t)size)
+		abort();
+	close(fd);
+}
+
+static bool file_is(const char *path, const void *bytes, size_t size)
+{
+	char *found = malloc(size + 1);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	bool same = fd >= 0 && read(fd, found, size + 1) == (ssize_t)size &&
+		    !memcmp(found, bytes, size);
+
+	close(fd);
+	free(found);
+	return same;
+}
+
+FIXTURE(files) {
+	struct kvscratch *pad;
+};
+
+static const float two_rows[2][3] = { { 1, 2, 3 }, { 4, 5, 6 } };
+
+FIXTURE_SETUP(files)
+{
+	strcpy(directory, "/tmp/kvscratch-files-XXXXXX");
+	ASSERT_NE(NULL, mkdtemp(directory));
+	ASSERT_DONE(kvscratch_new(&self->pad, 8, 3, F32));
+	ASSERT_DONE(kvscratch_append_rows(self->pad, two_rows, 2, 3));
+}
+
+FIXTURE_TEARDOWN(files)
+{
+	kvscratch_close(self->pad);
+	EXPECT_EQ(0, nftw(directory, remove_entry, 8, FTW_DEPTH | FTW_PHYS));
+}
+
+static int save_one(struct kvscratch *pad, const char *name, const char *path)
+{
+	const struct kvscratch_named_pad named = { name, pad };
+
+	return kvscratch_save(path, &named, 1, NULL, NULL);
+}
+
+/* Load a pad of the file at @path; 0 or what the library returned. */
+static int load_from(struct kvscratch **pad, const char *path, const char *name,
+		     uint64_t max_seq_len)
+{
+	struct kvscratch_file *file;
+	int err = kvscratch_open_file(&file, path);
+
+	if (err)
+		return err;
+	err = kvscratch_load(pad, file, name, max_seq_len, NULL, NULL);
+	kvscratch_close_file(file);
+	return err;
+}
+
+static int load_into(struct kvscratch *pad, const char *path, const char *name)
+{
+	struct kvscratch_file *file;
+	int err = kvscratch_open_file(&file, path);
+
+	if (err)
+		return err;
+	err = kvscratch_load_into(pad, file, name, NULL, NULL);
+	kvscratch_close_file(file);
+	return err;
+}
+
+static int open_and_close(const char *path)
+{
+	struct kvscratch_file *file;
+	int err = kvscratch_open_file(&file, path);
+
+	if (!err)
+		kvscratch_close_file(file);
+	return err;
+}
+
+static bool same_rows(struct kvscratch *a, struct kvscratch *b)
+{
+	struct kvscratch_tensor left, right;
+	uint64_t elements;
+
+	if (kvscratch_as_tensor(a, &left) || kvscratch_as_tensor(b, &right) ||
+	    left.len != right.len || left.dim != right.dim || left.dtype != right.dtype)
+		return false;
+	elements = left.len * left.dim;
+	return !memcmp(left.data, right.data, elements * kvscratch_dtype_size(left.dtype)) &&
+	       (!left.scales || !memcmp(left.scales, right.scales, elements / KVSCRATCH_MX_BLOCK));
+}
+
+static uint64_t generation(struct kvscratch *pad)
+{
+	struct kvscratch_info info;
+
+	return kvscratch_info(pad, &info) ? UINT64_MAX : info.generation;
+}
+
+/* Recognisable, and made fast where a row has megabytes: most of it is what begins it */
+static void fill_long_row(uint8_t *row, size_t row_bytes, uint32_t seed)
+{
+	const size_t beginning = 4099;
+	size_t filled = row_bytes < beginning ? row_bytes : beginning;
+
+	fill_row(row, filled, seed);
+	for (; filled < row_bytes; filled += beginning)
+		memcpy(row + filled, row,
+		       row_bytes - filled < beginning ? row_bytes - filled : beginning);
+}
+
+/* A pad that takes rows as they are stored, with @len recognisable ones */
+static struct kvscratch *filled_pad(uint64_t max_seq_len, uint32_t dim, uint32_t dtype,
+				    uint32_t len)
+{
+	struct kvscratch_info info;
+	struct kvscratch *pad;
+	uint8_t *row;
+
+	if (kvscratch_new(&pad, max_seq_len, dim, dtype) || kvscratch_info(pad, &info))
+		abort();
+	row = malloc(info.row_bytes);
+	for (uint32_t i = 0; i < len; i++) {
+		fill_long_row(row, info.row_bytes, i);
+		if (kvscratch_append(pad, row, dim))
+			abort();
+	}
+	free(row);
+	return pad;
+}
+
+/* What comes back */
+
+TEST_F(files, every_dtype_comes_back_from_safetensors)
+{
+	for (uint32_t dtype = F64; dtype <= MXINT8; dtype++) {
+		struct kvscratch *pad = filled_pad(7, 64, dtype, 5), *back;
+		const struct kvscratch_saved_pad *saved;
+		struct kvscratch_file *file;
+		struct kvscratch_info info;
+		unsigned int count;
+
+		ASSERT_DONE(save_one(pad, "layer 0", at("pad.safetensors")));
+		ASSERT_DONE(kvscratch_open_file(&file, at("pad.safetensors")));
+		saved = kvscratch_file_pads(file, &count);
+		ASSERT_EQ(1, count);
+		EXPECT_STREQ("layer 0", saved->name);
+		EXPECT_EQ(5, saved->len);
+		EXPECT_EQ(7, saved->geometry.max_seq_len);
+		EXPECT_EQ(64, saved->geometry.dim);
+		EXPECT_EQ(dtype, saved->geometry.dtype);
+		EXPECT_EQ(dtype, saved->geometry.input_dtype);
+		EXPECT_EQ(0, saved->geometry.frac_bits);
+		EXPECT_TRUE(saved->has_geometry);
+		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
+		EXPECT_TRUE(same_rows(pad, back));
+		ASSERT_DONE(kvscratch_info(back, &info));
+		EXPECT_EQ(7, info.max_seq_len);
+		EXPECT_EQ(dtype, info.input_dtype);
+		EXPECT_EQ(0, info.generation);
+		EXPECT_EQ(kvscratch_default_backend(), (int)kvscratch_backend(back));
+		EXPECT_EQ(O_RDWR, kvscratch_access(back));
+		kvscratch_close(back);
+		kvscratch_close_file(file);
+		kvscratch_close(pad);
+	}
+	EXPECT_EQ(1, nr_entries());
+}
+
+TEST_F(files, every_dtype_of_numpy_comes_back_from_npy)
+{
+	for (uint32_t dtype = F64; dtype <= U8; dtype++) {
+		struct kvscratch *pad, *back;
+
+		if (dtype == KVSCRATCH_DTYPE_BF16)
+			continue;
+		pad = filled_pad(7, 5, dtype, 6);
+		ASSERT_DONE(save_one(pad, NULL, at("pad.npy")));
+		ASSERT_DONE(load_from(&back, at("pad.npy"), NULL, 0));
+		EXPECT_TRUE(same_rows(pad, back));
+		EXPECT_EQ(6, kvscratch_capacity(back));
+		kvscratch_close(back);
+		ASSERT_DONE(load_from(&back, at("pad.npy"), "", 9));
+		EXPECT_TRUE(same_rows(pad, back));
+		EXPECT_EQ(9, kvscratch_capacity(back));
+		kvscratch_close(back);
+		kvscratch_close(pad);
+	}
+	EXPECT_EQ(1, nr_entries());
+}
+
+TEST_F(files, npy_has_no_type_for_bf16_and_mxint8)
+{
+	static const struct {
+		uint32_t dtype;
+		const char *words;
+	} cases[] = {
+		{ KVSCRATCH_DTYPE_BF16,
+		  ".npy has no type for bf16: expected a name that ends in .safetensors" },
+		{ MXINT8,
+		  ".npy has no type for mxint8: expected a name that ends in .safetensors" },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		struct kvscratch *pad = filled_pad(2, 32, cases[i].dtype, 1);
+
+		EXPECT_ERROR(EOPNOTSUPP, cases[i].words, save_one(pad, "k0", at("pad.npy")));
+		kvscratch_close(pad);
+	}
+	EXPECT_EQ(0, nr_entries());
+}
+
+TEST_F(files, the_bytes_of_npy)
+{
+	char expected[128 + sizeof(two_rows)];
+
+	memset(expected, ' ', 128);
+	memcpy(expected, "\x93NUMPY\1\0\x76\0", 10);
+	memcpy(expected + 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", 59);
+	expected[127] = '\n';
+	memcpy(expected + 128, two_rows, sizeof(two_rows));
+	ASSERT_DONE(save_one(self->pad, NULL, at("pad.npy")));
+	EXPECT_TRUE(file_is(at("pad.npy"), expected, sizeof(expected)));
+}
+
+TEST_F(files, the_bytes_of_safetensors)
+{
+	static const char header[] =
+		"{\"__metadata__\":{\"kvscratch\":\"1\",\"k\\\"0.max_seq_len\":\"8\","
+		"\"k\\\"0.dtype\":\"f32\",\"k\\\"0.input_dtype\":\"f32\","
+		"\"k\\\"0.frac_bits\":\"0\"},"
+		"\"k\\\"0\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]}}";
+	char expected[192 + sizeof(two_rows)];
+	uint64_t length = htole64(192 - 8);
+
+	memset(expected, ' ', 192);
+	memcpy(expected, &length, 8);
+	memcpy(expected + 8, header, strlen(header));
+	memcpy(expected + 192, two_rows, sizeof(two_rows));
+	ASSERT_DONE(save_one(self->pad, "k\"0", at("pad.safetensors")));
+	EXPECT_TRUE(file_is(at("pad.safetensors"), expected, sizeof(expected)));
+}
+
+TEST_F(files, pads_without_rows)
+{
+	struct kvscratch *pad = filled_pad(4, 32, MXINT8, 0), *back;
+	const struct kvscratch_named_pad named[] = { { "a", pad }, { "b", pad } };
+
+	ASSERT_DONE(kvscratch_save(at("none.safetensors"), named, 2, NULL, NULL));
+	ASSERT_DONE(load_from(&back, at("none.safetensors"), "b", 0));
+	EXPECT_EQ(0, kvscratch_len(back));
+	EXPECT_EQ(4, kvscratch_capacity(back));
+	EXPECT_EQ(32, kvscratch_dim(back));
+	kvscratch_close(back);
+	kvscratch_close(pad);
+
+	ASSERT_DONE(kvscratch_clear(self->pad, false));
+	ASSERT_DONE(save_one(self->pad, NULL, at("none.npy")));
+	EXPECT_ERROR(EINVAL,
+		     "expected a max_seq_len: the file has no rows and does not say it",
+		     load_from(&back, at("none.npy"), NULL, 0));
+	ASSERT_DONE(load_from(&back, at("none.npy"), NULL, 3));
+	EXPECT_EQ(0, kvscratch_len(back));
+	kvscratch_close(back);
+	EXPECT_EQ(0, load_into(self->pad, at("none.npy"), NULL));
+	EXPECT_EQ(0, kvscratch_len(self->pad));
+}
+
+/* The wide ones come first in the data, the pads in that order in the list. */
+TEST_F(files, many_pads_in_one_file)
+{
+	static const uint32_t dtypes[] = { U8, F32, MXINT8, F64, KVSCRATCH_DTYPE_BF16, F32 };
+	struct kvscratch_named_pad named[ARRAY_SIZE(dtypes)];
+	const struct kvscratch_saved_pad *saved;
+	static const char *const order[] = { "pad 3", "pad 1", "pad 5", "pad 4", "pad 0", "pad 2" };
+	struct kvscratch_file *file;
+	char names[ARRAY_SIZE(dtypes)][8];
+	unsigned int count;
+
+	for (size_t i = 0; i < ARRAY_SIZE(dtypes); i++) {
+		snprintf(names[i], sizeof(names[i]), "pad %zu", i);
+		named[i].name = names[i];
+		named[i].pad = filled_pad(10, 32, dtypes[i], i + 1);
+	}
+	ASSERT_DONE(kvscratch_save(at("many.safetensors"), named, ARRAY_SIZE(named), NULL, NULL));
+	ASSERT_DONE(kvscratch_open_file(&file, at("many.safetensors")));
+	saved = kvscratch_file_pads(file, &count);
+	ASSERT_EQ(ARRAY_SIZE(dtypes), count);
+	for (size_t i = 0; i < count; i++)
+		EXPECT_STREQ(order[i], saved[i].name);
+	for (size_t i = 0; i < count; i++) {
+		struct kvscratch *back;
+
+		ASSERT_DONE(kvscratch_load(&back, file, names[i], 0, NULL, NULL));
+		EXPECT_TRUE(same_rows(named[i].pad, back));
+		kvscratch_close(back);
+	}
+	kvscratch_close_file(file);
+	for (size_t i = 0; i < ARRAY_SIZE(dtypes); i++)
+		kvscratch_close(named[i].pad);
+}
+
+TEST_F(files, pads_that_convert)
+{
+	static const struct kvscratch_geometry geometries[] = {
+		{ 4, 32, I8, F32, 4 },
+		{ 4, 32, MXINT8, F32, 0 },
+	};
+	float row[32];
+
+	for (size_t i = 0; i < 32; i++)
+		row[i] = i * 0.25f - 3;
+	for (size_t i = 0; i < ARRAY_SIZE(geometries); i++) {
+		const struct kvscratch_saved_pad *saved;
+		struct kvscratch *pad, *back;
+		struct kvscratch_file *file;
+		struct kvscratch_info info;
+		unsigned int count;
+
+		ASSERT_DONE(kvscratch_new_geometry(&pad, &geometries[i]));
+		ASSERT_DONE(kvscratch_append(pad, row, 32));
+		ASSERT_DONE(save_one(pad, "k0", at("pad.safetensors")));
+		ASSERT_DONE(kvscratch_open_file(&file, at("pad.safetensors")));
+		saved = kvscratch_file_pads(file, &count);
+		EXPECT_EQ(geometries[i].frac_bits, saved->geometry.frac_bits);
+		EXPECT_EQ(F32, saved->geometry.input_dtype);
+		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
+		EXPECT_TRUE(same_rows(pad, back));
+		ASSERT_DONE(kvscratch_info(back, &info));
+		EXPECT_EQ(geometries[i].dtype, info.input_dtype);
+		EXPECT_EQ(geometries[i].frac_bits, info.frac_bits);
+		/* nobody can put stored rows there */
+		EXPECT_EQ(-EINVAL, kvscratch_load_into(pad, file, NULL, NULL, NULL));
+		EXPECT_EQ(1, kvscratch_len(pad));
+		/* but on another of the kind */
+		EXPECT_EQ(0, kvscratch_load_into(back, file, NULL, NULL, NULL));
+		EXPECT_EQ(2, kvscratch_len(back));
+		kvscratch_close(back);
+		kvscratch_close_file(file);
+		kvscratch_close(pad);
+	}
+}
+
+/* Several batches, whose rows do not fill them; MXINT8 has its planes apart in the file. */
+TEST_F_TIMEOUT(files, rows_of_many_batches, TEST_SECONDS)
+{
+	static const struct {
+		uint32_t dim;
+		uint32_t dtype;
+	} cases[] = { { 1000003, U8 }, { 1 << 19, MXINT8 }, { 5 << 20, U8 } };
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		struct kvscratch *pad = filled_pad(17, cases[i].dim, cases[i].dtype,
+						   cases[i].dim > PIECE_BYTES ? 2 : 17);
+		struct kvscratch *back;
+
+		ASSERT_DONE(save_one(pad, "k0", at("pad.safetensors")));
+		ASSERT_DONE(load_from(&back, at("pad.safetensors"), "k0", 0));
+		EXPECT_TRUE(same_rows(pad, back));
+		kvscratch_close(back);
+		kvscratch_close(pad);
+	}
+}
+
+TEST_F(files, rows_behind_others)
+{
+	struct kvscratch_tensor tensor;
+
+	ASSERT_DONE(save_one(self->pad, NULL, at("pad.npy")));
+	ASSERT_DONE(load_into(self->pad, at("pad.npy"), NULL));
+	ASSERT_DONE(kvscratch_as_tensor(self->pad, &tensor));
+	EXPECT_EQ(4, tensor.len);
+	EXPECT_EQ(0, memcmp(tensor.data, two_rows, sizeof(two_rows)));
+	EXPECT_EQ(0, memcmp((const char *)tensor.data + sizeof(two_rows), two_rows,
+			    sizeof(two_rows)));
+	EXPECT_EQ(0, generation(self->pad));
+}
+
+/* A file that does not say how many fraction bits there are goes with any. */
+TEST_F(files, integers_of_others_into_fractions)
+{
+	const struct kvscratch_geometry geometry = { 4, 3, KVSCRATCH_DTYPE_I32, 0, 8 };
+	struct kvscratch *plain = filled_pad(4, 3, KVSCRATCH_DTYPE_I32, 2), *fractions;
+
+	ASSERT_DONE(kvscratch_new_geometry(&fractions, &geometry));
+	ASSERT_DONE(save_one(plain, NULL, at("i32.npy")));
+	ASSERT_DONE(save_one(plain, "k0", at("i32.safetensors")));
+	EXPECT_EQ(0, load_into(fractions, at("i32.npy"), NULL));
+	EXPECT_ERROR(EINVAL, "fraction bits: expected 8, got 0",
+		     load_into(fractions, at("i32.safetensors"), NULL));
+	EXPECT_EQ(2, kvscratch_len(fractions));
+	kvscratch_close(fractions);
+	kvscratch_close(plain);
+}
+
+/* What is refused: saving */
+
+TEST_F(files, names_and_pads_that_cannot_be_saved)
+{
+	static const struct {
+		const char *path;
+		const char *names[2];
+		unsigned int count;
+		const char *words;
+	} cases[] = {
+		{ "pad", { "a" }, 1,
+		  "expected the name of a file that ends in .npy or .safetensors" },
+		{ "npy", { "a" }, 1,
+		  "expected the name of a file that ends in .npy or .safetensors" },
+		{ "a.npy", { "a", "b" }, 2, ".npy has room for one pad: expected 1, got 2" },
+		{ "a.npy", { "a" }, 0, ".npy has room for one pad: expected 1, got 0" },
+		{ "a.safetensors", { "a" }, 0, "expected at least one pad, got none" },
+		{ "a.safetensors", { "a", NULL }, 2, "expected a name for each pad, got none" },
+		{ "a.safetensors", { "a", "a" }, 2,
+		  "expected each tensor once, got two named \"a\"" },
+		{ "a.safetensors", { "", "b" }, 2, "expected a name in UTF-8, neither empty nor "
+		  "__metadata__, got \"\"" },
+		{ "a.safetensors", { "__metadata__", "b" }, 2, "expected a name in UTF-8, neither "
+		  "empty nor __metadata__, got \"__metadata__\"" },
+		{ "a.safetensors", { "a\xff\x1b[m", "b" }, 2, "expected a name in UTF-8, neither "
+		  "empty nor __metadata__, got \"a??[m\"" },
+		{ "a.safetensors", { "\xed\xa0\x80", "b" }, 2, "expected a name in UTF-8, neither "
+		  "empty nor __metadata__, got \"???\"" },
+		{ "a.safetensors", { "\xc0\xaf", "b" }, 2, "expected a name in UTF-8, neither "
+		  "empty nor __metadata__, got \"??\"" },
+		{ "a.safetensors", { "\xf4\x90\x80\x80", "b" }, 2, "expected a name in UTF-8, "
+		  "neither empty nor __metadata__, got \"????\"" },
+		{ "a.safetensors", { "\xe2\x82", "b" }, 2, "expected a name in UTF-8, neither "
+		  "empty nor __metadata__, got \"??\"" },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		const struct kvscratch_named_pad named[] = {
+			{ cases[i].names[0], self->pad },
+			{ cases[i].names[1], self->pad },
+		};
+
+		EXPECT_ERROR(EINVAL, cases[i].words,
+			     kvscratch_save(at(cases[i].path), named, cases[i].count, NULL, NULL));
+	}
+	EXPECT_EQ(0, nr_entries());
+}
+
+TEST_F(files, scales_are_a_tensor_too)
+{
+	struct kvscratch *scaled = filled_pad(2, 32, MXINT8, 1);
+	const struct kvscratch_named_pad named[] = { { "k", scaled }, { "k.scales", self->pad } };
+
+	EXPECT_ERROR(EINVAL, "expected each tensor once, got two named \"k.scales\"",
+		     kvscratch_save(at("a.safetensors"), named, 2, NULL, NULL));
+	kvscratch_close(scaled);
+	EXPECT_EQ(0, nr_entries());
+}
+
+TEST_F(files, names_of_any_utf8)
+{
+	static const char *const names[] = {
+		"\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80", "\n\t\x01\x7f\"\\/", "a.scales",
+		"kvscratch",
+		"a name of more than sixty-four bytes, for which no message has room, but a file",
+	};
+	struct kvscratch_named_pad named[ARRAY_SIZE(names)];
+
+	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
+		named[i] = (struct kvscratch_named_pad){ names[i], self->pad };
+	ASSERT_DONE(kvscratch_save(at("a.safetensors"), named, ARRAY_SIZE(names), NULL, NULL));
+	for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+		struct kvscratch *back;
+
+		ASSERT_DONE(load_from(&back, at("a.safetensors"), names[i], 0));
+		EXPECT_TRUE(same_rows(self->pad, back));
+		kvscratch_close(back);
+	}
+}
+
+TEST_F(files, handles_that_may_not_read)
+{
+	struct kvscratch *writer;
+	int err = kvscratch_attach(&writer, kvscratch_fd(self->pad), O_WRONLY);
+
+	/* not every backend has them */
+	if (err == -EOPNOTSUPP)
+		return;
+	ASSERT_DONE(err);
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     save_one(writer, NULL, at("a.npy")));
+	EXPECT_EQ(0, nr_entries());
+	/* loading needs only that */
+	ASSERT_DONE(save_one(self->pad, NULL, at("a.npy")));
+	EXPECT_EQ(0, load_into(writer, at("a.npy"), NULL));
+	EXPECT_EQ(4, kvscratch_len(self->pad));
+	kvscratch_close(writer);
+}
+
+/* What is refused: places */
+
+TEST_F(files, places_that_have_no_file)
+{
+	char deep[128];
+
+	ASSERT_EQ(0, mkdir(at("d.npy"), 0755));
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got something else",
+		     save_one(self->pad, NULL, at("d.npy")));
+	EXPECT_ERROR(EBADMSG, "expected a regular file, got something else",
+		     open_and_close(at("d.npy")));
+	ASSERT_EQ(0, mkfifo(at("f.npy"), 0644));
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got something else",
+		     save_one(self->pad, NULL, at("f.npy")));
+	EXPECT_ERROR(EBADMSG, "expected a regular file, got something else",
+		     open_and_close(at("f.npy")));
+	snprintf(deep, sizeof(deep), "%s/none/a.npy", directory);
+	EXPECT_ERROR(ENOENT, "cannot open the directory of the file: No such file or directory",
+		     save_one(self->pad, NULL, deep));
+	EXPECT_ERROR(ENOENT, "cannot open the file: No such file or directory",
+		     open_and_close(at("none.npy")));
+	snprintf(deep, sizeof(deep), "%s/f.npy/a.npy", directory);
+	EXPECT_ERROR(ENOTDIR, "cannot look at the file: Not a directory",
+		     save_one(self->pad, NULL, deep));
+	EXPECT_EQ(2, nr_entries());
+}
+
+/* Without the privileges of root, which no mode keeps out */
+static void drop_privileges(void)
+{
+	if (!geteuid())
+		CHILD_CHECK(!setgid(65534) && !setuid(65534));
+}
+
+TEST_F(files, directories_that_may_not_be_written)
+{
+	pid_t child;
+
+	ASSERT_DONE(save_one(self->pad, NULL, at("a.npy")));
+	ASSERT_EQ(0, chmod(at("a.npy"), 0));
+	ASSERT_EQ(0, chmod(directory, 0555));
+	child = fork_child();
+	if (!child) {
+		drop_privileges();
+		CHILD_CHECK(save_one(self->pad, NULL, at("a.npy")) == -EACCES);
+		CHILD_CHECK(!strcmp(kvscratch_error(),
+				    "cannot make a file in the directory: Permission denied"));
+		CHILD_CHECK(open_and_close(at("a.npy")) == -EACCES);
+		CHILD_CHECK(!strcmp(kvscratch_error(), "cannot open the file: Permission denied"));
+		_exit(0);
+	}
+	EXPECT_EQ(0, wait_for(child));
+	ASSERT_EQ(0, chmod(directory, 0755));
+	EXPECT_EQ(1, nr_entries());
+}
+
+/* What is refused: files */
+
+static void write_safetensors(const char *path, const char *header, size_t length,
+			      size_t data_bytes)
+{
+	size_t size = 8 + length + data_bytes;
+	uint64_t word = htole64(length);
+	char *bytes = calloc(1, size);
+
+	memcpy(bytes, &word, 8);
+	memcpy(bytes + 8, header, length);
+	write_bytes(path, bytes, size);
+	free(bytes);
+}
+
+#define TENSOR(name, dtype, shape, offsets) "\"" name "\":{\"dtype\":\"" dtype "\"," \
+	"\"shape\":[" shape "],\"data_offsets\":[" offsets "]}"
+
+TEST_F(files, safetensors_headers_that_are_refused)
+{
+	static const struct {
+		const char *header;
+		size_t data_bytes;
+		const char *words;
+	} cases[] = {
+		/* JSON */
+		{ "", 0, "safetensors header: expected '{' at byte 0, got its end" },
+		{ " {}", 0, "safetensors header: expected '{' at byte 0, got byte 0x20" },
+		{ "[]", 0, "safetensors header: expected '{' at byte 0, got '['" },
+		{ "{", 0,
+		  "safetensors header: expected the name of a tensor at byte 1, got its end" },
+		{ "{} x", 0, "safetensors header: expected nothing behind the object at byte 3, "
+		  "got 'x'" },
+		{ "{}{}", 0, "safetensors header: expected nothing behind the object at byte 2, "
+		  "got '{'" },
+		{ "{,}", 0,
+		  "safetensors header: expected the name of a tensor at byte 1, got ','" },
+		{ "{\"a\"}", 0, "safetensors header: expected ':' at byte 4, got '}'" },
+		{ "{\"a\":{\"dtype\":\"U8\",}}", 0,
+		  "safetensors header: expected a key of a tensor at byte 19, got '}'" },
+		{ "{\"a\":{\"dtype\":\"U8\" \"shape\":[1]}}", 0,
+		  "safetensors header: expected ',' or '}' at byte 19, got '\"'" },
+		{ "{" TENSOR("a", "U8", "1 1", "0,1") "}", 1,
+		  "safetensors header: expected ',' or ']' at byte 30, got '1'" },
+		{ "{" TENSOR("a", "U8", "1,", "0,1") "}", 1,
+		  "safetensors header: expected a whole number at byte 30, got ']'" },
+		{ "{" TENSOR("a", "U8", "-1", "0,1") "}", 1,
+		  "safetensors header: expected a whole number at byte 28, got '-'" },
+		{ "{" TENSOR("a", "U8", "1.0", "0,1") "}", 1,
+		  "safetensors header: expected ',' or ']' at byte 29, got '.'" },
+		{ "{" TENSOR("a", "U8", "1e0", "0,1") "}", 1,
+		  "safetensors header: expected ',' or ']' at byte 29, got 'e'" },
+		{ "{" TENSOR("a", "U8", "01", "0,1") "}", 1,
+		  "safetensors header: expected no digit behind a leading 0 at byte 29, got '1'" },
+		{ "{" TENSOR("a", "U8", "true", "0,1") "}", 1,
+		  "safetensors header: expected a whole number at byte 28, got 't'" },
+		{ "{" TENSOR("a", "U8", "18446744073709551616", "0,1") "}", 1,
+		  "safetensors header: expected a number below 2^64 at byte 47, got '6'" },
+		{ "{" TENSOR("a", "U8", "[1]", "0,1") "}", 1,
+		  "safetensors header: expected a whole number at byte 28, got '['" },
+		{ "{\"a\":[[[[[[[[[[[[[[[[", 0,
+		  "safetensors header: expected an object as what a tensor is at byte 5, got '['" },
+		{ "{\"a\":{\"dtype\":{\"dtype\":{", 0,
+		  "safetensors header: expected a string as dtype at byte 14, got '{'" },
+		{ "{\"__metadata__\":{\"a\":{\"a\":{", 0,
+		  "safetensors header: expected a string in __metadata__ at byte 21, got '{'" },
+		/* strings */
+		{ "{\"a", 0, "safetensors header: expected a character of UTF-8 or the end of a "
+		  "string at byte 3, got its end" },
+		{ "{\"a\n\":0}", 0, "safetensors header: expected a character of UTF-8 or the end "
+		  "of a string at byte 3, got byte 0x0a" },
+		{ "{\"a\xff\":0}", 0, "safetensors header: expected a character of UTF-8 or the "
+		  "end of a string at byte 3, got byte 0xff" },
+		{ "{\"\xc0\x80\":0}", 0, "safetensors header: expected a character of UTF-8 or the "
+		  "end of a string at byte 2, got byte 0xc0" },
+		{ "{\"\xe2\x82", 0, "safetensors header: expected a character of UTF-8 or the "
+		  "end of a string at byte 2, got byte 0xe2" },
+		{ "{\"\\x\":0}", 0, "safetensors header: expected an escape of JSON at byte 3, "
+		  "got 'x'" },
+		{ "{\"\\", 0,
+		  "safetensors header: expected an escape of JSON at byte 3, got its end" },
+		{ "{\"\\u12g4\":0}", 0, "safetensors header: expected a hexadecimal digit at byte "
+		  "6, got 'g'" },
+		{ "{\"\\u12", 0, "safetensors header: expected a hexadecimal digit at byte 6, "
+		  "got its end" },
+		{ "{\"a\\u0000b\":0}", 0, "safetensors header: expected no \\u0000 in a string, "
+		  "got one before byte 9" },
+		{ "{\"\\ud83d\":0}", 0, "safetensors header: expected both halves of a UTF-16 "
+		  "pair, got one of them before byte 8" },
+		{ "{\"\\ude00\":0}", 0, "safetensors header: expected both halves of a UTF-16 "
+		  "pair, got one of them before byte 8" },
+		{ "{\"\\ud83d\\u0041\":0}", 0, "safetensors header: expected both halves of a "
+		  "UTF-16 pair, got one of them before byte 14" },
+		/* tensors */
+		{ "{\"a\":{}}", 0,
+		  "tensor \"a\": expected dtype, shape and data_offsets, got no dtype" },
+		{ "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,0]}}", 0,
+		  "tensor \"a\": expected dtype, shape and data_offsets, got no shape" },
+		{ "{\"a\":{\"dtype\":\"U8\",\"shape\":[0]}}", 0,
+		  "tensor \"a\": expected dtype, shape and data_offsets, got no data_offsets" },
+		{ "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 0,
+		  "tensor \"a\": expected dtype, shape and data_offsets, got a second \"dtype\"" },
+		{ "{\"a\\u001b\":{\"strides\":[1]}}", 0,
+		  "tensor \"a?\": expected dtype, shape and data_offsets, got \"strides\"" },
+		{ "{" TENSOR("a", "F8_E4M3", "1,1", "0,1") "}", 1, "tensor \"a\": expected a dtype "
+		  "of F64 F32 F16 BF16 I64 I32 I16 I8 or U8, got \"F8_E4M3\"" },
+		{ "{" TENSOR("a", "u8", "1,1", "0,1") "}", 1, "tensor \"a\": expected a dtype of "
+		  "F64 F32 F16 BF16 I64 I32 I16 I8 or U8, got \"u8\"" },
+		{ "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1,1", "0,1") "}", 1, "safetensors header: "
+		  "expected a list of at most 8 numbers as shape at byte 44, got '1'" },
+		{ "{" TENSOR("a", "U8", "1,1", "0") "}", 1, "safetensors header: expected a list "
+		  "of two numbers as data_offsets at byte 51, got '}'" },
+		{ "{" TENSOR("a", "U8", "1,1", "0,1,2") "}", 1, "safetensors header: expected a "
+		  "list of two numbers as data_offsets at byte 53, got '2'" },
+		/* what has to hold across them */
+		{ "{" TENSOR("a", "U8", "1,1", "0,1") ","
+		  TENSOR("\\u0061", "U8", "1,1", "1,2") "}", 2,
+		  "expected each tensor once, got two named \"a\"" },
+		{ "{\"__metadata__\":{},\"__metadata__\":{}}", 0,
+		  "expected one __metadata__, got two" },
+		{ "{\"__metadata__\":{\"x\":\"1\",\"y\":\"1\",\"x\":\"1\"}}", 0,
+		  "__metadata__: expected each key once, got two named \"x\"" },
+		{ "{" TENSOR("a", "F32", "2,3", "0,23") "}", 23,
+		  "tensor \"a\": expected 24 bytes by its shape, got data_offsets [0, 23]" },
+		{ "{" TENSOR("a", "U8", "1,1", "1,0") "}", 1,
+		  "tensor \"a\": expected 1 bytes by its shape, got data_offsets [1, 0]" },
+		{ "{" TENSOR("a", "F64", "2305843009213693952,1", "0,0") "}", 0,
+		  "tensor \"a\": expected less than 2^64 bytes by its shape, got more" },
+		{ "{" TENSOR("a", "U8", "4294967296,4294967296,0", "0,0") "}", 0,
+		  "tensor \"a\": expected less than 2^64 bytes by its shape, got more" },
+		{ "{" TENSOR("a", "U8", "1,2", "0,2") "," TENSOR("b", "U8", "1,2", "1,3") "}", 3,
+		  "tensor \"b\": expected it to begin at 2, where the one before ends, got an "
+		  "overlap back to 1" },
+		{ "{" TENSOR("b", "U8", "1,2", "3,5") "," TENSOR("a", "U8", "1,2", "0,2") "}", 5,
+		  "tensor \"b\": expected it to begin at 2, where the one before ends, got a gap "
+		  "up to 3" },
+		{ "{" TENSOR("a", "U8", "1,1", "1,2") "}", 2,
+		  "tensor \"a\": expected it to begin at 0, where the one before ends, got a gap "
+		  "up to 1" },
+		{ "{" TENSOR("a", "U8", "1,2", "18446744073709551615,1") "}", 2, "tensor \"a\": "
+		  "expected 2 bytes by its shape, got data_offsets [18446744073709551615, 1]" },
+		{ "{" TENSOR("a", "U8", "1,2", "0,2") "}", 3,
+		  "expected 2 bytes behind the header, got 3" },
+		{ "{" TENSOR("a", "U8", "1,2", "0,2") "}", 1,
+		  "expected 2 bytes behind the header, got 1" },
+		{ "{}", 1, "expected 0 bytes behind the header, got 1" },
+		/* pads */
+		{ "{" TENSOR("a", "U8", "2", "0,2") "}", 2,
+		  "tensor \"a\": expected a shape of [rows, dim], got 1 dimensions" },
+		{ "{" TENSOR("a", "U8", "1,2,1", "0,2") "}", 2,
+		  "tensor \"a\": expected a shape of [rows, dim], got 3 dimensions" },
+		{ "{" TENSOR("a", "U8", "2,0", "0,0") "}", 0,
+		  "tensor \"a\": dim: expected at least 1, got 0" },
+		{ "{" TENSOR("a", "U8", "0,16777217", "0,0") "}", 0,
+		  "tensor \"a\": expected rows of at most 16777216 elements, got 16777217" },
+		{ "{" TENSOR("a", "F64", "0,16777216", "0,0") "}", 0, "tensor \"a\": dim: expected "
+		  "rows of at most 16777216 bytes, got 134217728" },
+		{ "{" TENSOR("a", "U8", "4294967296,0", "0,0") "}", 0,
+		  "tensor \"a\": expected at most 4294967295 rows, got 4294967296" },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		write_safetensors(at("a.safetensors"), cases[i].header, strlen(cases[i].header),
+				  cases[i].data_bytes);
+		EXPECT_ERROR(EBADMSG, cases[i].words, open_and_close(at("a.safetensors")));
+	}
+	/* a NUL ends strings of C only */
+	write_safetensors(at("a.safetensors"), "{}\0", 3, 0);
+	EXPECT_ERROR(EBADMSG, "safetensors header: expected nothing behind the object at byte 2, "
+		     "got byte 0x00", open_and_close(at("a.safetensors")));
+	write_safetensors(at("a.safetensors"), "{\"\0\":0}", 7, 0);
+	EXPECT_ERROR(EBADMSG, "safetensors header: expected a character of UTF-8 or the end of a "
+		     "string at byte 2, got byte 0x00", open_and_close(at("a.safetensors")));
+}
+
+#define MAX_SEQ_LEN "to 4294967295 as max_seq_len in __metadata__, got "
+#define SCALES "expected its scales as a tensor of U8 [rows, dim / 32] named NAME.scales"
+
+TEST_F(files, metadata_that_is_refused)
+{
+	static const char tensor[] = TENSOR("a", "U8", "2,32", "0,64");
+	static const char scaled[] = TENSOR("a", "I8", "2,32", "0,64");
+	static const struct {
+		const char *max_seq_len, *dtype, *input_dtype, *frac_bits;
+		const char *tensors;
+		size_t data_bytes;
+		const char *words;
+	} cases[] = {
+		{ "", "u8", "u8", "0", tensor, 64, "expected 2 " MAX_SEQ_LEN "\"\"" },
+		{ "1", "u8", "u8", "0", tensor, 64, "expected 2 " MAX_SEQ_LEN "\"1\"" },
+		{ "0", "u8", "u8", "0", TENSOR("a", "U8", "0,32", "0,0"), 0,
+		  "expected 1 " MAX_SEQ_LEN "\"0\"" },
+		{ "4294967296", "u8", "u8", "0", tensor, 64,
+		  "expected 2 " MAX_SEQ_LEN "\"4294967296\"" },
+		{ "99999999999999999999", "u8", "u8", "0", tensor, 64,
+		  "expected 2 " MAX_SEQ_LEN "\"99999999999999999999\"" },
+		{ " 9", "u8", "u8", "0", tensor, 64, "expected 2 " MAX_SEQ_LEN "\" 9\"" },
+		{ "9", "u9", "u8", "0", tensor, 64,
+		  "expected a dtype as dtype in __metadata__, got \"u9\"" },
+		{ "9", "i8", "i8", "0", tensor, 64,
+		  "expected that of the tensor as dtype in __metadata__, got \"i8\"" },
+		{ "9", "u8", "", "0", tensor, 64,
+		  "expected a dtype as input_dtype in __metadata__, got \"\"" },
+		{ "9", "u8", "f32", "0", tensor, 64,
+		  "input dtype: expected u8 for a dtype of u8, got f32" },
+		{ "9", "i8", "i8", "63", scaled, 64,
+		  "expected 0 to 62 as frac_bits in __metadata__, got \"63\"" },
+		{ "9", "u8", "u8", "1", tensor, 64,
+		  "fraction bits: expected at most 0 for u8, got 1" },
+		{ "9", "mxint8", "mxint8", "0", scaled, 64, SCALES },
+		{ "9", "mxint8", "mxint8", "0", TENSOR("a", "I8", "2,32", "0,64") ","
+		  TENSOR("a.scales", "U8", "1,2", "64,66"), 66, SCALES },
+		{ "9", "mxint8", "mxint8", "0", TENSOR("a", "I8", "2,32", "0,64") ","
+		  TENSOR("a.scales", "I8", "2,1", "64,66"), 66, SCALES },
+		{ "9", "mxint8", "mxint8", "0", TENSOR("a", "I8", "1,63", "0,63") ","
+		  TENSOR("a.scales", "U8", "1,1", "63,64"), 64,
+		  "dim: expected a multiple of 32 for mxint8, got 63" },
+		{ "9", "mxint8", "mxint8", "0", TENSOR("a", "U8", "2,32", "0,64") ","
+		  TENSOR("a.scales", "U8", "2,1", "64,66"), 66,
+		  "expected that of the tensor as dtype in __metadata__, got \"mxint8\"" },
+	};
+	char header[1024], words[256];
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		snprintf(header, sizeof(header), "{\"__metadata__\":{\"kvscratch\":\"1\","
+			 "\"a.max_seq_len\":\"%s\",\"a.dtype\":\"%s\",\"a.input_dtype\":\"%s\","
+			 "\"a.frac_bits\":\"%s\"},%s}", cases[i].max_seq_len, cases[i].dtype,
+			 cases[i].input_dtype, cases[i].frac_bits, cases[i].tensors);
+		snprintf(words, sizeof(words), "tensor \"a\": %s", cases[i].words);
+		write_safetensors(at("a.safetensors"), header, strlen(header), cases[i].data_bytes);
+		EXPECT_ERROR(EBADMSG, words, open_and_close(at("a.safetensors")));
+	}
+}
+
+TEST_F(files, versions_of_metadata)
+{
+	static const char later[] = "{\"__metadata__\":{\"kvscratch\":\"2\"}}";
+	static const char bare[] = "{\"__metadata__\":{\"kvscratch\":\"1\"},"
+				   TENSOR("a", "U8", "1,2", "0,2") "}";
+
+	write_safetensors(at("a.safetensors"), later, strlen(later), 0);
+	EXPECT_ERROR(EBADMSG, "expected version 1 as kvscratch in __metadata__, got \"2\"",
+		     open_and_close(at("a.safetensors")));
+	write_safetensors(at("a.safetensors"), bare, strlen(bare), 2);
+	EXPECT_ERROR(EBADMSG, "tensor \"a\": expected 1 " MAX_SEQ_LEN "\"\"",
+		     open_and_close(at("a.safetensors")));
+}
+
+/* Nobody's metadata but ours, and none at all */
+TEST_F(files, safetensors_of_others)
+{
+	static const char header[] = "{\"__metadata__\" : {\"format\":\"pt\"}, "
+		TENSOR("model.k", "F16", "2,3", "0,12") ",\n"
+		TENSOR("a.scales", "U8", "0,7", "12,12") "}   ";
+	const struct kvscratch_saved_pad *saved;
+	struct kvscratch_file *file;
+	struct kvscratch *back;
+	unsigned int count;
+
+	write_safetensors(at("a.safetensors"), header, strlen(header), 12);
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
+	saved = kvscratch_file_pads(file, &count);
+	ASSERT_EQ(2, count);
+	EXPECT_STREQ("model.k", saved[0].name);
+	EXPECT_EQ(2, saved[0].len);
+	EXPECT_EQ(2, saved[0].geometry.max_seq_len);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].geometry.dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].geometry.input_dtype);
+	EXPECT_FALSE(saved[0].has_geometry);
+	EXPECT_STREQ("a.scales", saved[1].name);
+	EXPECT_EQ(0, saved[1].len);
+	ASSERT_DONE(kvscratch_load(&back, file, "model.k", 5, NULL, NULL));
+	EXPECT_EQ(5, kvscratch_capacity(back));
+	EXPECT_EQ(2, kvscratch_len(back));
+	kvscratch_close(back);
+	kvscratch_close_file(file);
+
+	write_safetensors(at("a.safetensors"), "{}", 2, 0);
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
+	kvscratch_file_pads(file, &count);
+	EXPECT_EQ(0, count);
+	EXPECT_ERROR(ENOENT, "expected the name of a pad: the file has 0 of them",
+		     kvscratch_load(&back, file, NULL, 0, NULL, NULL));
+	kvscratch_close_file(file);
+	kvscratch_close_file(NULL);
+}
+
+TEST_F(files, what_is_neither_format)
+{
+	static const uint64_t too_long[2] = { 16777217 }, cut[2] = { 9 };
+	char words[128];
+
+	write_bytes(at("a"), "{}", 2);
+	EXPECT_ERROR(EBADMSG, "expected a .npy or a safetensors file, got 2 bytes",
+		     open_and_close(at("a")));
+	write_bytes(at("a"), "", 0);
+	EXPECT_ERROR(EBADMSG, "expected a .npy or a safetensors file, got 0 bytes",
+		     open_and_close(at("a")));
+	write_bytes(at("a"), "Hello, world", 12);
+	snprintf(words, sizeof(words), "expected a .npy or a safetensors file, whose header has at "
+		 "most 16777216 bytes, got %llu", 0x77202c6f6c6c6548ull);
+	EXPECT_ERROR(EBADMSG, words, open_and_close(at("a")));
+	write_bytes(at("a"), too_long, 16);
+	EXPECT_ERROR(EBADMSG, "expected a .npy or a safetensors file, whose header has at most "
+		     "16777216 bytes, got 16777217", open_and_close(at("a")));
+	write_bytes(at("a"), cut, 16);
+	EXPECT_ERROR(EBADMSG, "expected a header of 9 bytes, got a file that ends after 8",
+		     open_and_close(at("a")));
+}
+
+static void write_npy(const char *path, const char *literal, size_t data_bytes)
+{
+	size_t length = strlen(literal);
+	char *bytes = calloc(1, 10 + length + data_bytes);
+
+	memcpy(bytes, "\x93NUMPY\1", 8);
+	bytes[8] = length & 0xff;
+	bytes[9] = length >> 8;
+	memcpy(bytes + 10, literal, length);
+	write_bytes(path, bytes, 10 + length + data_bytes);
+	free(bytes);
+}
+
+#define NPY(descr, order, shape) \
+	"{'descr': '" descr "', 'fortran_order': " order ", 'shape': " shape "}\n"
+
+TEST_F(files, npy_files_that_are_refused)
+{
+	static const struct {
+		const char *literal;
+		size_t data_bytes;
+		const char *words;
+	} cases[] = {
+		{ NPY("<f4", "False", "(2, 3)"), 23,
+		  "expected 24 bytes behind the header, got 23" },
+		{ NPY("<f4", "False", "(2, 3)"), 25,
+		  "expected 24 bytes behind the header, got 25" },
+		{ NPY(">f4", "False", "(2, 3)"), 24, "expected elements of f8 f4 f2 i8 i4 i2 i1 or "
+		  "u1 in the byte order of this machine, got '>f4'" },
+		{ NPY("<U3", "False", "(2, 3)"), 72, "expected elements of f8 f4 f2 i8 i4 i2 i1 or "
+		  "u1 in the byte order of this machine, got '<U3'" },
+		{ NPY("<f4", "True", "(2, 3)"), 24, "expected rows in C order, got Fortran order" },
+		{ NPY("<f4", "False", "(6,)"), 24,
+		  "expected a shape of [rows, dim], got 1 dimensions" },
+		{ NPY("<f4", "False", "(2, 3, 1)"), 24,
+		  "expected a shape of [rows, dim], got 3 dimensions" },
+		{ NPY("<f4", "False", "(2, 0)"), 0, "dim: expected at least 1, got 0" },
+		{ NPY("|u1", "False", "(4294967296, 1)"), 0,
+		  "expected at most 4294967295 rows, got 4294967296" },
+		{ NPY("|u1", "False", "(0, 16777217)"), 0,
+		  "expected rows of at most 16777216 elements, got 16777217" },
+		{ NPY("|u1", "False", "(4294967295, 16777216)"), 0,
+		  "expected 72057594021150720 bytes behind the header, got 0" },
+		{ "{'descr': '<f4'}", 0,
+		  "expected the keys descr, fortran_order and shape in the .npy header" },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		write_npy(at("a.npy"), cases[i].literal, cases[i].data_bytes);
+		EXPECT_ERROR(EBADMSG, cases[i].words, open_and_close(at("a.npy")));
+	}
+	write_npy(at("a.npy"), NPY("<f4", "True", "(1, 3)"), 12);
+	EXPECT_EQ(0, open_and_close(at("a.npy")));
+	write_bytes(at("a.npy"), "\x93NUMPY\1\0\0\1{}", 12);
+	EXPECT_ERROR(EBADMSG, "the .npy header is cut off", open_and_close(at("a.npy")));
+}
+
+/* What is refused: loading */
+
+TEST_F(files, loads_that_are_refused)
+{
+	const struct kvscratch_named_pad two[] = { { "a", self->pad }, { "b", self->pad } };
+	struct kvscratch *back = NULL;
+
+	ASSERT_DONE(kvscratch_save(at("two.safetensors"), two, 2, NULL, NULL));
+	EXPECT_ERROR(ENOENT, "expected the name of a pad: the file has 2 of them",
+		     load_from(&back, at("two.safetensors"), NULL, 0));
+	EXPECT_ERROR(ENOENT, "expected the name of a pad in the file, got \"c\"",
+		     load_from(&back, at("two.safetensors"), "c", 0));
+	EXPECT_ERROR(EINVAL, "max_seq_len: expected at least 2, the rows in the file, got 1",
+		     load_from(&back, at("two.safetensors"), "a", 1));
+	EXPECT_ERROR(EINVAL, "max_seq_len: expected 1 to 4294967295 rows, got 4294967296",
+		     load_from(&back, at("two.safetensors"), "a", 1ull << 32));
+	EXPECT_EQ(NULL, back);
+	ASSERT_DONE(save_one(self->pad, NULL, at("one.npy")));
+	EXPECT_ERROR(ENOENT, "expected the name of a pad in the file, got \"a\"",
+		     load_from(&back, at("one.npy"), "a", 0));
+}
+
+TEST_F(files, pads_that_rows_do_not_fit)
+{
+	static const struct {
+		struct kvscratch_geometry geometry;
+		int error;
+		const char *words;
+	} cases[] = {
+		{ { 8, 4, F32, 0, 0 }, EINVAL, "shape mismatch: expected 4 elements, got 3" },
+		{ { 8, 3, KVSCRATCH_DTYPE_I32, 0, 0 }, EINVAL, "dtype: expected i32, got f32" },
+		{ { 1, 3, F32, 0, 0 }, ENOSPC, "Scratchpad overflow: 0 + 2 > 1 max" },
+	};
+	const struct kvscratch_geometry converting = { 4, 3, I8, F32, 0 };
+	struct kvscratch *pad, *bytes = filled_pad(2, 3, I8, 1);
+
+	ASSERT_DONE(save_one(self->pad, "k", at("f32.safetensors")));
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		ASSERT_DONE(kvscratch_new_geometry(&pad, &cases[i].geometry));
+		EXPECT_ERROR(cases[i].error, cases[i].words,
+			     load_into(pad, at("f32.safetensors"), NULL));
+		EXPECT_EQ(0, kvscratch_len(pad));
+		EXPECT_EQ(0, generation(pad));
+		kvscratch_close(pad);
+	}
+	ASSERT_DONE(kvscratch_new_geometry(&pad, &converting));
+	ASSERT_DONE(save_one(bytes, "k", at("i8.safetensors")));
+	EXPECT_ERROR(EINVAL, "expected a pad that takes rows as they are stored, got one that "
+		     "makes i8 of f32", load_into(pad, at("i8.safetensors"), NULL));
+	kvscratch_close(pad);
+	kvscratch_close(bytes);
+	ASSERT_DONE(kvscratch_attach(&pad, kvscratch_fd(self->pad), O_RDONLY));
+	EXPECT_ERROR(EBADF, "expected a handle open for write, got one for read only",
+		     load_into(pad, at("f32.safetensors"), NULL));
+	kvscratch_close(pad);
+	EXPECT_EQ(2, kvscratch_len(self->pad));
+}
+
+/* Progress, and what happens meanwhile */
+
+/**
+ * struct script - what a progress function does
+ * @calls: how often it was called
+ * @act_at: the call at which it does the rest, from 1 on; 0 is every one
+ * @pad: to be truncated to @len and to get a row, if any
+ * @path: to be cut to @size bytes, if any
+ * @temporaries: to be removed from the directory
+ * @kill: end this process
+ * @cancel: returned
+ * @done: of the latest call
+ * @total: of the latest call
+ * @backwards: @done once became smaller
+ */
+struct script {
+	int calls;
+	int act_at;
+	struct kvscratch *pad;
+	uint64_t len;
+	const char *path;
+	off_t size;
+	bool temporaries;
+	bool kill;
+	int cancel;
+	uint64_t done;
+	uint64_t total;
+	bool backwards;
+};
+
+static void remove_temporaries(void)
+{
+	DIR *entries = opendir(directory);
+	struct dirent *entry;
+
+	while ((entry = readdir(entries)))
+		if (!strncmp(entry->d_name, ".kvscratch-", 11))
+			unlinkat(dirfd(entries), entry->d_name, 0);
+	closedir(entries);
+}
+
+static int follow(void *context, uint64_t done, uint64_t total)
+{
+	struct script *script = context;
+	uint8_t row[64];
+
+	script->backwards |= done < script->done;
+	script->done = done;
+	script->total = total;
+	if (++script->calls != script->act_at && script->act_at)
+		return 0;
+	if (script->kill)
+		raise(SIGKILL);
+	fill_row(row, sizeof(row), 100 + script->calls);
+	if (script->pad && (kvscratch_truncate(script->pad, script->len, false) ||
+			    kvscratch_append(script->pad, row, kvscratch_dim(script->pad))))
+		abort();
+	if (script->path && truncate(script->path, script->size))
+		abort();
+	if (script->temporaries)
+		remove_temporaries();
+	return script->cancel;
+}
+
+TEST_F(files, progress_is_told)
+{
+	struct kvscratch *pad = filled_pad(3, 3 << 20, U8, 3), *back;
+	const struct kvscratch_named_pad named = { "k", pad };
+	struct script saving = { .act_at = -1 }, loading = { .act_at = -1 };
+	struct kvscratch_file *file;
+
+	ASSERT_DONE(kvscratch_save(at("a.safetensors"), &named, 1, follow, &saving));
+	/* 0, 4, 8 and 9 MiB */
+	EXPECT_EQ(4, saving.calls);
+	EXPECT_EQ(9 << 20, saving.total);
+	EXPECT_EQ(9 << 20, saving.done);
+	EXPECT_FALSE(saving.backwards);
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
+	ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, follow, &loading));
+	/* a row at a time, for two are too many */
+	EXPECT_EQ(4, loading.calls);
+	EXPECT_EQ(9 << 20, loading.total);
+	EXPECT_EQ(9 << 20, loading.done);
+	EXPECT_FALSE(loading.backwards);
+	kvscratch_close_file(file);
+	kvscratch_close(back);
+	kvscratch_close(pad);
+}
+
+TEST_F(files, a_save_that_is_canceled)
+{
+	struct kvscratch *pad = filled_pad(3, 3 << 20, U8, 3);
+	const struct kvscratch_named_pad named = { "k", pad };
+
+	write_bytes(at("a.npy"), "old", 3);
+	for (int call = 1; call <= 4; call++) {
+		struct script script = { .act_at = call, .cancel = 1 };
+
+		EXPECT_EQ(-ECANCELED, kvscratch_save(at("a.npy"), &named, 1, follow, &script));
+		EXPECT_EQ(call, script.calls);
+		EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+		EXPECT_EQ(1, nr_entries());
+	}
+	EXPECT_STREQ("canceled after 9437184 of 9437184 bytes", kvscratch_error());
+	kvscratch_close(pad);
+}
+
+TEST_F(files, a_load_that_is_canceled)
+{
+	struct kvscratch *pad = filled_pad(9, 3 << 20, U8, 3), *none = NULL;
+	struct kvscratch_file *file;
+
+	ASSERT_DONE(save_one(pad, NULL, at("a.npy")));
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.npy")));
+	for (int call = 1; call <= 4; call++) {
+		struct script script = { .act_at = call, .cancel = 1 };
+		uint64_t before = generation(pad);
+
+		EXPECT_EQ(-ECANCELED, kvscratch_load(&none, file, NULL, 0, follow, &script));
+		EXPECT_EQ(NULL, none);
+		script.calls = 0;
+		EXPECT_EQ(-ECANCELED, kvscratch_load_into(pad, file, NULL, follow, &script));
+		EXPECT_EQ(3, kvscratch_len(pad));
+		/* who saw rows that are gone has to learn of it, nobody else */
+		EXPECT_EQ(before + (call > 1), generation(pad));
+	}
+	kvscratch_close_file(file);
+	kvscratch_close(pad);
+}
+
+TEST_F(files, a_file_that_becomes_shorter)
+{
+	struct kvscratch *pad = filled_pad(9, 3 << 20, U8, 3), *none = NULL;
+	struct script script = { .act_at = 2, .path = at("a.npy"), .size = 128 + (6 << 20) - 1 };
+	const char words[] = "expected a file of 9437312 bytes, got one that became shorter";
+	struct kvscratch_file *file;
+
+	ASSERT_DONE(save_one(pad, NULL, at("a.npy")));
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.npy")));
+	EXPECT_ERROR(EBADMSG, words, kvscratch_load_into(pad, file, NULL, follow, &script));
+	EXPECT_EQ(2, script.calls);
+	EXPECT_EQ(3, kvscratch_len(pad));
+	EXPECT_EQ(1, generation(pad));
+	EXPECT_ERROR(EBADMSG, words, kvscratch_load(&none, file, NULL, 0, NULL, NULL));
+	EXPECT_EQ(NULL, none);
+	kvscratch_close_file(file);
+	kvscratch_close(pad);
+}
+
+TEST_F(files, rows_that_are_dropped_while_they_are_saved)
+{
+	const struct kvscratch_named_pad named[] = { { "a", self->pad }, { "b", self->pad } };
+	struct script once = { .act_at = 2, .pad = self->pad, .len = 0 };
+	struct script always = { .pad = self->pad };
+	struct kvscratch *back;
+
+	/* three calls for each attempt: at the second two rows became one */
+	ASSERT_DONE(kvscratch_save(at("a.safetensors"), named, 2, follow, &once));
+	EXPECT_EQ(6, once.calls);
+	EXPECT_TRUE(once.backwards);
+	for (int i = 0; i < 2; i++) {
+		ASSERT_DONE(load_from(&back, at("a.safetensors"), named[i].name, 0));
+		EXPECT_TRUE(same_rows(self->pad, back));
+		kvscratch_close(back);
+	}
+	write_bytes(at("a.safetensors"), "old", 3);
+	EXPECT_ERROR(EAGAIN, "expected rows that last while they are saved, got pads that were "
+		     "truncated in each of 8 attempts",
+		     kvscratch_save(at("a.safetensors"), named, 2, follow, &always));
+	EXPECT_EQ(24, always.calls);
+	EXPECT_TRUE(file_is(at("a.safetensors"), "old", 3));
+	EXPECT_EQ(1, nr_entries());
+}
+
+/* Rows that came later are none of what is saved. */
+TEST_F(files, other_rows_that_are_dropped_while_some_are_saved)
+{
+	const struct kvscratch_named_pad named = { "a", self->pad };
+	struct script script = { .act_at = 2, .pad = self->pad, .len = 2 };
+	struct kvscratch *back;
+
+	ASSERT_DONE(kvscratch_save(at("a.safetensors"), &named, 1, follow, &script));
+	EXPECT_EQ(2, script.calls);
+	EXPECT_EQ(3, kvscratch_len(self->pad));
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 0));
+	EXPECT_EQ(2, kvscratch_len(back));
+	kvscratch_close(back);
+}
+
+/* A row is one number over and over: its place, and how often the writer began anew. */
+#define STRESS_DIM 256
+#define STRESS_ROWS 64
+#define STRESS_SAVES 50
+
+static void append_and_truncate(struct kvscratch *inherited)
+{
+	static uint32_t row[STRESS_DIM];
+	struct kvscratch *pad;
+
+	CHILD_CHECK(!kvscratch_attach(&pad, kvscratch_fd(inherited), O_RDWR));
+	for (uint32_t epoch = 0;; epoch++) {
+		uint64_t keep = epoch * 7 % STRESS_ROWS;
+
+		for (uint32_t i = kvscratch_len(pad); i < STRESS_ROWS; i++) {
+			for (size_t j = 0; j < STRESS_DIM; j++)
+				row[j] = epoch << 8 | i;
+			CHILD_CHECK(!kvscratch_append(pad, row, STRESS_DIM));
+		}
+		CHILD_CHECK(!kvscratch_truncate(pad, keep, false));
+	}
+}
+
+/* Whole rows in their places, none older than one before it */
+static bool rows_are_of_one_moment(const struct kvscratch_tensor *tensor)
+{
+	const uint32_t *row = tensor->data;
+	uint32_t epoch = 0;
+
+	for (uint64_t i = 0; i < tensor->len; i++, row += STRESS_DIM) {
+		for (size_t j = 1; j < STRESS_DIM; j++)
+			if (row[j] != row[0])
+				return false;
+		if ((row[0] & 0xff) != i || row[0] >> 8 < epoch)
+			return false;
+		epoch = row[0] >> 8;
+	}
+	return true;
+}
+
+TEST_F_TIMEOUT(files, saves_beside_a_writer, TEST_SECONDS)
+{
+	struct kvscratch *pad, *back;
+	int verified = 0;
+	pid_t writer;
+
+	ASSERT_DONE(kvscratch_new(&pad, STRESS_ROWS, STRESS_DIM, KVSCRATCH_DTYPE_I32));
+	writer = fork_child();
+	if (!writer)
+		append_and_truncate(pad);
+	for (int i = 0; i < STRESS_SAVES; i++) {
+		struct kvscratch_tensor tensor;
+		int err = save_one(pad, "k", at("a.safetensors"));
+
+		if (err == -EAGAIN)
+			continue;
+		ASSERT_DONE(err);
+		ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 0));
+		ASSERT_DONE(kvscratch_as_tensor(back, &tensor));
+		EXPECT_TRUE(rows_are_of_one_moment(&tensor));
+		kvscratch_close(back);
+		verified++;
+	}
+	EXPECT_LT(0, verified);
+	kill(writer, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, wait_for(writer));
+	kvscratch_close(pad);
+}
+
+/* Replacing */
+
+TEST_F(files, a_file_that_is_replaced)
+{
+	char byte;
+	struct stat stat_before, stat_after;
+	int old;
+
+	umask(027);
+	ASSERT_DONE(save_one(self->pad, NULL, at("a.npy")));
+	ASSERT_EQ(0, stat(at("a.npy"), &stat_before));
+	EXPECT_EQ(0640, stat_before.st_mode & 07777);
+	write_bytes(at("a.npy"), "old", 3);
+	ASSERT_EQ(0, chmod(at("a.npy"), 0606));
+	old = open(at("a.npy"), O_RDONLY | O_CLOEXEC);
+	ASSERT_EQ(0, symlink("a.npy", at("link.npy")));
+	ASSERT_DONE(save_one(self->pad, NULL, at("link.npy")));
+	ASSERT_EQ(0, lstat(at("link.npy"), &stat_after));
+	EXPECT_TRUE(S_ISLNK(stat_after.st_mode));
+	ASSERT_EQ(0, lstat(at("a.npy"), &stat_after));
+	EXPECT_TRUE(S_ISREG(stat_after.st_mode));
+	EXPECT_EQ(0606, stat_after.st_mode & 07777);
+	EXPECT_EQ(128 + sizeof(two_rows), stat_after.st_size);
+	EXPECT_NE(stat_before.st_ino, stat_after.st_ino);
+	/* who has it open reads on in the old one */
+	EXPECT_EQ(1, read(old, &byte, 1));
+	EXPECT_EQ('o', byte);
+	EXPECT_EQ(2, nr_entries());
+	close(old);
+}
+
+TEST_F(files, a_path_without_a_directory)
+{
+	struct kvscratch *back;
+
+	ASSERT_EQ(0, chdir(directory));
+	ASSERT_DONE(save_one(self->pad, NULL, "a.npy"));
+	ASSERT_DONE(load_from(&back, "a.npy", NULL, 0));
+	EXPECT_TRUE(same_rows(self->pad, back));
+	kvscratch_close(back);
+	/* an old file is looked for at its real path */
+	ASSERT_DONE(save_one(self->pad, NULL, "a.npy"));
+	EXPECT_EQ(1, nr_entries());
+}
+
+TEST_F(files, a_size_limit)
+{
+	struct kvscratch *pad = filled_pad(3, 3 << 20, U8, 3);
+	const struct rlimit limit = { 5 << 20, 5 << 20 };
+
+	write_bytes(at("a.npy"), "old", 3);
+	signal(SIGXFSZ, SIG_IGN);
+	ASSERT_EQ(0, setrlimit(RLIMIT_FSIZE, &limit));
+	EXPECT_ERROR(EFBIG, "cannot write the file: File too large",
+		     save_one(pad, NULL, at("a.npy")));
+	EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+	EXPECT_EQ(1, nr_entries());
+	kvscratch_close(pad);
+}
+
+/* A file system of 1 MiB on the directory of the test, which only this process sees */
+static bool mount_small(void)
+{
+	int flags = geteuid() ? CLONE_NEWUSER | CLONE_NEWNS : CLONE_NEWNS;
+	char map[32];
+
+	snprintf(map, sizeof(map), "0 %u 1", geteuid());
+	if (unshare(flags))
+		return false;
+	if (flags & CLONE_NEWUSER)
+		write_file("/proc/self/uid_map", map);
+	return !mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) &&
+	       !mount("small", directory, "tmpfs", 0, "size=1m");
+}
+
+TEST_F(files, a_full_disk)
+{
+	struct kvscratch *pad;
+	bool mounted;
+
+	/* before there is anything of which a new user would not be the owner */
+	mounted = mount_small();
+	if (!mounted)
+		SKIP(return, "no file system can be mounted here: %s", strerror(errno));
+	pad = filled_pad(3, 1 << 20, U8, 3);
+	write_bytes(at("a.npy"), "old", 3);
+	EXPECT_ERROR(ENOSPC, "cannot write the file: No space left on device",
+		     save_one(pad, NULL, at("a.npy")));
+	EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+	EXPECT_EQ(1, nr_entries());
+	/* what was taken is free again */
+	EXPECT_EQ(0, save_one(self->pad, NULL, at("a.npy")));
+	kvscratch_close(pad);
+	EXPECT_EQ(0, umount2(directory, MNT_DETACH));
+}
+
+TEST_F(files, a_file_that_cannot_take_its_place)
+{
+	const struct kvscratch_named_pad named = { NULL, self->pad };
+	struct script script = { .act_at = 2, .temporaries = true };
+
+	write_bytes(at("a.npy"), "old", 3);
+	EXPECT_ERROR(ENOENT, "cannot put the file in its place: No such file or directory",
+		     kvscratch_save(at("a.npy"), &named, 1, follow, &script));
+	EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+	EXPECT_EQ(1, nr_entries());
+}
+
+/* The library's calls of fsync() end here: what they were for, and which one shall fail */
+static struct {
+	int calls;
+	int fail_at;
+	bool of_directory[4];
+	bool old_was_there[4];
+} syncs;
+
+int fsync(int fd)
+{
+	struct stat stat;
+	int call = syncs.calls++ % 4;
+
+	if (fstat(fd, &stat))
+		abort();
+	syncs.of_directory[call] = S_ISDIR(stat.st_mode);
+	syncs.old_was_there[call] = file_is(at("a.npy"), "old", 3);
+	if (syncs.calls == syncs.fail_at) {
+		errno = EIO;
+		return -1;
+	}
+	return syscall(SYS_fsync, fd);
+}
+
+TEST_F(files, what_is_on_disk_when)
+{
+	write_bytes(at("a.npy"), "old", 3);
+	syncs.fail_at = 1;
+	EXPECT_ERROR(EIO, "cannot bring the file to disk: Input/output error",
+		     save_one(self->pad, NULL, at("a.npy")));
+	EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+	EXPECT_EQ(1, nr_entries());
+
+	/* the new file before it takes its place, the directory afterwards */
+	syncs.calls = 0;
+	syncs.fail_at = 2;
+	EXPECT_ERROR(EIO, "cannot bring the directory of the file to disk: Input/output error",
+		     save_one(self->pad, NULL, at("a.npy")));
+	EXPECT_EQ(2, syncs.calls);
+	EXPECT_FALSE(syncs.of_directory[0]);
+	EXPECT_TRUE(syncs.old_was_there[0]);
+	EXPECT_TRUE(syncs.of_directory[1]);
+	EXPECT_FALSE(syncs.old_was_there[1]);
+	EXPECT_EQ(0, open_and_close(at("a.npy")));
+	EXPECT_EQ(1, nr_entries());
+}
+
+TEST_F(files, a_save_that_is_killed)
+{
+	struct kvscratch *pad = filled_pad(3, 3 << 20, U8, 3);
+	const struct kvscratch_named_pad named = { NULL, pad };
+
+	write_bytes(at("a.npy"), "old", 3);
+	for (int call = 1; call <= 4; call++) {
+		struct script script = { .act_at = call, .kill = true };
+		pid_t child = fork_child();
+
+		if (!child) {
+			kvscratch_save(at("a.npy"), &named, 1, follow, &script);
+			_exit(1);
+		}
+		EXPECT_EQ(128 + SIGKILL, wait_for(child));
+		EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
+		/* the one thing that is left, under its own name */
+		EXPECT_EQ(2, nr_entries());
+		remove_temporaries();
+		EXPECT_EQ(1, nr_entries());
+	}
+	ASSERT_DONE(save_one(pad, NULL, at("a.npy")));
+	EXPECT_EQ(1, nr_entries());
+	kvscratch_close(pad);
+}
+
+TEST_HARNESS_MAIN
