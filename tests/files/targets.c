@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#define _GNU_SOURCE
+#include "targets.h"
+
+#include "../../tools/lib/libkvscratch.h"
+#include "../../tools/lib/npy.h"
+#include "../../tools/lib/safetensors.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define CHECK(condition) do { \
+	if (!(condition)) { \
+		fprintf(stderr, "%s, line %d: %s is false: %s\n", __FILE__, __LINE__, #condition, \
+			kvscratch_error()); \
+		abort(); \
+	} \
+} while (0)
+
+/* A copy that is exactly as large, so that a read beyond it is caught */
+static char *copy_of(const void *bytes, size_t size)
+{
+	char *copy = malloc(size ? size : 1);
+
+	CHECK(copy);
+	return size ? memcpy(copy, bytes, size) : copy;
+}
+
+/* .npy */
+
+bool fuzz_npy(const uint8_t *bytes, size_t size)
+{
+	char header[NPY_HEADER_BYTES];
+	struct npy_array array, again;
+	char *file = copy_of(bytes, size);
+	const char *error = npy_parse_header(file, size, &array);
+	size_t length;
+
+	free(file);
+	if (error)
+		return false;
+	CHECK(array.data_offset <= size);
+	if (!array.dtype || array.ndim != 2 || array.fortran_order || array.shape[1] > UINT32_MAX)
+		return true;
+	length = npy_write_header(header, array.shape[0], array.shape[1], array.dtype);
+	CHECK(length && length % 64 == 0);
+	CHECK(!npy_parse_header(header, length, &again));
+	CHECK(again.data_offset == length && again.dtype == array.dtype && again.ndim == 2 &&
+	      !again.fortran_order);
+	CHECK(again.shape[0] == array.shape[0] && again.shape[1] == array.shape[1]);
+	return true;
+}
+
+/* safetensors */
+
+static bool same_tensor(const struct safetensors_tensor *a, const struct safetensors_tensor *b)
+{
+	return !strcmp(a->name, b->name) && a->dtype == b->dtype && a->ndim == b->ndim &&
+	       !memcmp(a->shape, b->shape, a->ndim * sizeof(*a->shape)) && a->begin == b->begin &&
+	       a->end == b->end;
+}
+
+static void check_same(const struct safetensors *a, const struct safetensors *b)
+{
+	CHECK(a->nr_tensors == b->nr_tensors && a->nr_metadata == b->nr_metadata);
+	for (size_t i = 0; i < a->nr_tensors; i++) {
+		CHECK(same_tensor(&a->tensors[i], &b->tensors[i]));
+		CHECK(safetensors_find(b, a->tensors[i].name) == &b->tensors[i]);
+	}
+	for (size_t i = 0; i < a->nr_metadata; i++) {
+		const char *value = safetensors_metadata(b, a->metadata[i].key);
+
+		CHECK(value && !strcmp(value, a->metadata[i].value));
+	}
+}
+
+bool fuzz_safetensors(const uint8_t *bytes, size_t size)
+{
+	struct safetensors first, second;
+	uint64_t data_bytes;
+	char *parsed, *written;
+	size_t length;
+	int err;
+
+	if (size < sizeof(data_bytes))
+		return false;
+	memcpy(&data_bytes, bytes, sizeof(data_bytes));
+	data_bytes = le64toh(data_bytes);
+	size -= sizeof(data_bytes);
+	parsed = copy_of(bytes + sizeof(data_bytes), size);
+	if (safetensors_parse(&first, parsed, size, data_bytes)) {
+		free(parsed);
+		return false;
+	}
+	err = safetensors_write_header(&first, &written, &length);
+	if (err) {
+		/* the only names that can be read and not be written */
+		CHECK(err == -EINVAL && safetensors_find(&first, ""));
+	} else {
+		CHECK(length % 64 == 0);
+		CHECK(!safetensors_parse(&second, written + SAFETENSORS_PREFIX,
+					 length - SAFETENSORS_PREFIX, data_bytes));
+		check_same(&first, &second);
+		safetensors_free(&second);
+		free(written);
+	}
+	safetensors_free(&first);
+	free(parsed);
+	return true;
+}
+
+/* Files */
+
+/* In memory, if there is such a place: nothing of it is to last */
+static const char *directory(void)
+{
+	static char path[] = "/dev/shm/kvscratch-fuzz-XXXXXX";
+
+	if (path[sizeof(path) - 2] == 'X') {
+		if (!mkdtemp(path))
+			CHECK(mkdtemp(strcpy(path, "/tmp/kvscratch-fuzz-XXXXXX")));
+		setenv("KVSCRATCH_BACKEND", "memfd", 1);
+	}
+	return path;
+}
+
+static void remove_directory(void)
+{
+	rmdir(directory());
+}
+
+/* A file of these bytes, by its path */
+static const char *input_file(const uint8_t *bytes, size_t size)
+{
+	static char path[32];
+	static int fd = -1;
+
+	if (fd < 0) {
+		fd = memfd_create("input", MFD_CLOEXEC);
+		CHECK(fd >= 0);
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+		atexit(remove_directory);
+	}
+	CHECK(!ftruncate(fd, 0) && pwrite(fd, bytes, size, 0) == (ssize_t)size);
+	return path;
+}
+
+/* A pad with just enough room: what a file says may be more than there is */
+static struct kvscratch *load(const struct kvscratch_file *file,
+			      const struct kvscratch_saved_pad *saved)
+{
+	struct kvscratch *pad;
+
+	CHECK(!kvscratch_load(&pad, file, saved->name, saved->len ? saved->len : 1, NULL, NULL));
+	CHECK(kvscratch_len(pad) == (int64_t)saved->len);
+	return pad;
+}
+
+static void check_same_rows(struct kvscratch *a, struct kvscratch *b)
+{
+	struct kvscratch_tensor left, right;
+	uint64_t elements;
+
+	CHECK(!kvscratch_as_tensor(a, &left) && !kvscratch_as_tensor(b, &right));
+	CHECK(left.len == right.len && left.dim == right.dim && left.dtype == right.dtype);
+	elements = left.len * left.dim;
+	CHECK(!memcmp(left.data, right.data, elements * kvscratch_dtype_size(left.dtype)));
+	if (left.scales)
+		CHECK(!memcmp(left.scales, right.scales, elements / KVSCRATCH_MX_BLOCK));
+}
+
+/* @path has the same pads, in some order, and with their rows. */
+static void check_saved(const char *path, struct kvscratch *const *pads,
+			const struct kvscratch_saved_pad *saved, unsigned int count)
+{
+	const struct kvscratch_saved_pad *again;
+	struct kvscratch_file *file;
+	unsigned int found;
+
+	CHECK(!kvscratch_open_file(&file, path));
+	again = kvscratch_file_pads(file, &found);
+	CHECK(found == count);
+	for (unsigned int i = 0; i < count; i++) {
+		struct kvscratch *pad = load(file, &saved[i]);
+
+		check_same_rows(pads[i], pad);
+		kvscratch_close(pad);
+		for (unsigned int j = 0; j < count; j++)
+			if (!strcmp(again[j].name, saved[i].name) && again[j].has_geometry)
+				CHECK(again[j].geometry.frac_bits == saved[i].geometry.frac_bits);
+	}
+	kvscratch_close_file(file);
+}
+
+static void save_and_compare(const struct kvscratch_file *file, const char *name)
+{
+	unsigned int count;
+	const struct kvscratch_saved_pad *saved = kvscratch_file_pads(file, &count);
+	struct kvscratch_named_pad *named = calloc(count, sizeof(*named));
+	struct kvscratch **pads = calloc(count, sizeof(*pads));
+	char path[64];
+
+	CHECK(named && pads);
+	snprintf(path, sizeof(path), "%s/%s", directory(), name);
+	for (unsigned int i = 0; i < count; i++) {
+		pads[i] = load(file, &saved[i]);
+		named[i] = (struct kvscratch_named_pad){ saved[i].name, pads[i] };
+	}
+	CHECK(!kvscratch_save(path, named, count, NULL, NULL));
+	check_saved(path, pads, saved, count);
+	CHECK(!unlink(path));
+	for (unsigned int i = 0; i < count; i++)
+		kvscratch_close(pads[i]);
+	free(pads);
+	free(named);
+}
+
+static bool has_nameless(const struct kvscratch_file *file)
+{
+	unsigned int count;
+	const struct kvscratch_saved_pad *saved = kvscratch_file_pads(file, &count);
+
+	for (unsigned int i = 0; i < count; i++)
+		if (!*saved[i].name)
+			return true;
+	return false;
+}
+
+bool fuzz_files(const uint8_t *bytes, size_t size)
+{
+	struct kvscratch_file *file;
+	unsigned int count;
+
+	directory();
+	if (kvscratch_open_file(&file, input_file(bytes, size)))
+		return false;
+	kvscratch_file_pads(file, &count);
+	if (bytes[0] == 0x93)
+		save_and_compare(file, "saved.npy");
+	else if (count && !has_nameless(file))
+		save_and_compare(file, "saved.safetensors");
+	kvscratch_close_file(file);
+	return true;
+}
+
+#ifdef FUZZ_TARGET
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
+{
+	FUZZ_TARGET(bytes, size);
+	return 0;
+}
+#endif
