@@ -20,7 +20,7 @@ HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h t
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check
-.PHONY: mutants detectors sanitized fuzz coverage
+.PHONY: mutants detectors sanitized fuzz fuzz-files coverage
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -49,12 +49,14 @@ help:
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
 	@echo 'make detectors     break it so that each detector of the test kernels has something to see'
 	@echo 'make fuzz          fuzz the module for SECONDS=60, SEED=1; what it kept is in build/fuzz'
+	@echo 'make fuzz-files    fuzz what reads .npy and safetensors files, for SECONDS=60 in all'
 	@echo 'make coverage      which lines of the module KUnit and the user tests run'
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
 tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
+sanitized: build/files_test-sanitized build/files_replay
 
 build:
 	mkdir -p $@
@@ -88,6 +90,15 @@ build/fuzzer: tests/fuzz/fuzz.c $(LIBKVSCRATCH) $(HEADERS) | build
 # The arithmetic as the kernel compiles it
 build/scale_bench: tests/bench/scale_bench.c $(LIBKVSCRATCH) $(HEADERS) | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) -mgeneral-regs-only -static -o $@ tests/bench/scale_bench.c $(LIBKVSCRATCH)
+
+# What reads files, with sanitizers: every seed and what is next to it, or a fuzzer
+file-targets := tests/files/targets.c
+build/files_replay: tests/files/replay.c $(file-targets) tests/files/targets.h $(LIBKVSCRATCH) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-o $@ tests/files/replay.c $(file-targets) $(LIBKVSCRATCH)
+build/fuzz_%: $(file-targets) tests/files/targets.h $(LIBKVSCRATCH) $(HEADERS) | build
+	clang $(CPPFLAGS) $(CFLAGS) -DFUZZ_TARGET=fuzz_$* -fno-sanitize-recover=all \
+		-fsanitize=fuzzer,address,undefined -o $@ $(file-targets) $(LIBKVSCRATCH)
 
 demo:
 	tests/demo $(if $(MODEL),"$(MODEL)")
@@ -139,6 +150,12 @@ fuzz:
 	$(MAKE) --no-print-directory build/fuzzer
 	FUZZ_TIMEOUT=$$(($(SECONDS) + 900)) tests/fuzz/run --seconds $(SECONDS) --seed $(SEED)
 	tests/coverage build/fuzz
+
+fuzz-files: SECONDS = 60
+fuzz-files:
+	tests/qemu/packages libfuzzer
+	$(MAKE) --no-print-directory build/fuzz_npy build/fuzz_safetensors build/fuzz_files
+	tests/files/fuzz $(SECONDS)
 
 coverage:
 	tests/qemu/packages module qemu kernel test
