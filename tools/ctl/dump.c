@@ -41,9 +41,11 @@ static void write_head(enum format format, const struct kvscratch_info *info)
 {
 	char header[NPY_HEADER_BYTES];
 
-	if (format == FORMAT_NPY)
-		fwrite(header, 1, npy_write_header(header, info->len, info->dim, npy_dtype(info)),
-		       stdout);
+	if (format == FORMAT_NPY) {
+		size_t bytes = npy_write_header(header, info->len, info->dim, npy_dtype(info));
+
+		fwrite(header, 1, bytes, stdout);
+	}
 	if (format == FORMAT_JSON)
 		putchar('[');
 }
