@@ -700,8 +700,9 @@ static int make_pad(struct holder *holder)
 
 	if (err)
 		return err;
-	if (kvscratch_new_geometry(&pad, &geometry))
-		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
+	err = kvscratch_new_geometry(&pad, &geometry);
+	if (err)
+		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
 	keep_new(holder, ONLY_PAD, pad);
 	return 0;
 }
