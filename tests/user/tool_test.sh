@@ -36,6 +36,7 @@ expect() {
 }
 
 # The first lines of info; the backend and its promises have a test of their own.
+# shellcheck disable=SC2120 # run passes arguments
 display() {
 	kvscratchctl "$@" info 2>&1 | sed '/^[a-z]* keeps:/,$d'
 }
@@ -233,7 +234,7 @@ expect "refused input changes nothing" 0 "Scratchpad(len=7, capacity=10, dim=4)"
 (
 	new_pad --max-seq-len 5 --dim 4 --dtype f32
 	kvscratchctl append row.npy
-	display
+	display --fd 3
 ) >one 2>&1
 run cat one
 expect "one dimension is one row" 0 "Scratchpad(len=1, capacity=5, dim=4)"
@@ -439,6 +440,121 @@ run kvscratchctl ls --fd 3
 expect "an option of other verbs" 1 "kvscratchctl ls: unexpected --fd, see --help"
 run kvscratchctl --fd 3 -n story info
 expect "two pads" 1 "kvscratchctl info: expected either --fd or --name, got both"
+
+# Held pads
+export XDG_RUNTIME_DIR="$directory"
+for name in story notes; do
+	run kvscratchctl hold $name --write --max-seq-len 5 --dim 4
+	expect "hold $name" 0 ""
+done
+run kvscratchctl hold story --write
+expect "a name that is held" 2 "kvscratchctl hold: \"story\" is held already: somebody listens on $directory/kvscratch/story"
+run kvscratchctl -n story append rows
+expect "append by name" 0 ""
+run kvscratchctl append --name story/pad row0
+expect "append by name and pad" 0 ""
+run display -n story
+expect "info by name" 0 "Scratchpad(len=4, capacity=5, dim=4)"
+run kvscratchctl truncate -n story --len 1
+expect "truncate by name" 0 ""
+run kvscratchctl dump -n story
+expect "dump by name" 0 "1 2 3 4"
+run kvscratchctl watch -n story --until 1 --rows
+expect "watch by name" 0 "0: 1 2 3 4
+Scratchpad(len=1, capacity=5, dim=4)"
+run kvscratchctl attach -n story -- kvscratchctl append row0
+expect "attach by name for reading" 2 "kvscratchctl append: descriptor 3: expected it open for write, got read only"
+run kvscratchctl --fd 7 attach -n story --write -- kvscratchctl --fd 7 append row0
+expect "attach by name for writing" 0 ""
+run kvscratchctl attach -n story
+expect "attach by name for whom" 1 "kvscratchctl attach: --name: expected -- COMMAND with it"
+run kvscratchctl --fd 3 hold inherited
+expect "hold a descriptor" 0 ""
+run kvscratchctl -n inherited append row0
+expect "hold for readers" 2 "kvscratchctl append: inherited: handles are for reading only: the holder was started without --write"
+run kvscratchctl hold empty --write
+expect "hold nothing yet" 0 ""
+run sh -c 'kvscratchctl ls | sed "s/inherited.*/inherited/"'
+expect "ls" 0 "empty: no pads
+inherited
+notes/pad: Scratchpad(len=0, capacity=5, dim=4)
+story/pad: Scratchpad(len=2, capacity=5, dim=4)"
+run sh -c 'kvscratchctl ls --json | sed "s/\"max_seq_len.*\"backend\"/.../"'
+expect "ls as JSON" 0 "[{\"holder\": \"empty\", \"pad\": null},
+ {\"holder\": \"inherited\", \"pad\": \"pad\", \"len\": $(kvscratchctl info --json | sed 's/{"len": \([0-9]*\).*/\1/'), ...: \"$backend\"},
+ {\"holder\": \"notes\", \"pad\": \"pad\", \"len\": 0, ...: \"$backend\"},
+ {\"holder\": \"story\", \"pad\": \"pad\", \"len\": 2, ...: \"$backend\"}]"
+kvscratchctl drop inherited
+kvscratchctl drop empty
+run kvscratchctl metrics
+output=$(printf '%s\n' "$output" | sed '/^# HELP kvscratch_module/,$d')
+expect "metrics" 0 "# HELP kvscratch_pad_info What a held pad is made of.
+# TYPE kvscratch_pad_info gauge
+kvscratch_pad_info{holder=\"notes\",pad=\"pad\",backend=\"$backend\",dtype=\"f32\",dim=\"4\"} 1
+kvscratch_pad_info{holder=\"story\",pad=\"pad\",backend=\"$backend\",dtype=\"f32\",dim=\"4\"} 1
+# HELP kvscratch_pad_rows Committed rows.
+# TYPE kvscratch_pad_rows gauge
+kvscratch_pad_rows{holder=\"notes\",pad=\"pad\"} 0
+kvscratch_pad_rows{holder=\"story\",pad=\"pad\"} 2
+# HELP kvscratch_pad_capacity_rows Rows that fit.
+# TYPE kvscratch_pad_capacity_rows gauge
+kvscratch_pad_capacity_rows{holder=\"notes\",pad=\"pad\"} 5
+kvscratch_pad_capacity_rows{holder=\"story\",pad=\"pad\"} 5
+# HELP kvscratch_pad_bytes Bytes of all rows that fit.
+# TYPE kvscratch_pad_bytes gauge
+kvscratch_pad_bytes{holder=\"notes\",pad=\"pad\"} 80
+kvscratch_pad_bytes{holder=\"story\",pad=\"pad\"} 80
+# HELP kvscratch_pad_truncates_total Truncates: the generation.
+# TYPE kvscratch_pad_truncates_total counter
+kvscratch_pad_truncates_total{holder=\"notes\",pad=\"pad\"} 0
+kvscratch_pad_truncates_total{holder=\"story\",pad=\"pad\"} 1
+# HELP kvscratch_pad_saturated_elements_total Elements that were clamped by a conversion.
+# TYPE kvscratch_pad_saturated_elements_total counter
+kvscratch_pad_saturated_elements_total{holder=\"notes\",pad=\"pad\"} 0
+kvscratch_pad_saturated_elements_total{holder=\"story\",pad=\"pad\"} 0"
+[ -e /sys/module/kvscratch ] && modules=1 || modules=0
+run sh -c 'kvscratchctl metrics | grep -cE "^kvscratch_module_(open_handles|max_bytes_per_pad|max_bytes_total) [0-9]+$"'
+[ "$modules" = 1 ] || status=0
+expect "metrics of the module" 0 "$((3 * modules))"
+mkdir collected
+echo old >collected/kvscratch.prom
+run kvscratchctl metrics -o collected/kvscratch.prom
+expect "metrics to a file" 0 ""
+kvscratchctl metrics >printed
+run sh -c 'cmp printed collected/kvscratch.prom && stat -c "%a %n" collected/*'
+expect "metrics replace a file" 0 "644 collected/kvscratch.prom"
+run sh -c 'kvscratchctl metrics >/dev/full'
+expect "metrics to a full disk" 2 "kvscratchctl metrics: cannot write the output: No space left on device"
+run kvscratchctl metrics -o nowhere/kvscratch.prom
+expect "metrics to nowhere" 2 "kvscratchctl metrics: nowhere/kvscratch.prom: cannot make a file beside it: No such file or directory"
+run kvscratchctl drop story/nix
+expect "drop what is not there" 2 "kvscratchctl drop: story: there is no pad \"nix\""
+run kvscratchctl drop story/pad
+expect "drop a pad" 0 ""
+run kvscratchctl ls
+expect "what is left" 0 "notes/pad: Scratchpad(len=0, capacity=5, dim=4)
+story: no pads"
+kvscratchctl drop story
+run kvscratchctl drop notes
+expect "drop a holder" 0 ""
+run kvscratchctl ls
+expect "nothing is left" 0 ""
+run kvscratchctl ls --json
+expect "nothing is left, as JSON" 0 "[]"
+run kvscratchctl -n story info
+expect "a name that nobody holds" 2 "kvscratchctl info: no pads are held as \"story\": nobody listens on $directory/kvscratch/story"
+run kvscratchctl hold ../story --write
+expect "a name that leads elsewhere" 1 "kvscratchctl hold: the name of a holder: expected 1 to 63 of A-Z a-z 0-9 . _ - and no dot first, got \"../story\""
+run kvscratchctl hold story
+expect "hold what" 1 "kvscratchctl hold: expected --write, for pads to be put, or --max-seq-len and --dim or --fd"
+run kvscratchctl hold
+expect "hold under what name" 1 "kvscratchctl hold: expected NAME"
+run kvscratchctl hold story --max-seq-len 5
+expect "hold half a shape" 1 "kvscratchctl hold: expected --max-seq-len and --dim"
+run kvscratchctl hold story --max-seq-len 5 --dim 33 --dtype mxint8
+expect "hold no shape that there is" 1 "kvscratchctl hold: dim: expected a multiple of 32 for mxint8, got 33"
+run env -u XDG_RUNTIME_DIR kvscratchctl ls
+expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
 
 # What only handles of the device can be: unbound, attached by themselves, for writing only
 if [ "$backend" = kernel ]; then
