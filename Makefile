@@ -57,6 +57,7 @@ tools: $(TOOLS:%=build/%)
 tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 sanitized: build/files_test-sanitized build/files_replay
+sanitized: build/holder_test-sanitized
 
 build:
 	mkdir -p $@
