@@ -1,0 +1,1183 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvscratch._kvscratch: libkvscratch as Python objects. The package around it has
+ * what is easier said in Python, and the documentation.
+ *
+ * A Pad owns a struct kvscratch. A call that releases the GIL holds the pad
+ * (hold_pad()) while it runs, a View for as long as it lives. Pad.close() ends the
+ * use of the Pad; the handle ends with the last holder. So no thread loses the handle
+ * under its feet, and no array the memory that it shows.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <libkvscratch.h>
+#include <pthread.h>
+#include <string.h>
+
+/* OSError of a pad that has no room for the rows */
+static PyObject *full_error;
+static PyTypeObject *view_type;
+/* How often this process was forked off, from its ancestor that loaded the module on */
+static unsigned long forks;
+
+/**
+ * struct pad - a Pad
+ * @handle: NULL after the end of the handle
+ * @info: of the time when the object was made
+ * @holders: calls and Views that use @handle
+ * @closed: no further use; the last holder ends @handle
+ * @forks: of this process, when the handle was made
+ * @waiting: a thread is in kvscratch_wait()
+ */
+struct pad {
+	PyObject_HEAD
+	struct kvscratch *handle;
+	struct kvscratch_info info;
+	Py_ssize_t holders;
+	unsigned long forks;
+	bool closed;
+	bool waiting;
+};
+
+/**
+ * struct view - a View: a [rows, columns] array in the memory of a pad
+ * @pad: which it holds
+ * @map: the mapped pad
+ * @data: the array
+ * @state: of the pad, when the rows were counted
+ * @shape: rows and columns
+ * @strides: bytes per row and per element
+ * @format: of an element, as the struct module has it
+ */
+struct view {
+	PyObject_HEAD
+	struct pad *pad;
+	const struct kvscratch_view *map;
+	const void *data;
+	uint64_t state;
+	Py_ssize_t shape[2];
+	Py_ssize_t strides[2];
+	const char *format;
+};
+
+/* Errors */
+
+/* Raise what a negative errno of the library means; its sentence belongs to this thread. */
+static PyObject *raise_error(int err)
+{
+	PyObject *type = PyExc_OSError;
+	PyObject *error;
+
+	switch (-err) {
+	case EINVAL:
+	case EDOM:
+	case E2BIG:
+		PyErr_SetString(PyExc_ValueError, kvscratch_error());
+		return NULL;
+	case ERANGE:
+		PyErr_SetString(PyExc_IndexError, kvscratch_error());
+		return NULL;
+	case ENOMEM:
+		PyErr_SetString(PyExc_MemoryError, kvscratch_error());
+		return NULL;
+	case ENOSPC:
+		type = full_error;
+		break;
+	}
+	/* OSError picks its subclass by errno */
+	error = PyObject_CallFunction(type, "is", -err, kvscratch_error());
+	if (error) {
+		PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+		Py_DECREF(error);
+	}
+	return NULL;
+}
+
+/* None, or the error; after EINTR a signal handler of Python has raised one. */
+static PyObject *none_or_error(int err)
+{
+	if (!err)
+		Py_RETURN_NONE;
+	return err == -EINTR ? NULL : raise_error(err);
+}
+
+/* Whether a call that a signal interrupted is to be made once more */
+static bool again(int err)
+{
+	return err == -EINTR && !PyErr_CheckSignals();
+}
+
+/* Pads */
+
+static void end_handle(struct pad *pad)
+{
+	struct kvscratch *handle = pad->handle;
+
+	pad->handle = NULL;
+	/* unmapping may take its time */
+	Py_BEGIN_ALLOW_THREADS
+	kvscratch_close(handle);
+	Py_END_ALLOW_THREADS
+}
+
+static struct kvscratch *open_handle(struct pad *pad)
+{
+	if (!pad->closed)
+		return pad->handle;
+	PyErr_SetString(PyExc_ValueError, "the scratchpad is closed");
+	return NULL;
+}
+
+static struct kvscratch *hold_pad(struct pad *pad)
+{
+	struct kvscratch *handle = open_handle(pad);
+
+	if (handle)
+		pad->holders++;
+	return handle;
+}
+
+/* For writing: two processes with one open file would not exclude each other. */
+static struct kvscratch *hold_writer(struct pad *pad)
+{
+	if (pad->forks == forks)
+		return hold_pad(pad);
+	PyErr_SetString(PyExc_RuntimeError,
+			"expected a handle of this process, got one from before a fork: attach one");
+	return NULL;
+}
+
+static void drop_pad(struct pad *pad)
+{
+	if (!--pad->holders && pad->closed)
+		end_handle(pad);
+}
+
+static PyObject *pad_close(PyObject *self, PyObject *unused)
+{
+	struct pad *pad = (struct pad *)self;
+
+	(void)unused;
+	if (!pad->closed) {
+		pad->closed = true;
+		if (!pad->holders)
+			end_handle(pad);
+	}
+	Py_RETURN_NONE;
+}
+
+static void free_object(PyObject *self)
+{
+	PyTypeObject *type = Py_TYPE(self);
+
+	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+	Py_DECREF(type);
+}
+
+static void pad_dealloc(PyObject *self)
+{
+	struct pad *pad = (struct pad *)self;
+
+	if (pad->handle)
+		end_handle(pad);
+	free_object(self);
+}
+
+/* An object of class @type that takes over @handle */
+static PyObject *wrap_handle(PyTypeObject *type, struct kvscratch *handle)
+{
+	struct kvscratch_info info;
+	struct pad *pad;
+	int err = kvscratch_info(handle, &info);
+
+	if (err) {
+		raise_error(err);
+		kvscratch_close(handle);
+		return NULL;
+	}
+	pad = (struct pad *)PyType_GenericAlloc(type, 0);
+	if (!pad) {
+		kvscratch_close(handle);
+		return NULL;
+	}
+	pad->handle = handle;
+	pad->info = info;
+	pad->forks = forks;
+	return (PyObject *)pad;
+}
+
+/* 0 after an exception */
+static uint32_t dtype_by_name(const char *argument, const char *name)
+{
+	uint32_t dtype = kvscratch_dtype_by_name(name);
+
+	if (!dtype)
+		PyErr_Format(PyExc_ValueError,
+			     "%s: expected f64, f32, f16, bf16, i64, i32, i16, i8, u8 or mxint8, got %s",
+			     argument, name);
+	return dtype;
+}
+
+static bool in_range(const char *argument, long long value, long long max)
+{
+	if (value >= 0 && value <= max)
+		return true;
+	PyErr_Format(PyExc_ValueError, "%s: expected 0 to %lld, got %lld", argument, max, value);
+	return false;
+}
+
+static PyObject *pad_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "max_seq_len", "dim", "dtype", "input_dtype", "frac_bits", NULL };
+	const char *dtype = "f32", *input_dtype = NULL;
+	struct kvscratch_geometry geometry = { 0 };
+	long long max_seq_len, dim, frac_bits = 0;
+	struct kvscratch *handle;
+	int err;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL|s$zL:Scratchpad", names, &max_seq_len,
+					 &dim, &dtype, &input_dtype, &frac_bits))
+		return NULL;
+	if (!in_range("max_seq_len", max_seq_len, KVSCRATCH_MAX_SEQ_LEN) ||
+	    !in_range("dim", dim, KVSCRATCH_MAX_ROW_BYTES) ||
+	    !in_range("frac_bits", frac_bits, KVSCRATCH_MAX_FRAC_BITS))
+		return NULL;
+	geometry.max_seq_len = max_seq_len;
+	geometry.dim = dim;
+	geometry.frac_bits = frac_bits;
+	geometry.dtype = dtype_by_name("dtype", dtype);
+	if (!geometry.dtype)
+		return NULL;
+	if (input_dtype) {
+		geometry.input_dtype = dtype_by_name("input_dtype", input_dtype);
+		if (!geometry.input_dtype)
+			return NULL;
+	}
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		err = kvscratch_new_geometry(&handle, &geometry);
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	if (err)
+		return none_or_error(err);
+	return wrap_handle(type, handle);
+}
+
+/* -1 after an exception */
+static int access_by_mode(const char *mode)
+{
+	if (!strcmp(mode, "r"))
+		return O_RDONLY;
+	if (!strcmp(mode, "rw"))
+		return O_RDWR;
+	PyErr_Format(PyExc_ValueError, "mode: expected r or rw, got %s", mode);
+	return -1;
+}
+
+static PyObject *pad_attach_fd(PyObject *type, PyObject *args)
+{
+	struct kvscratch *handle;
+	const char *mode;
+	PyObject *source;
+	int fd, access, err;
+
+	if (!PyArg_ParseTuple(args, "Os:attach", &source, &mode))
+		return NULL;
+	fd = PyObject_AsFileDescriptor(source);
+	if (fd < 0)
+		return NULL;
+	access = access_by_mode(mode);
+	if (access < 0)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_attach(&handle, fd, access);
+	Py_END_ALLOW_THREADS
+	if (err)
+		return raise_error(err);
+	return wrap_handle((PyTypeObject *)type, handle);
+}
+
+static PyObject *pad_from_fd(PyObject *type, PyObject *argument)
+{
+	struct kvscratch *handle;
+	long fd = PyLong_AsLong(argument);
+	int err;
+
+	if (fd == -1 && PyErr_Occurred())
+		return NULL;
+	if (!in_range("fd", fd, INT_MAX))
+		return NULL;
+	err = kvscratch_from_fd(&handle, fd);
+	if (err)
+		return raise_error(err);
+	return wrap_handle((PyTypeObject *)type, handle);
+}
+
+static PyObject *pad_open_reader(PyObject *self, PyObject *unused)
+{
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle = open_handle(pad);
+	struct kvscratch *reader;
+	int fd, err;
+
+	(void)unused;
+	if (!handle)
+		return NULL;
+	fd = kvscratch_open_reader(handle);
+	if (fd < 0)
+		return raise_error(fd);
+	err = kvscratch_from_fd(&reader, fd);
+	if (err) {
+		raise_error(err);
+		close(fd);
+		return NULL;
+	}
+	return wrap_handle(Py_TYPE(self), reader);
+}
+
+/* Appending */
+
+/* An element of a buffer: what kind of number, and its bytes */
+struct element {
+	char kind;	/* f, i or u; 0 for anything else */
+	Py_ssize_t bytes;
+};
+
+static struct element element_of(const Py_buffer *buffer)
+{
+	const char *format = buffer->format ? buffer->format : "B";
+	const char native = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';
+	struct element element = { .bytes = buffer->itemsize };
+
+	if (*format == '@' || *format == '=' || *format == native)
+		format++;
+	if (!format[0] || format[1])
+		return element;
+	if (strchr("efd", *format))
+		element.kind = 'f';
+	else if (strchr("bhilqn", *format))
+		element.kind = 'i';
+	else if (strchr("BHILQN", *format))
+		element.kind = 'u';
+	return element;
+}
+
+/* What an array of a dtype has in it; bf16, which the struct module lacks, comes as u16 */
+static struct element element_of_dtype(uint32_t dtype)
+{
+	struct element element = { .bytes = kvscratch_dtype_size(dtype) };
+
+	switch (dtype) {
+	case KVSCRATCH_DTYPE_F64:
+	case KVSCRATCH_DTYPE_F32:
+	case KVSCRATCH_DTYPE_F16:
+		element.kind = 'f';
+		break;
+	case KVSCRATCH_DTYPE_BF16:
+	case KVSCRATCH_DTYPE_U8:
+		element.kind = 'u';
+		break;
+	default:
+		element.kind = 'i';
+	}
+	return element;
+}
+
+static bool raise_dtype_mismatch(uint32_t dtype, struct element got, const Py_buffer *buffer)
+{
+	const char *how = "";
+
+	if (dtype == KVSCRATCH_DTYPE_BF16)
+		how = " as 2-byte integers or bytes";
+	else if (dtype == KVSCRATCH_DTYPE_MXINT8)
+		how = " as bytes, elements and then scales";
+	if (got.kind)
+		PyErr_Format(PyExc_TypeError, "dtype mismatch: expected %s%s, got %c%zd",
+			     kvscratch_dtype_name(dtype), how, got.kind, 8 * got.bytes);
+	else
+		PyErr_Format(PyExc_TypeError,
+			     "dtype mismatch: expected %s%s, got elements of format %s",
+			     kvscratch_dtype_name(dtype), how, buffer->format);
+	return false;
+}
+
+/**
+ * struct rows - rows to be appended
+ * @buffer: where they are
+ * @batch: whether they are [n, elements] rather than [elements]
+ * @count: rows
+ * @elements: per row
+ */
+struct rows {
+	Py_buffer buffer;
+	bool batch;
+	uint64_t count;
+	uint32_t elements;
+};
+
+/* bf16, which NumPy lacks, and stored rows of mxint8, which are no plain array, come as bytes. */
+static bool count_row_bytes(const struct pad *pad, struct rows *rows, Py_ssize_t bytes)
+{
+	if (bytes == pad->info.input_row_bytes) {
+		rows->elements = pad->info.dim;
+		return true;
+	}
+	PyErr_Format(PyExc_ValueError, "shape mismatch: expected %u bytes, got %zd",
+		     (unsigned int)pad->info.input_row_bytes, bytes);
+	return false;
+}
+
+static bool count_elements(const struct pad *pad, struct rows *rows, Py_ssize_t columns)
+{
+	if (columns <= UINT32_MAX) {
+		rows->elements = columns;
+		return true;
+	}
+	PyErr_Format(PyExc_ValueError, "shape mismatch: expected %u elements, got %zd",
+		     (unsigned int)pad->info.dim, columns);
+	return false;
+}
+
+static bool check_rows(const struct pad *pad, struct rows *rows)
+{
+	const Py_buffer *buffer = &rows->buffer;
+	uint32_t dtype = pad->info.input_dtype;
+	struct element got = element_of(buffer), expected = element_of_dtype(dtype);
+	bool bytes = got.kind && got.bytes == 1 &&
+		     (dtype == KVSCRATCH_DTYPE_BF16 || dtype == KVSCRATCH_DTYPE_MXINT8);
+	bool matches = got.kind == expected.kind && got.bytes == expected.bytes;
+	Py_ssize_t columns;
+
+	/* the sign of bits that are no integer says nothing */
+	if (dtype == KVSCRATCH_DTYPE_BF16 && got.kind == 'i' && got.bytes == expected.bytes)
+		matches = true;
+	if (!matches && !bytes)
+		return raise_dtype_mismatch(dtype, got, buffer);
+	if (buffer->ndim != 1 && buffer->ndim != 2) {
+		PyErr_Format(PyExc_ValueError,
+			     "shape mismatch: expected [%u] or [n, %u], got %d dimensions",
+			     (unsigned int)pad->info.dim, (unsigned int)pad->info.dim, buffer->ndim);
+		return false;
+	}
+	if (!PyBuffer_IsContiguous(buffer, 'C')) {
+		PyErr_SetString(PyExc_ValueError,
+				"expected a C-contiguous array, got one with gaps or in another order");
+		return false;
+	}
+	rows->batch = buffer->ndim == 2;
+	rows->count = rows->batch ? buffer->shape[0] : 1;
+	columns = buffer->shape[buffer->ndim - 1];
+	return bytes ? count_row_bytes(pad, rows, columns) : count_elements(pad, rows, columns);
+}
+
+static int append_rows(struct kvscratch *handle, const struct rows *rows)
+{
+	if (rows->batch)
+		return kvscratch_append_rows(handle, rows->buffer.buf, rows->count, rows->elements);
+	return kvscratch_append(handle, rows->buffer.buf, rows->elements);
+}
+
+static PyObject *pad_append(PyObject *self, PyObject *array)
+{
+	struct pad *pad = (struct pad *)self;
+	PyObject *result = NULL;
+	struct kvscratch *handle;
+	struct rows rows;
+	int err;
+
+	if (!PyObject_CheckBuffer(array)) {
+		PyErr_Format(PyExc_TypeError, "expected an array or another buffer, got %R",
+			     Py_TYPE(array));
+		return NULL;
+	}
+	if (PyObject_GetBuffer(array, &rows.buffer, PyBUF_FULL_RO))
+		return NULL;
+	handle = hold_writer(pad);
+	if (!handle)
+		goto release;
+	if (check_rows(pad, &rows)) {
+		do {
+			Py_BEGIN_ALLOW_THREADS
+			err = append_rows(handle, &rows);
+			Py_END_ALLOW_THREADS
+		} while (again(err));
+		result = none_or_error(err);
+	}
+	drop_pad(pad);
+release:
+	PyBuffer_Release(&rows.buffer);
+	return result;
+}
+
+static PyObject *pad_truncate(PyObject *self, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "n", "zero", NULL };
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle;
+	PyObject *result;
+	long long len;
+	int zero = 0, err;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "L|p:truncate", names, &len, &zero))
+		return NULL;
+	if (!in_range("n", len, KVSCRATCH_MAX_SEQ_LEN))
+		return NULL;
+	handle = hold_writer(pad);
+	if (!handle)
+		return NULL;
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		err = kvscratch_truncate(handle, len, zero);
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	result = none_or_error(err);
+	drop_pad(pad);
+	return result;
+}
+
+static PyObject *pad_clear(PyObject *self, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "zero", NULL };
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle;
+	PyObject *result;
+	int zero = 0, err;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "|p:clear", names, &zero))
+		return NULL;
+	handle = hold_writer(pad);
+	if (!handle)
+		return NULL;
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		err = kvscratch_clear(handle, zero);
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	result = none_or_error(err);
+	drop_pad(pad);
+	return result;
+}
+
+/* Reading */
+
+static Py_ssize_t pad_length(PyObject *self)
+{
+	struct kvscratch *handle = open_handle((struct pad *)self);
+	int64_t len;
+
+	if (!handle)
+		return -1;
+	len = kvscratch_len(handle);
+	if (len < 0)
+		raise_error(len);
+	return len < 0 ? -1 : len;
+}
+
+static PyObject *pad_copy_rows(PyObject *self, PyObject *args)
+{
+	struct pad *pad = (struct pad *)self;
+	PyObject *copy, *result = NULL;
+	struct kvscratch *handle;
+	long long first, count;
+	int err;
+
+	if (!PyArg_ParseTuple(args, "LL:_copy_rows", &first, &count))
+		return NULL;
+	if (!in_range("first", first, KVSCRATCH_MAX_SEQ_LEN) ||
+	    !in_range("count", count, pad->info.max_seq_len))
+		return NULL;
+	handle = hold_pad(pad);
+	if (!handle)
+		return NULL;
+	copy = PyByteArray_FromStringAndSize(NULL, count * pad->info.row_bytes);
+	if (copy) {
+		do {
+			Py_BEGIN_ALLOW_THREADS
+			err = kvscratch_copy_rows(handle, first, count, PyByteArray_AsString(copy));
+			Py_END_ALLOW_THREADS
+		} while (again(err));
+		result = none_or_error(err);
+		if (result) {
+			Py_DECREF(result);
+			result = Py_NewRef(copy);
+		}
+		Py_DECREF(copy);
+	}
+	drop_pad(pad);
+	return result;
+}
+
+static PyObject *pad_wait(PyObject *self, PyObject *args)
+{
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle;
+	unsigned long long state;
+	PyObject *result;
+	int timeout_ms, err;
+
+	if (!PyArg_ParseTuple(args, "Ki:_wait", &state, &timeout_ms))
+		return NULL;
+	if (pad->waiting) {
+		PyErr_SetString(PyExc_RuntimeError,
+				"another thread waits with this object: open_reader() makes one for each");
+		return NULL;
+	}
+	handle = hold_pad(pad);
+	if (!handle)
+		return NULL;
+	pad->waiting = true;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_wait(handle, state, timeout_ms);
+	Py_END_ALLOW_THREADS
+	pad->waiting = false;
+	/* the caller looks at state and time anyway */
+	if (err == -ETIMEDOUT || again(err))
+		err = 0;
+	result = none_or_error(err);
+	drop_pad(pad);
+	return result;
+}
+
+/* The mapped pad; the first call maps it, which takes its time. */
+static const struct kvscratch_view *map_pad(struct kvscratch *handle)
+{
+	const struct kvscratch_view *map;
+	int err;
+
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		map = kvscratch_view(handle);
+		err = map ? 0 : -errno;
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	if (err)
+		none_or_error(err);
+	return map;
+}
+
+/* Views */
+
+static PyObject *new_view(struct pad *pad, const struct kvscratch_view *map, const void *data,
+			  const char *format, const struct kvscratch_tensor *tensor,
+			  Py_ssize_t columns, Py_ssize_t element_bytes)
+{
+	struct view *view = (struct view *)PyType_GenericAlloc(view_type, 0);
+
+	if (!view)
+		return NULL;
+	view->pad = (struct pad *)Py_NewRef((PyObject *)pad);
+	pad->holders++;
+	view->map = map;
+	view->data = data;
+	view->state = tensor->state;
+	view->shape[0] = tensor->len;
+	view->shape[1] = columns;
+	view->strides[0] = columns * element_bytes;
+	view->strides[1] = element_bytes;
+	view->format = format;
+	return (PyObject *)view;
+}
+
+static void view_dealloc(PyObject *self)
+{
+	struct view *view = (struct view *)self;
+
+	if (view->pad) {
+		drop_pad(view->pad);
+		Py_DECREF((PyObject *)view->pad);
+	}
+	free_object(self);
+}
+
+static const char *format_of_dtype(uint32_t dtype)
+{
+	static const char *const formats[] = {
+		[KVSCRATCH_DTYPE_F64] = "d",
+		[KVSCRATCH_DTYPE_F32] = "f",
+		[KVSCRATCH_DTYPE_F16] = "e",
+		[KVSCRATCH_DTYPE_BF16] = "H",
+		[KVSCRATCH_DTYPE_I64] = "q",
+		[KVSCRATCH_DTYPE_I32] = "i",
+		[KVSCRATCH_DTYPE_I16] = "h",
+		[KVSCRATCH_DTYPE_I8] = "b",
+		[KVSCRATCH_DTYPE_U8] = "B",
+		[KVSCRATCH_DTYPE_MXINT8] = "b",
+	};
+
+	return formats[dtype];
+}
+
+static PyObject *pad_view(PyObject *self, PyObject *unused)
+{
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle = hold_pad(pad);
+	const struct kvscratch_view *map;
+	struct kvscratch_tensor tensor;
+	PyObject *view = NULL;
+	int err;
+
+	(void)unused;
+	if (!handle)
+		return NULL;
+	map = map_pad(handle);
+	if (map) {
+		err = kvscratch_as_tensor(handle, &tensor);
+		if (err)
+			raise_error(err);
+		else
+			view = new_view(pad, map, tensor.data, format_of_dtype(tensor.dtype),
+					&tensor, tensor.dim, kvscratch_dtype_size(tensor.dtype));
+	}
+	drop_pad(pad);
+	return view;
+}
+
+static PyObject *view_scales(PyObject *self, PyObject *unused)
+{
+	struct view *view = (struct view *)self;
+	struct kvscratch_tensor tensor = { .len = view->shape[0], .state = view->state };
+	const uint8_t *scales = kvscratch_view_scales(view->map);
+
+	(void)unused;
+	if (!scales || view->data == scales) {
+		PyErr_Format(PyExc_TypeError, "expected the view of an mxint8 pad, got %s",
+			     scales ? "its scales" : kvscratch_dtype_name(view->map->info.dtype));
+		return NULL;
+	}
+	return new_view(view->pad, view->map, scales, "B", &tensor,
+			view->shape[1] / KVSCRATCH_MX_BLOCK, 1);
+}
+
+static int view_getbuffer(PyObject *self, Py_buffer *buffer, int flags)
+{
+	struct view *view = (struct view *)self;
+
+	buffer->obj = NULL;
+	if (flags & PyBUF_WRITABLE) {
+		PyErr_SetString(PyExc_BufferError, "a view is read-only");
+		return -1;
+	}
+	if ((flags & PyBUF_F_CONTIGUOUS) == PyBUF_F_CONTIGUOUS) {
+		PyErr_SetString(PyExc_BufferError, "a view is C-contiguous");
+		return -1;
+	}
+	*buffer = (Py_buffer){
+		.obj = Py_NewRef(self),
+		.buf = (void *)view->data,
+		.len = view->shape[0] * view->strides[0],
+		.itemsize = view->strides[1],
+		.readonly = 1,
+		.ndim = flags & PyBUF_ND ? 2 : 1,
+		.format = flags & PyBUF_FORMAT ? (char *)view->format : NULL,
+		.shape = flags & PyBUF_ND ? view->shape : NULL,
+		.strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES ? view->strides : NULL,
+	};
+	return 0;
+}
+
+static Py_ssize_t view_length(PyObject *self)
+{
+	return ((struct view *)self)->shape[0];
+}
+
+static PyObject *view_valid_rows(PyObject *self, PyObject *unused)
+{
+	struct view *view = (struct view *)self;
+
+	(void)unused;
+	return PyLong_FromUnsignedLong(kvscratch_view_valid_rows(view->map, view->state));
+}
+
+/* Attributes */
+
+enum pad_attribute {
+	PAD_CAPACITY,
+	PAD_DIM,
+	PAD_DTYPE,
+	PAD_INPUT_DTYPE,
+	PAD_FRAC_BITS,
+	PAD_FORMAT,
+	PAD_BACKEND,
+	PAD_MODE,
+	PAD_GENERATION,
+	PAD_SATURATED,
+	PAD_STATE,
+};
+
+static PyObject *mode_of(const struct kvscratch *handle)
+{
+	switch (kvscratch_access(handle)) {
+	case O_RDONLY:
+		return PyUnicode_FromString("r");
+	case O_WRONLY:
+		return PyUnicode_FromString("w");
+	default:
+		return PyUnicode_FromString("rw");
+	}
+}
+
+static PyObject *state_of(struct pad *pad)
+{
+	const struct kvscratch_view *map;
+
+	hold_pad(pad);
+	map = map_pad(pad->handle);
+	drop_pad(pad);
+	return map ? PyLong_FromUnsignedLongLong(kvscratch_view_state(map)) : NULL;
+}
+
+/* What changes with time */
+static PyObject *info_of(struct kvscratch *handle, enum pad_attribute attribute)
+{
+	struct kvscratch_info info;
+	int err = kvscratch_info(handle, &info);
+
+	if (err)
+		return raise_error(err);
+	return PyLong_FromUnsignedLongLong(attribute == PAD_GENERATION ? info.generation :
+					   info.saturated);
+}
+
+static PyObject *pad_get(PyObject *self, void *closure)
+{
+	struct pad *pad = (struct pad *)self;
+	enum pad_attribute attribute = (enum pad_attribute)(uintptr_t)closure;
+	struct kvscratch *handle = open_handle(pad);
+
+	if (!handle)
+		return NULL;
+	switch (attribute) {
+	case PAD_CAPACITY:
+		return PyLong_FromUnsignedLongLong(pad->info.max_seq_len);
+	case PAD_DIM:
+		return PyLong_FromUnsignedLong(pad->info.dim);
+	case PAD_DTYPE:
+		return PyUnicode_FromString(kvscratch_dtype_name(pad->info.dtype));
+	case PAD_INPUT_DTYPE:
+		return PyUnicode_FromString(kvscratch_dtype_name(pad->info.input_dtype));
+	case PAD_FRAC_BITS:
+		return PyLong_FromUnsignedLong(pad->info.frac_bits);
+	case PAD_FORMAT:
+		return PyUnicode_FromString(format_of_dtype(pad->info.dtype));
+	case PAD_BACKEND:
+		return PyUnicode_FromString(kvscratch_backend_name(kvscratch_backend(handle)));
+	case PAD_MODE:
+		return mode_of(handle);
+	case PAD_STATE:
+		return state_of(pad);
+	default:
+		return info_of(handle, attribute);
+	}
+}
+
+static PyObject *pad_get_closed(PyObject *self, void *closure)
+{
+	(void)closure;
+	return PyBool_FromLong(((struct pad *)self)->closed);
+}
+
+static PyObject *pad_fileno(PyObject *self, PyObject *unused)
+{
+	struct kvscratch *handle = open_handle((struct pad *)self);
+
+	(void)unused;
+	return handle ? PyLong_FromLong(kvscratch_fd(handle)) : NULL;
+}
+
+static PyObject *view_get_state(PyObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromUnsignedLongLong(((struct view *)self)->state);
+}
+
+static PyObject *view_get_generation(PyObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromUnsignedLong(kvscratch_state_generation(((struct view *)self)->state));
+}
+
+static PyObject *view_get_shape(PyObject *self, void *closure)
+{
+	struct view *view = (struct view *)self;
+
+	(void)closure;
+	return Py_BuildValue("(nn)", view->shape[0], view->shape[1]);
+}
+
+/* Types */
+
+static PyMethodDef pad_methods[] = {
+	{ "append", pad_append, METH_O,
+	  "append($self, array, /)\n--\n\n"
+	  "Append a row, [dim], or rows, [n, dim]: all of them or none.\n\n"
+	  "array is anything with a C-contiguous buffer of input_dtype elements: a NumPy array,\n"
+	  "array.array, memoryview. bf16 comes as 2-byte integers or bytes; rows of an mxint8\n"
+	  "pad without an input_dtype as bytes, elements and then scales.\n\n"
+	  "Raises TypeError for elements of another type; ValueError for another shape, for gaps\n"
+	  "between elements, and for a NaN or an infinity that would become an integer; Full\n"
+	  "when the rows do not fit. Nothing is appended then." },
+	{ "truncate", (PyCFunction)(void (*)(void))pad_truncate, METH_VARARGS | METH_KEYWORDS,
+	  "truncate($self, /, n, zero=False)\n--\n\n"
+	  "Keep the first n rows and start a new generation; ValueError when there are fewer.\n"
+	  "With zero the memory behind them is scrubbed." },
+	{ "clear", (PyCFunction)(void (*)(void))pad_clear, METH_VARARGS | METH_KEYWORDS,
+	  "clear($self, /, zero=False)\n--\n\nDrop all rows; the same as truncate(0, zero)." },
+	{ "view", pad_view, METH_NOARGS,
+	  "view($self, /)\n--\n\nThe committed rows of this moment as a View, without a copy." },
+	{ "open_reader", pad_open_reader, METH_NOARGS,
+	  "open_reader($self, /)\n--\n\nA read-only handle of its own on the pad." },
+	{ "fileno", pad_fileno, METH_NOARGS,
+	  "fileno($self, /)\n--\n\nThe file descriptor of the handle, which stays the object's." },
+	{ "close", pad_close, METH_NOARGS,
+	  "close($self, /)\n--\n\n"
+	  "End the use of this object. Descriptor and memory stay until the last view and array\n"
+	  "of it is gone; the pad itself until the last handle of any process is." },
+	{ "_attach_fd", pad_attach_fd, METH_VARARGS | METH_CLASS, NULL },
+	{ "from_fd", pad_from_fd, METH_O | METH_CLASS,
+	  "from_fd($type, fd, /)\n--\n\n"
+	  "Use an inherited or received descriptor as it is. The object takes it over and closes\n"
+	  "it; after an exception it is still the caller's." },
+	{ "_copy_rows", pad_copy_rows, METH_VARARGS, NULL },
+	{ "_wait", pad_wait, METH_VARARGS, NULL },
+	{ 0 },
+};
+
+#define PAD_ATTRIBUTE(name, attribute, doc)	\
+	{ name, pad_get, NULL, doc, (void *)(uintptr_t)(attribute) }
+
+static PyGetSetDef pad_attributes[] = {
+	PAD_ATTRIBUTE("capacity", PAD_CAPACITY, "max_seq_len: rows that fit"),
+	PAD_ATTRIBUTE("dim", PAD_DIM, "Elements per row"),
+	PAD_ATTRIBUTE("dtype", PAD_DTYPE, "What is stored, \"f32\" and the like"),
+	PAD_ATTRIBUTE("input_dtype", PAD_INPUT_DTYPE, "What append() takes"),
+	PAD_ATTRIBUTE("frac_bits", PAD_FRAC_BITS, "Fraction bits of an integer"),
+	PAD_ATTRIBUTE("format", PAD_FORMAT, "A stored element, as the struct module has it"),
+	PAD_ATTRIBUTE("backend", PAD_BACKEND, "\"kernel\" or \"memfd\""),
+	PAD_ATTRIBUTE("mode", PAD_MODE, "What the handle allows: \"r\", \"w\" or \"rw\""),
+	PAD_ATTRIBUTE("generation", PAD_GENERATION, "Truncates so far"),
+	PAD_ATTRIBUTE("saturated", PAD_SATURATED, "Elements that were clamped so far"),
+	PAD_ATTRIBUTE("state", PAD_STATE, "The low half of generation << 32 | len, for wait()"),
+	{ "closed", pad_get_closed, NULL, "Whether close() was called", NULL },
+	{ 0 },
+};
+
+static PyType_Slot pad_slots[] = {
+	{ Py_tp_doc, "Scratchpad without what the package adds to it" },
+	{ Py_tp_new, pad_new },
+	{ Py_tp_dealloc, pad_dealloc },
+	{ Py_tp_methods, pad_methods },
+	{ Py_tp_getset, pad_attributes },
+	{ Py_sq_length, pad_length },
+	{ 0 },
+};
+
+static PyType_Spec pad_spec = {
+	.name = "kvscratch._kvscratch.Pad",
+	.basicsize = sizeof(struct pad),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+	.slots = pad_slots,
+};
+
+static PyMethodDef view_methods[] = {
+	{ "valid_rows", view_valid_rows, METH_NOARGS,
+	  "valid_rows($self, /)\n--\n\n"
+	  "n: rows below n, as they were read since the view was made, are what was committed.\n"
+	  "That is len(view) unless a truncate came in between." },
+	{ "scales", view_scales, METH_NOARGS,
+	  "scales($self, /)\n--\n\n"
+	  "The [len, dim / 32] scale bytes of the same rows of an mxint8 pad, as a View." },
+	{ 0 },
+};
+
+static PyGetSetDef view_attributes[] = {
+	{ "state", view_get_state, NULL, "generation << 32 | len, for Scratchpad.wait()", NULL },
+	{ "generation", view_get_generation, NULL,
+	  "The low 32 bits of the pad's generation when the view was made", NULL },
+	{ "shape", view_get_shape, NULL, "(len, columns)", NULL },
+	{ 0 },
+};
+
+static PyType_Slot view_slots[] = {
+	{ Py_tp_doc,
+	  "The committed rows of one moment, as a read-only buffer over the pad's own memory.\n\n"
+	  "They do not change until a truncate; valid_rows() tells, after they were read, which\n"
+	  "of them were still there. The memory stays mapped as long as a view or an array of\n"
+	  "it lives, also when the Scratchpad is closed." },
+	{ Py_tp_dealloc, view_dealloc },
+	{ Py_tp_methods, view_methods },
+	{ Py_tp_getset, view_attributes },
+	{ Py_sq_length, view_length },
+	{ Py_bf_getbuffer, view_getbuffer },
+	{ 0 },
+};
+
+static PyType_Spec view_spec = {
+	.name = "kvscratch.View",
+	.basicsize = sizeof(struct view),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+	.slots = view_slots,
+};
+
+/* The module */
+
+static PyObject *module_promises(PyObject *module, PyObject *argument)
+{
+	const struct kvscratch_promise *promises;
+	enum kvscratch_backend backend = 0;
+	PyObject *list, *name;
+
+	(void)module;
+	for (int i = KVSCRATCH_BACKEND_KERNEL; i <= KVSCRATCH_BACKEND_MEMFD; i++) {
+		name = PyUnicode_FromString(kvscratch_backend_name(i));
+		if (!name)
+			return NULL;
+		if (PyObject_RichCompareBool(name, argument, Py_EQ) > 0)
+			backend = i;
+		Py_DECREF(name);
+	}
+	if (!backend) {
+		PyErr_Format(PyExc_ValueError, "backend: expected kernel or memfd, got %R", argument);
+		return NULL;
+	}
+	promises = kvscratch_promises(backend);
+	list = PyList_New(0);
+	for (int i = 0; list && i < KVSCRATCH_NR_PROMISES; i++) {
+		PyObject *entry = Py_BuildValue("(ssOz)", promises[i].name, promises[i].text,
+						promises[i].holds ? Py_True : Py_False,
+						promises[i].reason);
+
+		if (!entry || PyList_Append(list, entry))
+			Py_CLEAR(list);
+		Py_XDECREF(entry);
+	}
+	return list;
+}
+
+static PyObject *module_default_backend(PyObject *module, PyObject *unused)
+{
+	int backend = kvscratch_default_backend();
+
+	(void)module;
+	(void)unused;
+	if (backend < 0)
+		return raise_error(backend);
+	return PyUnicode_FromString(kvscratch_backend_name(backend));
+}
+
+static PyObject *module_send_handles(PyObject *module, PyObject *args)
+{
+	const char *names[KVSCRATCH_MAX_PASSED];
+	int fds[KVSCRATCH_MAX_PASSED];
+	Py_ssize_t count;
+	PyObject *list;
+	int sock, err;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "iO!:send_handles", &sock, &PyList_Type, &list))
+		return NULL;
+	count = PyList_Size(list);
+	if (count < 1 || count > KVSCRATCH_MAX_PASSED) {
+		PyErr_Format(PyExc_ValueError, "expected 1 to %d handles, got %zd",
+			     KVSCRATCH_MAX_PASSED, count);
+		return NULL;
+	}
+	for (Py_ssize_t i = 0; i < count; i++)
+		if (!PyArg_ParseTuple(PyList_GetItem(list, i), "si", &names[i], &fds[i]))
+			return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_send_handles(sock, names, fds, count);
+	Py_END_ALLOW_THREADS
+	return err ? raise_error(err) : none_or_error(0);
+}
+
+static PyObject *module_receive_handles(PyObject *module, PyObject *args)
+{
+	/* more than kvscratch_send_handles() sends */
+	char text[KVSCRATCH_MAX_PASSED * 64];
+	int fds[KVSCRATCH_MAX_PASSED];
+	const char *name = text;
+	PyObject *list;
+	int sock, count;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "i:receive_handles", &sock))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	count = kvscratch_receive_handles(sock, text, sizeof(text), fds, KVSCRATCH_MAX_PASSED);
+	Py_END_ALLOW_THREADS
+	if (count < 0)
+		return raise_error(count);
+	list = PyList_New(0);
+	for (int i = 0; list && i < count; i++, name += strlen(name) + 1) {
+		PyObject *entry = Py_BuildValue("(si)", name, fds[i]);
+
+		if (!entry || PyList_Append(list, entry))
+			Py_CLEAR(list);
+		Py_XDECREF(entry);
+	}
+	if (!list)
+		while (count--)
+			close(fds[count]);
+	return list;
+}
+
+static PyObject *module_version(PyObject *module, PyObject *unused)
+{
+	(void)module;
+	(void)unused;
+	return PyUnicode_FromString(kvscratch_version());
+}
+
+static PyMethodDef module_functions[] = {
+	{ "promises", module_promises, METH_O, NULL },
+	{ "default_backend", module_default_backend, METH_NOARGS,
+	  "default_backend()\n--\n\n"
+	  "\"kernel\" or \"memfd\": where pads live that are made from now on." },
+	{ "send_handles", module_send_handles, METH_VARARGS, NULL },
+	{ "receive_handles", module_receive_handles, METH_VARARGS, NULL },
+	{ "version", module_version, METH_NOARGS, NULL },
+	{ 0 },
+};
+
+static struct PyModuleDef module_definition = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "kvscratch._kvscratch",
+	.m_size = -1,
+	.m_methods = module_functions,
+};
+
+static bool add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
+{
+	*type = (PyTypeObject *)PyType_FromSpec(spec);
+	return *type && !PyModule_AddType(module, *type);
+}
+
+static void count_fork(void)
+{
+	forks++;
+}
+
+PyMODINIT_FUNC PyInit__kvscratch(void)
+{
+	PyObject *module = PyModule_Create(&module_definition);
+	PyTypeObject *pad_type;
+
+	if (!module)
+		return NULL;
+	if (pthread_atfork(NULL, NULL, count_fork)) {
+		Py_DECREF(module);
+		return PyErr_NoMemory();
+	}
+	full_error = PyErr_NewExceptionWithDoc("kvscratch.Full",
+					       "The rows do not fit; none was appended.",
+					       PyExc_OSError, NULL);
+	if (full_error && !PyModule_AddObjectRef(module, "Full", full_error) &&
+	    add_type(module, &pad_spec, &pad_type) && add_type(module, &view_spec, &view_type))
+		return module;
+	Py_DECREF(module);
+	return NULL;
+}

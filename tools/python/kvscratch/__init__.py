@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KV-cache scratchpads for transformer inference.
+
+A pad is a [max_seq_len, dim] matrix of one element type that is allocated once.
+A producer appends rows, each of which holds one token; every process that has
+a handle on the pad maps the same memory read-only and sees the rows as one plain,
+growing array.
+
+    with kvscratch.Scratchpad(512, 64, "f32") as pad:
+        pad.append(numpy.ones(64, numpy.float32))           # a row
+        pad.append(numpy.zeros((3, 64), numpy.float32))     # a batch: all or nothing
+        keys = pad.as_tensor()                              # [4, 64], no copy
+        print(pad)              # Scratchpad(len=4, capacity=512, dim=64)
+
+Pads live in /dev/kvscratch or, where that does not exist, in a memfd, which keeps
+fewer promises: see promises(). The environment variable KVSCRATCH_BACKEND=kernel|memfd
+decides for new pads.
+
+Reading beside a writer. Committed rows do not change until somebody truncates
+the pad. A View counts the rows of one moment and can tell afterwards what they
+were worth:
+
+    view = pad.view()
+    scores = numpy.asarray(view) @ query
+    scores = scores[:view.valid_rows()]     # all of them, unless there was a truncate
+
+Until valid_rows() was asked compute only what is harmless on any numbers.
+
+Element types. f64 f32 f16 i64 i32 i16 i8 u8 are NumPy's. bf16, which NumPy lacks, is
+uint16 here: the upper half of a float32. An mxint8 pad shows int8, with its scales in
+scales(); see dequantize().
+
+PyTorch. What as_tensor() returns is read-only in hardware. torch.from_numpy() takes
+it with a warning, and the first in-place operation on the tensor kills the process with
+SIGSEGV. Where that cannot be excluded take a copy, which is a consistent and
+writable array of its own: torch.from_numpy(pad.as_tensor().copy()). For bf16:
+torch.from_numpy(rows.view(numpy.int16)).view(torch.bfloat16).
+
+Lifetime. Arrays and views keep the memory mapped, also when the Scratchpad that they came
+from is closed or collected.
+
+Threads. A Scratchpad may be used by any number of threads; appends are ordered one after
+the other, each whole. wait() is for one thread at a time on an object. The GIL is
+released while a call may wait or copy much.
+
+Fork. A child may read what its parent had open. To append or truncate it attaches a
+handle of its own: Scratchpad.attach(pad, "rw"). Other ways to a pad are
+send_handles() over a Unix socket and Scratchpad.attach("NAME") of a holder.
+
+Exceptions. ValueError: a wrong shape, value or range, or a closed pad. TypeError: elements
+of another type. Full, an OSError: the rows do not fit. MemoryError: no memory for a pad.
+OSError with its errno, and its subclasses: whatever else the system refuses.
+The text is the library's, "Scratchpad full: 2 / 2 tokens".
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import selectors
+import struct
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from . import _kvscratch
+from ._kvscratch import Full, View, default_backend
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+    from typing import Protocol, TypeVar, Union
+
+    import numpy
+    from numpy.typing import NDArray
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
+
+    FileDescriptor = Union[int, HasFileno]
+    Self = TypeVar("Self", bound="Scratchpad")
+
+__all__ = ["Full", "Promise", "Scratchpad", "View", "default_backend", "dequantize",
+           "promises", "receive_handles", "send_handles"]
+__version__ = _kvscratch.version()
+
+_LEN_MASK = 0xffffffff
+_MAX_TIMEOUT_MS = 0x7fffffff
+# elements that share a scale
+_MX_BLOCK = 32
+
+
+@functools.cache
+def _numpy() -> Any:
+    """NumPy, or None: the package works without."""
+    try:
+        return importlib.import_module("numpy")
+    except ImportError:
+        return None
+
+
+def _array(view: View) -> NDArray[Any]:
+    numpy = _numpy()
+    array = memoryview(cast(Any, view)) if numpy is None else numpy.asarray(view)
+    return cast("NDArray[Any]", array)
+
+
+class Promise(NamedTuple):
+    """A promise, and whether a backend keeps it.
+
+    name is one word, text a sentence; reason says what may happen where it does not hold.
+    """
+
+    name: str
+    text: str
+    holds: bool
+    reason: str | None
+
+
+def promises(backend: str) -> tuple[Promise, ...]:
+    """What "kernel" or "memfd" promises: the same list for each, held or not."""
+    return tuple(Promise(*promise) for promise in _kvscratch.promises(backend))
+
+
+class Scratchpad(_kvscratch.Pad):
+    """Scratchpad(max_seq_len, dim, dtype="f32", *, input_dtype=None, frac_bits=0)
+
+    A new, zero-filled pad of [max_seq_len, dim] elements of dtype: f64, f32, f16, bf16,
+    i64, i32, i16, i8, u8 or mxint8. All its memory is taken here; no append allocates.
+
+    With input_dtype f64, f32, f16 or bf16 the rows that are appended are converted to
+    mxint8, or to integers with frac_bits fraction bits.
+    """
+
+    @classmethod
+    def attach(cls: type[Self], source: FileDescriptor | str, mode: str = "r") -> Self:
+        """A handle of its own on an existing pad.
+
+        source is a descriptor or an object with fileno(), which stays the caller's.
+        mode is "r" or "rw" and cannot widen what the source allows.
+        """
+        return cls._attach_fd(source, mode)
+
+    def as_tensor(self) -> NDArray[Any]:
+        """The committed rows of this moment: a read-only array [len, dim], without a copy.
+
+        It does not grow, and stays mapped as long as it is used. After a truncate its
+        rows may change: where that can happen use view(). Without NumPy it is a memoryview.
+        """
+        return _array(self.view())
+
+    def scales(self) -> NDArray[numpy.uint8]:
+        """The [len, dim / 32] scale bytes of an mxint8 pad; otherwise as as_tensor().
+
+        For elements and scales of the same moment use view() and its scales().
+        """
+        return _array(self.view().scales())
+
+    def get_token(self, i: int) -> NDArray[Any]:
+        """A copy of row i, [dim], as it was at one moment; IndexError when there is none."""
+        rows = len(self)
+        if not -rows <= i < rows:
+            raise IndexError(f"expected a row of {rows}, got {i}")
+        # of an mxint8 pad the scales of the row come behind its elements
+        row = self._copy_rows(i % rows, 1)
+        numpy = _numpy()
+        if numpy is None:
+            elements = memoryview(row)[:self.dim * struct.calcsize(self.format)]
+            return cast("NDArray[Any]", elements.cast(self.format))
+        return cast("NDArray[Any]", numpy.frombuffer(row, self.format, self.dim))
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """Copies of the rows that are committed now; ends where a truncate took one."""
+        for i in range(len(self)):
+            try:
+                yield self.get_token(i)
+            except IndexError:
+                return
+
+    def wait(self, state: int | None = None, *, rows: int | None = None,
+             timeout: float | None = None) -> bool:
+        """Sleep until the pad's state is another than state, or until it has rows rows.
+
+        state is that of the pad or of a View. Returns False when timeout seconds passed
+        without. A handle of its own for each thread: RuntimeError when two share one.
+        """
+        if (state is None) == (rows is None):
+            raise TypeError("wait: expected either state or rows")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            now = self.state
+            if now != state if rows is None else now & _LEN_MASK >= rows:
+                return True
+            left_ms = -1
+            if deadline is not None:
+                left_ms = math.ceil((deadline - time.monotonic()) * 1000)
+                if left_ms <= 0:
+                    return False
+            # returns after a signal as well, hence the loop
+            self._wait(now, min(left_ms, _MAX_TIMEOUT_MS))
+
+    @property
+    def promises(self) -> tuple[Promise, ...]:
+        """The promises of the pad's backend."""
+        return promises(self.backend)
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        return f"Scratchpad(len={len(self)}, capacity={self.capacity}, dim={self.dim})"
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        if self.closed:
+            return f"<{name} closed>"
+        # a handle that may not read has no len
+        rows = len(self) if "r" in self.mode else "?"
+        return (f"<{name} len={rows} capacity={self.capacity} dim={self.dim} "
+                f"dtype={self.dtype} backend={self.backend}>")
+
+
+def send_handles(sock: socket.socket, handles: Mapping[str, FileDescriptor]) -> None:
+    """Pass handles, each with a name, over a connected and blocking Unix stream socket.
+
+    The receiver gets them with the rights that they have: pass open_reader() of a pad to
+    who shall only read. A name has no white space; at most 253 handles fit.
+    """
+    _kvscratch.send_handles(sock.fileno(), [
+        (name, handle if isinstance(handle, int) else handle.fileno())
+        for name, handle in handles.items()])
+
+
+def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
+    """What send_handles() of the other side passed: the pads by their names, in its order."""
+    # waits here, where a signal is heard
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        selector.select()
+    left = _kvscratch.receive_handles(sock.fileno())
+    pads: dict[str, Scratchpad] = {}
+    try:
+        while left:
+            name, fd = left[0]
+            if name in pads:
+                raise ValueError(f"expected each name once, got {name} again")
+            pads[name] = Scratchpad.from_fd(fd)
+            del left[0]
+    except BaseException:
+        for _, fd in left:
+            os.close(fd)
+        raise
+    return pads
+
+
+def dequantize(elements: NDArray[Any], scales: NDArray[numpy.uint8] | None = None,
+               frac_bits: int = 0) -> NDArray[numpy.float32]:
+    """The values of scaled integers, as float32.
+
+    elements [..., dim] of an mxint8 pad have scales [..., dim / 32]; those of i8, i16, i32
+    and i64 have frac_bits fraction bits.
+    """
+    import numpy
+    if scales is None:
+        return numpy.ldexp(elements, -frac_bits).astype(numpy.float32)
+    # a block shares the scale 2^(s - 127), and its elements count in 2^-6
+    exponents = numpy.repeat(scales.astype(numpy.int32) - 127 - 6, _MX_BLOCK, axis=-1)
+    values = numpy.ldexp(elements.astype(numpy.float32), exponents)
+    values[numpy.repeat(scales == 255, _MX_BLOCK, axis=-1)] = numpy.nan
+    return values
