@@ -27,6 +27,7 @@ static unsigned long forks;
 /**
  * struct pad - a Pad
  * @handle: NULL after the end of the handle
+ * @map: the mapped pad, once it was needed
  * @info: of the time when the object was made
  * @holders: calls and Views that use @handle
  * @closed: no further use; the last holder ends @handle
@@ -36,6 +37,7 @@ static unsigned long forks;
 struct pad {
 	PyObject_HEAD
 	struct kvscratch *handle;
+	const struct kvscratch_view *map;
 	struct kvscratch_info info;
 	Py_ssize_t holders;
 	unsigned long forks;
@@ -46,7 +48,6 @@ struct pad {
 /**
  * struct view - a View: a [rows, columns] array in the memory of a pad
  * @pad: which it holds
- * @map: the mapped pad
  * @data: the array
  * @state: of the pad, when the rows were counted
  * @shape: rows and columns
@@ -56,7 +57,6 @@ struct pad {
 struct view {
 	PyObject_HEAD
 	struct pad *pad;
-	const struct kvscratch_view *map;
 	const void *data;
 	uint64_t state;
 	Py_ssize_t shape[2];
@@ -77,9 +77,6 @@ static PyObject *raise_error(int err)
 	case EDOM:
 	case E2BIG:
 		PyErr_SetString(PyExc_ValueError, kvscratch_error());
-		return NULL;
-	case ERANGE:
-		PyErr_SetString(PyExc_IndexError, kvscratch_error());
 		return NULL;
 	case ENOMEM:
 		PyErr_SetString(PyExc_MemoryError, kvscratch_error());
@@ -531,7 +528,7 @@ static PyObject *pad_truncate(PyObject *self, PyObject *args, PyObject *keywords
 		return NULL;
 	do {
 		Py_BEGIN_ALLOW_THREADS
-		err = kvscratch_truncate(handle, len, zero);
+		err = kvscratch_truncate(handle, len, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
 		Py_END_ALLOW_THREADS
 	} while (again(err));
 	result = none_or_error(err);
@@ -554,7 +551,7 @@ static PyObject *pad_clear(PyObject *self, PyObject *args, PyObject *keywords)
 		return NULL;
 	do {
 		Py_BEGIN_ALLOW_THREADS
-		err = kvscratch_clear(handle, zero);
+		err = kvscratch_clear(handle, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
 		Py_END_ALLOW_THREADS
 	} while (again(err));
 	result = none_or_error(err);
@@ -575,6 +572,18 @@ static Py_ssize_t pad_length(PyObject *self)
 	if (len < 0)
 		raise_error(len);
 	return len < 0 ? -1 : len;
+}
+
+static PyObject *pad_str(PyObject *self)
+{
+	struct kvscratch *handle = open_handle((struct pad *)self);
+	char text[64];
+	int length;
+
+	if (!handle)
+		return NULL;
+	length = kvscratch_display(handle, text, sizeof(text));
+	return length < 0 ? raise_error(length) : PyUnicode_FromString(text);
 }
 
 static PyObject *pad_copy_rows(PyObject *self, PyObject *args)
@@ -600,11 +609,12 @@ static PyObject *pad_copy_rows(PyObject *self, PyObject *args)
 			err = kvscratch_copy_rows(handle, first, count, PyByteArray_AsString(copy));
 			Py_END_ALLOW_THREADS
 		} while (again(err));
-		result = none_or_error(err);
-		if (result) {
-			Py_DECREF(result);
+		if (!err)
 			result = Py_NewRef(copy);
-		}
+		else if (err == -EINVAL)
+			PyErr_SetString(PyExc_IndexError, kvscratch_error());
+		else
+			none_or_error(err);
 		Py_DECREF(copy);
 	}
 	drop_pad(pad);
@@ -642,12 +652,15 @@ static PyObject *pad_wait(PyObject *self, PyObject *args)
 	return result;
 }
 
-/* The mapped pad; the first call maps it, which takes its time. */
-static const struct kvscratch_view *map_pad(struct kvscratch *handle)
+/* Map a pad that is held; the first time takes its time. */
+static bool map_pad(struct pad *pad)
 {
+	struct kvscratch *handle = pad->handle;
 	const struct kvscratch_view *map;
 	int err;
 
+	if (pad->map)
+		return true;
 	do {
 		Py_BEGIN_ALLOW_THREADS
 		map = kvscratch_view(handle);
@@ -656,14 +669,16 @@ static const struct kvscratch_view *map_pad(struct kvscratch *handle)
 	} while (again(err));
 	if (err)
 		none_or_error(err);
+	pad->map = map;
 	return map;
 }
 
 /* Views */
 
-static PyObject *new_view(struct pad *pad, const struct kvscratch_view *map, const void *data,
-			  const char *format, const struct kvscratch_tensor *tensor,
-			  Py_ssize_t columns, Py_ssize_t element_bytes)
+/* The rows of @tensor in an array of the mapped @pad */
+static PyObject *new_view(struct pad *pad, const struct kvscratch_tensor *tensor,
+			  const void *data, const char *format, Py_ssize_t columns,
+			  Py_ssize_t element_bytes)
 {
 	struct view *view = (struct view *)PyType_GenericAlloc(view_type, 0);
 
@@ -671,7 +686,6 @@ static PyObject *new_view(struct pad *pad, const struct kvscratch_view *map, con
 		return NULL;
 	view->pad = (struct pad *)Py_NewRef((PyObject *)pad);
 	pad->holders++;
-	view->map = map;
 	view->data = data;
 	view->state = tensor->state;
 	view->shape[0] = tensor->len;
@@ -715,7 +729,6 @@ static PyObject *pad_view(PyObject *self, PyObject *unused)
 {
 	struct pad *pad = (struct pad *)self;
 	struct kvscratch *handle = hold_pad(pad);
-	const struct kvscratch_view *map;
 	struct kvscratch_tensor tensor;
 	PyObject *view = NULL;
 	int err;
@@ -723,14 +736,13 @@ static PyObject *pad_view(PyObject *self, PyObject *unused)
 	(void)unused;
 	if (!handle)
 		return NULL;
-	map = map_pad(handle);
-	if (map) {
+	if (map_pad(pad)) {
 		err = kvscratch_as_tensor(handle, &tensor);
 		if (err)
 			raise_error(err);
 		else
-			view = new_view(pad, map, tensor.data, format_of_dtype(tensor.dtype),
-					&tensor, tensor.dim, kvscratch_dtype_size(tensor.dtype));
+			view = new_view(pad, &tensor, tensor.data, format_of_dtype(tensor.dtype),
+					tensor.dim, kvscratch_dtype_size(tensor.dtype));
 	}
 	drop_pad(pad);
 	return view;
@@ -740,16 +752,16 @@ static PyObject *view_scales(PyObject *self, PyObject *unused)
 {
 	struct view *view = (struct view *)self;
 	struct kvscratch_tensor tensor = { .len = view->shape[0], .state = view->state };
-	const uint8_t *scales = kvscratch_view_scales(view->map);
+	const struct kvscratch_view *map = view->pad->map;
+	const uint8_t *scales = kvscratch_view_scales(map);
 
 	(void)unused;
 	if (!scales || view->data == scales) {
 		PyErr_Format(PyExc_TypeError, "expected the view of an mxint8 pad, got %s",
-			     scales ? "its scales" : kvscratch_dtype_name(view->map->info.dtype));
+			     scales ? "its scales" : kvscratch_dtype_name(map->info.dtype));
 		return NULL;
 	}
-	return new_view(view->pad, view->map, scales, "B", &tensor,
-			view->shape[1] / KVSCRATCH_MX_BLOCK, 1);
+	return new_view(view->pad, &tensor, scales, "B", view->shape[1] / KVSCRATCH_MX_BLOCK, 1);
 }
 
 static int view_getbuffer(PyObject *self, Py_buffer *buffer, int flags)
@@ -789,7 +801,7 @@ static PyObject *view_valid_rows(PyObject *self, PyObject *unused)
 	struct view *view = (struct view *)self;
 
 	(void)unused;
-	return PyLong_FromUnsignedLong(kvscratch_view_valid_rows(view->map, view->state));
+	return PyLong_FromUnsignedLong(kvscratch_view_valid_rows(view->pad->map, view->state));
 }
 
 /* Attributes */
@@ -822,12 +834,13 @@ static PyObject *mode_of(const struct kvscratch *handle)
 
 static PyObject *state_of(struct pad *pad)
 {
-	const struct kvscratch_view *map;
+	PyObject *state = NULL;
 
 	hold_pad(pad);
-	map = map_pad(pad->handle);
+	if (map_pad(pad))
+		state = PyLong_FromUnsignedLongLong(kvscratch_view_state(pad->map));
 	drop_pad(pad);
-	return map ? PyLong_FromUnsignedLongLong(kvscratch_view_state(map)) : NULL;
+	return state;
 }
 
 /* What changes with time */
@@ -971,6 +984,7 @@ static PyType_Slot pad_slots[] = {
 	{ Py_tp_dealloc, pad_dealloc },
 	{ Py_tp_methods, pad_methods },
 	{ Py_tp_getset, pad_attributes },
+	{ Py_tp_str, pad_str },
 	{ Py_sq_length, pad_length },
 	{ 0 },
 };
@@ -1045,7 +1059,7 @@ static PyObject *module_promises(PyObject *module, PyObject *argument)
 	}
 	promises = kvscratch_promises(backend);
 	list = PyList_New(0);
-	for (int i = 0; list && i < KVSCRATCH_NR_PROMISES; i++) {
+	for (int i = 0; list && promises[i].name; i++) {
 		PyObject *entry = Py_BuildValue("(ssOz)", promises[i].name, promises[i].text,
 						promises[i].holds ? Py_True : Py_False,
 						promises[i].reason);
@@ -1096,8 +1110,7 @@ static PyObject *module_send_handles(PyObject *module, PyObject *args)
 
 static PyObject *module_receive_handles(PyObject *module, PyObject *args)
 {
-	/* more than kvscratch_send_handles() sends */
-	char text[KVSCRATCH_MAX_PASSED * 64];
+	char text[KVSCRATCH_MAX_NAMES_BYTES];
 	int fds[KVSCRATCH_MAX_PASSED];
 	const char *name = text;
 	PyObject *list;

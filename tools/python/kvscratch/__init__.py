@@ -213,9 +213,6 @@ class Scratchpad(_kvscratch.Pad):
                  traceback: TracebackType | None) -> None:
         self.close()
 
-    def __str__(self) -> str:
-        return f"Scratchpad(len={len(self)}, capacity={self.capacity}, dim={self.dim})"
-
     def __repr__(self) -> str:
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         if self.closed:
