@@ -19,7 +19,7 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests demo test test-all torture bench comparison check
+.PHONY: all modules_install clean help tools tests python demo test test-all torture bench comparison check
 .PHONY: mutants detectors sanitized fuzz fuzz-files coverage
 
 all:
@@ -38,6 +38,7 @@ help:
 	@echo 'make modules_install'
 	@echo '                   install it into /lib/modules'
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
+	@echo 'make python        build the Python package into build/python; PYTHON='
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
@@ -58,6 +59,18 @@ tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 sanitized: build/files_test-sanitized build/files_replay
 sanitized: build/holder_test-sanitized
+
+# Debian's, which has its NumPy
+PYTHON ?= /usr/bin/python3
+setup = $(PYTHON) tools/python/setup.py -q build --build-base $(CURDIR)/build/$(1)-objects \
+	--build-lib $(CURDIR)/build/$(1)
+
+python: | build
+	$(call setup,python)
+sanitized: build/python-sanitized
+.PHONY: build/python-sanitized
+build/python-sanitized: | build
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(call setup,python-sanitized)
 
 build:
 	mkdir -p $@

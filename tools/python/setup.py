@@ -25,7 +25,7 @@ if os.environ.get("KVSCRATCH_SHARED") == "1":
     extension.libraries = ["kvscratch"]
 else:
     extension.sources += sorted(glob("../lib/*.c"))
-    extension.depends = glob("../lib/*.h")
+    extension.depends = [*glob("../lib/*.h"), *glob("../../uapi/linux/*.h"), *glob("../../*.h")]
     extension.include_dirs = ["../../uapi", "../lib"]
     extension.define_macros = [("KVSCRATCH_VERSION", f'"{VERSION}"')]
 
