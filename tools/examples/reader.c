@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Take the pad of producer.c and print the sum of each row, until the pad is full.
+ *
+ *   cc -o reader reader.c $(pkg-config --cflags --libs libkvscratch)
+ */
+#include <err.h>
+#include <inttypes.h>
+#include <libkvscratch.h>
+#include <stdio.h>
+#include <unistd.h>
+
+static struct kvscratch *receive_pad(const char *path)
+{
+	char names[KVSCRATCH_MAX_NAMES_BYTES];
+	struct kvscratch *pad;
+	int sock = kvscratch_connect(path);
+	int fd;
+
+	if (sock < 0 || kvscratch_receive_handles(sock, names, sizeof(names), &fd, 1) < 0 ||
+	    kvscratch_from_fd(&pad, fd))
+		errx(1, "%s", kvscratch_error());
+	close(sock);
+	return pad;
+}
+
+int main(int argc, char **argv)
+{
+	struct kvscratch *pad = receive_pad(argc > 1 ? argv[1] : "pad.sock");
+	const struct kvscratch_view *view = kvscratch_view(pad);
+	struct kvscratch_tensor tensor = { 0 };
+	uint64_t row = 0;
+
+	while (row < kvscratch_capacity(pad)) {
+		uint64_t earlier = tensor.state, kept;
+
+		if (!view || kvscratch_wait(pad, earlier, -1) || kvscratch_as_tensor(pad, &tensor))
+			errx(1, "%s", kvscratch_error());
+		kept = kvscratch_view_valid_rows(view, earlier);
+		if (kept < row) {
+			row = kept;
+			printf("back to row %" PRIu64 "\n", row);
+		}
+		for (; row < tensor.len; row++) {
+			const float *elements = (const float *)tensor.data + row * tensor.dim;
+			float sum = 0;
+
+			for (uint32_t i = 0; i < tensor.dim; i++)
+				sum += elements[i];
+			/* it counts unless the row was dropped, and overwritten, meanwhile */
+			if (kvscratch_view_valid_rows(view, tensor.state) <= row)
+				break;
+			printf("row %" PRIu64 ": %g\n", row, sum);
+		}
+		fflush(stdout);
+	}
+	kvscratch_close(pad);
+	return 0;
+}
