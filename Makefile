@@ -14,6 +14,7 @@ LIBKVSCRATCH := $(wildcard tools/lib/*.c)
 TOOLS := kvscratchctl kvdecode
 kvscratchctl-sources := tools/kvscratchctl.c $(wildcard tools/ctl/*.c) tools/cli.c
 kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c
+EXAMPLES := $(basename $(notdir $(wildcard tools/examples/*.c tools/examples/*.cc)))
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
@@ -39,6 +40,7 @@ help:
 	@echo '                   install it into /lib/modules'
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
 	@echo 'make python        build the Python package into build/python; PYTHON='
+	@echo 'make examples      build those of tools/examples into build/examples/'
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
@@ -72,7 +74,11 @@ sanitized: build/python-sanitized
 build/python-sanitized: | build
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(call setup,python-sanitized)
 
-build:
+.PHONY: examples
+examples: $(EXAMPLES:%=build/examples/%)
+sanitized: $(EXAMPLES:%=build/examples/sanitized/%)
+
+build build/examples build/examples/sanitized:
 	mkdir -p $@
 
 # Same source, two word sizes; and with sanitizers, which need shared libraries
@@ -91,6 +97,16 @@ HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/tes
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
 $(eval $(call program,torture,tests/torture/torture.c,$$(HARNESS)))
+
+# C or C++ by the end of the name, so there is no -std for all of what is compiled here.
+define example
+build/examples/$(1): $(wildcard tools/examples/$(1).c*) $(LIBKVSCRATCH) $(HEADERS) | build/examples
+	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) -static -o $$@ $$< $(LIBKVSCRATCH) -lstdc++ -lm
+build/examples/sanitized/$(1): $(wildcard tools/examples/$(1).c*) $(LIBKVSCRATCH) $(HEADERS) | build/examples/sanitized
+	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) -fsanitize=address,undefined \
+		-fno-sanitize-recover=all -o $$@ $$< $(LIBKVSCRATCH) -lstdc++ -lm
+endef
+$(foreach name,$(EXAMPLES),$(eval $(call example,$(name))))
 
 BENCH := bench scale_bench kvdecode
 bench-sources := $(filter-out %/scale_bench.c,$(wildcard tests/bench/*.c))
