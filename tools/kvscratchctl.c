@@ -221,6 +221,42 @@ NO_PROGRESS_HELP,
 			NO_PROGRESS_OPTION, HELP, END
 		},
 	}, {
+		.name = "save",
+		.summary = "keep the rows in a file",
+		.help =
+"Usage: kvscratchctl [--fd N | -n NAME] save [--no-progress] FILE\n"
+"Save all committed rows as FILE, which is replaced in one step. By the end of its\n"
+"name it is .npy, with the rows of one pad, or .safetensors, with any number of\n"
+"pads and all that they are made of. -n HOLDER saves all that are held there, as\n"
+"they are at one moment.\n"
+"\n"
+NO_PROGRESS_HELP,
+		.run = run_save,
+		.takes = TAKES_PAD | TAKES_ARGUMENT,
+		.options = { NO_PROGRESS_OPTION, HELP, END },
+	}, {
+		.name = "load",
+		.summary = "make pads of what was saved",
+		.help =
+"Usage: kvscratchctl [--fd N] load [OPTION]... FILE\n"
+"       kvscratchctl [--fd N] load [OPTION]... FILE -- COMMAND [ARGUMENT]...\n"
+"       kvscratchctl -n NAME load [OPTION]... FILE\n"
+"Append the rows of FILE, .npy or .safetensors, to the pad of descriptor N (3); or\n"
+"make a pad of them and run COMMAND with a handle on it as that descriptor; or put\n"
+"new pads into a holder that was started with --write: as HOLDER all that are in\n"
+"FILE, as HOLDER/PAD the one of that name or the only one.\n"
+"\n"
+"  --pad NAME         which one of FILE, if it has several\n"
+"  --max-seq-len N    rows that fit the new pad (as FILE says)\n"
+NO_PROGRESS_HELP,
+		.run = run_load,
+		.takes = TAKES_PAD | TAKES_ARGUMENT | TAKES_COMMAND,
+		.options = {
+			OPTION("pad", required_argument, OPT_PAD),
+			OPTION("max-seq-len", required_argument, OPT_MAX_SEQ_LEN),
+			NO_PROGRESS_OPTION, HELP, END
+		},
+	}, {
 		.name = "truncate",
 		.summary = "drop the last rows",
 		.help =

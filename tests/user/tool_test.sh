@@ -87,13 +87,13 @@ esac
 echo TAP version 13
 
 # Help and wrong usage need no device.
-for verb in create info append dump truncate clear attach watch hold drop ls metrics; do
+for verb in create info append dump save load truncate clear attach watch hold drop ls metrics; do
 	run kvscratchctl $verb --help
 	case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 	result $status "$verb has help"
 done
 run kvscratchctl --help
-case $output in *create*info*append*dump*truncate*clear*attach*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
+case $output in *create*info*append*dump*save*load*truncate*clear*attach*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
 result $status "help lists every verb"
 run kvscratchctl
 expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
@@ -555,6 +555,67 @@ run kvscratchctl hold story --max-seq-len 5 --dim 33 --dtype mxint8
 expect "hold no shape that there is" 1 "kvscratchctl hold: dim: expected a multiple of 32 for mxint8, got 33"
 run env -u XDG_RUNTIME_DIR kvscratchctl ls
 expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
+
+# Files
+new_pad --max-seq-len 10 --dim 4
+kvscratchctl append rows
+run kvscratchctl save saved.npy
+expect "save as .npy" 0 ""
+run cmp saved.npy numpy
+expect "as NumPy does" 0 ""
+run kvscratchctl save saved.safetensors
+expect "save as .safetensors" 0 ""
+run kvscratchctl load saved.safetensors
+expect "load behind the rows that are there" 0 ""
+run display
+expect "what was loaded" 0 "Scratchpad(len=6, capacity=10, dim=4)"
+run kvscratchctl load saved.safetensors -- sh -c 'kvscratchctl info | head -n 1; kvscratchctl dump'
+expect "load for a command" 0 "Scratchpad(len=3, capacity=10, dim=4)
+1 2 3 4
+-0.5 0.100000001 inf nan
+0 1.40129846e-45 3.40282347e+38 -2"
+run kvscratchctl --fd 8 load --max-seq-len 4 saved.npy -- sh -c 'kvscratchctl --fd 8 info | head -n 1; exit 5'
+expect "its descriptor, its capacity and its exit status" 5 "Scratchpad(len=3, capacity=4, dim=4)"
+run kvscratchctl load --max-seq-len 2 saved.npy -- true
+expect "load into too little" 1 "kvscratchctl load: saved.npy: max_seq_len: expected at least 3, the rows in the file, got 2"
+run kvscratchctl load --max-seq-len 5 saved.npy
+expect "a capacity for nobody" 1 "kvscratchctl load: --max-seq-len: expected --name or -- COMMAND with it"
+run kvscratchctl save rows.txt
+expect "save as something else" 1 "kvscratchctl save: rows.txt: expected the name of a file that ends in .npy or .safetensors"
+head -c 100 saved.safetensors >cut.safetensors
+run kvscratchctl load cut.safetensors
+case $output in *"got a file that ends after "*) ;; *) status=9 ;; esac
+[ "$status" = 1 ]
+result $? "load what was cut"
+run kvscratchctl load nix.npy
+expect "load nothing" 1 "kvscratchctl load: nix.npy: cannot open the file: No such file or directory"
+kvscratchctl hold story --write
+run kvscratchctl -n story load saved.npy
+expect "load into a holder" 0 ""
+run kvscratchctl -n story/k0 load saved.safetensors
+expect "load by name" 0 ""
+kvscratchctl -n story/k0 truncate --len 2
+run kvscratchctl -n story save all.safetensors
+expect "save all pads of a holder" 0 ""
+run kvscratchctl -n story load all.safetensors
+expect "load what is there" 2 "kvscratchctl load: story: a pad \"pad\" is held already"
+run kvscratchctl -n story save all.npy
+expect "save all pads as .npy" 1 "kvscratchctl save: all.npy: .npy has room for one pad: expected 1, got 2"
+kvscratchctl hold again --write
+run kvscratchctl -n again load all.safetensors
+expect "load all pads of a file" 0 ""
+run kvscratchctl -n again/other load --pad k0 all.safetensors
+expect "load one of them as another" 0 ""
+run kvscratchctl -n again/nix load all.safetensors
+expect "load one that is not there" 1 "kvscratchctl load: all.safetensors: expected the name of a pad in the file, got \"nix\""
+run kvscratchctl ls
+expect "what the holders have" 0 "again/pad: Scratchpad(len=3, capacity=3, dim=4)
+again/k0: Scratchpad(len=2, capacity=10, dim=4)
+again/other: Scratchpad(len=2, capacity=10, dim=4)
+story/pad: Scratchpad(len=3, capacity=3, dim=4)
+story/k0: Scratchpad(len=2, capacity=10, dim=4)"
+kvscratchctl drop again
+kvscratchctl drop story
 
 # What only handles of the device can be: unbound, attached by themselves, for writing only
 if [ "$backend" = kernel ]; then
