@@ -275,26 +275,38 @@ static int access_by_mode(const char *mode)
 	return -1;
 }
 
-static PyObject *pad_attach_fd(PyObject *type, PyObject *args)
+static int attach(struct kvscratch **handle, PyObject *source, int access)
 {
-	struct kvscratch *handle;
-	const char *mode;
-	PyObject *source;
-	int fd, access, err;
+	const char *name = PyUnicode_Check(source) ? PyUnicode_AsUTF8AndSize(source, NULL) : NULL;
+	int fd = name ? -1 : PyObject_AsFileDescriptor(source);
+	int err;
 
-	if (!PyArg_ParseTuple(args, "Os:attach", &source, &mode))
-		return NULL;
-	fd = PyObject_AsFileDescriptor(source);
-	if (fd < 0)
-		return NULL;
-	access = access_by_mode(mode);
-	if (access < 0)
-		return NULL;
+	if (!name && fd < 0)
+		return -1;
 	Py_BEGIN_ALLOW_THREADS
-	err = kvscratch_attach(&handle, fd, access);
+	if (name)
+		err = kvscratch_attach_name(handle, name, access);
+	else
+		err = kvscratch_attach(handle, fd, access);
 	Py_END_ALLOW_THREADS
 	if (err)
-		return raise_error(err);
+		raise_error(err);
+	return err;
+}
+
+static PyObject *pad_attach(PyObject *type, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "source", "mode", NULL };
+	struct kvscratch *handle;
+	const char *mode = "r";
+	PyObject *source;
+	int access;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|s:attach", names, &source, &mode))
+		return NULL;
+	access = access_by_mode(mode);
+	if (access < 0 || attach(&handle, source, access))
+		return NULL;
 	return wrap_handle((PyTypeObject *)type, handle);
 }
 
@@ -949,7 +961,12 @@ static PyMethodDef pad_methods[] = {
 	  "close($self, /)\n--\n\n"
 	  "End the use of this object. Descriptor and memory stay until the last view and array\n"
 	  "of it is gone; the pad itself until the last handle of any process is." },
-	{ "_attach_fd", pad_attach_fd, METH_VARARGS | METH_CLASS, NULL },
+	{ "attach", (PyCFunction)(void (*)(void))pad_attach, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+	  "attach($type, /, source, mode=\"r\")\n--\n\n"
+	  "A handle of its own on an existing pad.\n\n"
+	  "source is a descriptor or an object with fileno(), which stays the caller's; or the\n"
+	  "name of a held pad, \"story/k0\", or \"story\" for the only pad of a holder. mode is \"r\"\n"
+	  "or \"rw\" and cannot widen what the source allows." },
 	{ "from_fd", pad_from_fd, METH_O | METH_CLASS,
 	  "from_fd($type, fd, /)\n--\n\n"
 	  "Use an inherited or received descriptor as it is. The object takes it over and closes\n"
@@ -1082,51 +1099,46 @@ static PyObject *module_default_backend(PyObject *module, PyObject *unused)
 	return PyUnicode_FromString(kvscratch_backend_name(backend));
 }
 
-static PyObject *module_send_handles(PyObject *module, PyObject *args)
-{
-	const char *names[KVSCRATCH_MAX_PASSED];
+/**
+ * struct handles - handles and their names
+ * @names: each ended by NUL
+ * @name: where each of them begins; used for those that are given away
+ * @fds: the descriptors
+ */
+struct handles {
+	char names[KVSCRATCH_MAX_NAMES_BYTES];
+	const char *name[KVSCRATCH_MAX_PASSED];
 	int fds[KVSCRATCH_MAX_PASSED];
-	Py_ssize_t count;
-	PyObject *list;
-	int sock, err;
+};
 
-	(void)module;
-	if (!PyArg_ParseTuple(args, "iO!:send_handles", &sock, &PyList_Type, &list))
-		return NULL;
-	count = PyList_Size(list);
+/* Of a list of (name, descriptor), to which the names belong; -1 after an exception */
+static Py_ssize_t parse_handles(PyObject *list, struct handles *handles)
+{
+	Py_ssize_t count = PyList_Size(list);
+
 	if (count < 1 || count > KVSCRATCH_MAX_PASSED) {
 		PyErr_Format(PyExc_ValueError, "expected 1 to %d handles, got %zd",
 			     KVSCRATCH_MAX_PASSED, count);
-		return NULL;
+		return -1;
 	}
 	for (Py_ssize_t i = 0; i < count; i++)
-		if (!PyArg_ParseTuple(PyList_GetItem(list, i), "si", &names[i], &fds[i]))
-			return NULL;
-	Py_BEGIN_ALLOW_THREADS
-	err = kvscratch_send_handles(sock, names, fds, count);
-	Py_END_ALLOW_THREADS
-	return err ? raise_error(err) : none_or_error(0);
+		if (!PyArg_ParseTuple(PyList_GetItem(list, i), "si", &handles->name[i],
+				      &handles->fds[i]))
+			return -1;
+	return count;
 }
 
-static PyObject *module_receive_handles(PyObject *module, PyObject *args)
+/* The list takes over the descriptors; NULL after an error, when @count is a negative errno. */
+static PyObject *list_handles(const struct handles *handles, int count)
 {
-	char text[KVSCRATCH_MAX_NAMES_BYTES];
-	int fds[KVSCRATCH_MAX_PASSED];
-	const char *name = text;
+	const char *name = handles->names;
 	PyObject *list;
-	int sock, count;
 
-	(void)module;
-	if (!PyArg_ParseTuple(args, "i:receive_handles", &sock))
-		return NULL;
-	Py_BEGIN_ALLOW_THREADS
-	count = kvscratch_receive_handles(sock, text, sizeof(text), fds, KVSCRATCH_MAX_PASSED);
-	Py_END_ALLOW_THREADS
 	if (count < 0)
 		return raise_error(count);
 	list = PyList_New(0);
 	for (int i = 0; list && i < count; i++, name += strlen(name) + 1) {
-		PyObject *entry = Py_BuildValue("(si)", name, fds[i]);
+		PyObject *entry = Py_BuildValue("(si)", name, handles->fds[i]);
 
 		if (!entry || PyList_Append(list, entry))
 			Py_CLEAR(list);
@@ -1134,8 +1146,95 @@ static PyObject *module_receive_handles(PyObject *module, PyObject *args)
 	}
 	if (!list)
 		while (count--)
-			close(fds[count]);
+			close(handles->fds[count]);
 	return list;
+}
+
+static PyObject *module_send_handles(PyObject *module, PyObject *args)
+{
+	struct handles handles;
+	Py_ssize_t count;
+	PyObject *list;
+	int sock, err;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "iO!:send_handles", &sock, &PyList_Type, &list))
+		return NULL;
+	count = parse_handles(list, &handles);
+	if (count < 0)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_send_handles(sock, handles.name, handles.fds, count);
+	Py_END_ALLOW_THREADS
+	return err ? raise_error(err) : none_or_error(0);
+}
+
+static PyObject *module_receive_handles(PyObject *module, PyObject *args)
+{
+	struct handles handles;
+	int sock, count;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "i:receive_handles", &sock))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	count = kvscratch_receive_handles(sock, handles.names, sizeof(handles.names), handles.fds,
+					  KVSCRATCH_MAX_PASSED);
+	Py_END_ALLOW_THREADS
+	return list_handles(&handles, count);
+}
+
+static PyObject *module_holder_get(PyObject *module, PyObject *args)
+{
+	struct handles handles;
+	const char *name, *mode;
+	int access, count;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "ss:holder_get", &name, &mode))
+		return NULL;
+	access = access_by_mode(mode);
+	if (access < 0)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	count = kvscratch_holder_get(name, access, handles.names, sizeof(handles.names),
+				     handles.fds, KVSCRATCH_MAX_PASSED);
+	Py_END_ALLOW_THREADS
+	return list_handles(&handles, count);
+}
+
+static PyObject *module_holder_put(PyObject *module, PyObject *args)
+{
+	struct handles handles;
+	const char *name;
+	Py_ssize_t count;
+	PyObject *list;
+	int err;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "sO!:holder_put", &name, &PyList_Type, &list))
+		return NULL;
+	count = parse_handles(list, &handles);
+	if (count < 0)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_holder_put(name, handles.name, handles.fds, count);
+	Py_END_ALLOW_THREADS
+	return err ? raise_error(err) : none_or_error(0);
+}
+
+static PyObject *module_holder_drop(PyObject *module, PyObject *args)
+{
+	const char *name;
+	int err;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "s:holder_drop", &name))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_holder_drop(name);
+	Py_END_ALLOW_THREADS
+	return err ? raise_error(err) : none_or_error(0);
 }
 
 static PyObject *module_version(PyObject *module, PyObject *unused)
@@ -1152,6 +1251,11 @@ static PyMethodDef module_functions[] = {
 	  "\"kernel\" or \"memfd\": where pads live that are made from now on." },
 	{ "send_handles", module_send_handles, METH_VARARGS, NULL },
 	{ "receive_handles", module_receive_handles, METH_VARARGS, NULL },
+	{ "holder_get", module_holder_get, METH_VARARGS, NULL },
+	{ "holder_put", module_holder_put, METH_VARARGS, NULL },
+	{ "holder_drop", module_holder_drop, METH_VARARGS,
+	  "holder_drop(name, /)\n--\n\n"
+	  "Let a holder forget the pad \"story/k0\", or with \"story\" forget all and end." },
 	{ "version", module_version, METH_NOARGS, NULL },
 	{ 0 },
 };

@@ -45,7 +45,7 @@ released while a call may wait or copy much.
 
 Fork. A child may read what its parent had open. To append or truncate it attaches a
 handle of its own: Scratchpad.attach(pad, "rw"). Other ways to a pad are
-send_handles() over a Unix socket and Scratchpad.attach("NAME") of a holder.
+send_handles() over a Unix socket and Scratchpad.attach("NAME/PAD") of a holder.
 
 Exceptions. ValueError: a wrong shape, value or range, or a closed pad. TypeError: elements
 of another type. Full, an OSError: the rows do not fit. MemoryError: no memory for a pad.
@@ -65,7 +65,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from . import _kvscratch
-from ._kvscratch import Full, View, default_backend
+from ._kvscratch import Full, View, default_backend, holder_drop
 
 if TYPE_CHECKING:
     import socket
@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     Self = TypeVar("Self", bound="Scratchpad")
 
 __all__ = ["Full", "Promise", "Scratchpad", "View", "default_backend", "dequantize",
-           "promises", "receive_handles", "send_handles"]
+           "holder_drop", "holder_get", "holder_put", "promises", "receive_handles",
+           "send_handles"]
 __version__ = _kvscratch.version()
 
 _LEN_MASK = 0xffffffff
@@ -133,15 +134,6 @@ class Scratchpad(_kvscratch.Pad):
     With input_dtype f64, f32, f16 or bf16 the rows that are appended are converted to
     mxint8, or to integers with frac_bits fraction bits.
     """
-
-    @classmethod
-    def attach(cls: type[Self], source: FileDescriptor | str, mode: str = "r") -> Self:
-        """A handle of its own on an existing pad.
-
-        source is a descriptor or an object with fileno(), which stays the caller's.
-        mode is "r" or "rw" and cannot widen what the source allows.
-        """
-        return cls._attach_fd(source, mode)
 
     def as_tensor(self) -> NDArray[Any]:
         """The committed rows of this moment: a read-only array [len, dim], without a copy.
@@ -223,15 +215,35 @@ class Scratchpad(_kvscratch.Pad):
                 f"dtype={self.dtype} backend={self.backend}>")
 
 
+def _fds(handles: Mapping[str, FileDescriptor]) -> list[tuple[str, int]]:
+    return [(name, handle if isinstance(handle, int) else handle.fileno())
+            for name, handle in handles.items()]
+
+
+def _pads(handles: list[tuple[str, int]]) -> dict[str, Scratchpad]:
+    """The pads of descriptors, which it takes over; all or none."""
+    pads: dict[str, Scratchpad] = {}
+    try:
+        while handles:
+            name, fd = handles[0]
+            if name in pads:
+                raise ValueError(f"expected each name once, got {name} again")
+            pads[name] = Scratchpad.from_fd(fd)
+            del handles[0]
+    except BaseException:
+        for _, fd in handles:
+            os.close(fd)
+        raise
+    return pads
+
+
 def send_handles(sock: socket.socket, handles: Mapping[str, FileDescriptor]) -> None:
     """Pass handles, each with a name, over a connected and blocking Unix stream socket.
 
     The receiver gets them with the rights that they have: pass open_reader() of a pad to
     who shall only read. A name has no white space; at most 253 handles fit.
     """
-    _kvscratch.send_handles(sock.fileno(), [
-        (name, handle if isinstance(handle, int) else handle.fileno())
-        for name, handle in handles.items()])
+    _kvscratch.send_handles(sock.fileno(), _fds(handles))
 
 
 def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
@@ -240,20 +252,24 @@ def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
         selector.select()
-    left = _kvscratch.receive_handles(sock.fileno())
-    pads: dict[str, Scratchpad] = {}
-    try:
-        while left:
-            name, fd = left[0]
-            if name in pads:
-                raise ValueError(f"expected each name once, got {name} again")
-            pads[name] = Scratchpad.from_fd(fd)
-            del left[0]
-    except BaseException:
-        for _, fd in left:
-            os.close(fd)
-        raise
-    return pads
+    return _pads(_kvscratch.receive_handles(sock.fileno()))
+
+
+def holder_get(name: str, mode: str = "r") -> dict[str, Scratchpad]:
+    """A handle of its own on each pad that the holder keeps, by name; mode is "r" or "rw".
+
+    A holder is a process, kvscratchctl hold NAME, that keeps pads of its user so that they
+    outlive who made them. One pad of it is Scratchpad.attach("NAME/PAD").
+    """
+    return _pads(_kvscratch.holder_get(name, mode))
+
+
+def holder_put(name: str, handles: Mapping[str, FileDescriptor]) -> None:
+    """Give pads to a holder that was started with --write, all of them or none.
+
+    What the handles are open for is what it can hand out. They stay the caller's.
+    """
+    _kvscratch.holder_put(name, _fds(handles))
 
 
 def dequantize(elements: NDArray[Any], scales: NDArray[numpy.uint8] | None = None,

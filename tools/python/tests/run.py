@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Run the tests beside this file and print TAP.
 
-usage: run.py kernel|memfd DIRECTORY [PYTEST-ARGUMENT]...; the package is in DIRECTORY
+usage: run.py kernel|memfd DIRECTORY [PYTEST-ARGUMENT]...
+
+The package is in DIRECTORY, the programs beside it or in the search path.
 """
 
 import os
@@ -62,12 +64,14 @@ def main():
     if len(sys.argv) < 3 or sys.argv[1] not in ("kernel", "memfd"):
         sys.exit(__doc__)
     here = pathlib.Path(__file__).resolve().parent
+    package = pathlib.Path(sys.argv[2]).resolve()
     # also for the processes that tests start
     os.environ["KVSCRATCH_BACKEND"] = sys.argv[1]
-    os.environ["PYTHONPATH"] = str(pathlib.Path(sys.argv[2]).resolve())
+    os.environ["PYTHONPATH"] = str(package)
+    os.environ["PATH"] = f"{package.parent}:{os.environ['PATH']}"
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
-    sys.path.insert(0, os.environ["PYTHONPATH"])
+    sys.path.insert(0, str(package))
     options = ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(here)]
     sys.exit(pytest.main([*options, *(sys.argv[3:] or [str(here)])], plugins=[Tap()]))
 
