@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""tools/examples/attention.py: on pads of ours, and beside kvdecode."""
+
+import importlib.util
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+import kvscratch
+from kvscratch import Scratchpad
+
+PROGRAM = pathlib.Path(__file__).resolve().parents[2] / "tools/examples/attention.py"
+SPEC = importlib.util.spec_from_file_location("attention", PROGRAM)
+attention = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(attention)
+
+LAYERS, HEADS, KV_HEADS, HEAD, ROWS = 2, 4, 2, 16, 5
+
+
+@pytest.fixture(params=["f32", "mxint8"])
+def pads(request):
+    """The pads of a decoder that has come to ROWS tokens"""
+    random = np.random.default_rng(7)
+    made = {}
+    for layer in range(LAYERS):
+        made[f"k{layer}"] = Scratchpad(8, KV_HEADS * HEAD, request.param, input_dtype="f32")
+        made[f"q{layer}"] = Scratchpad(8, HEADS * HEAD)
+    made["tokens"] = Scratchpad(8, 1, "i32")
+    for name, pad in made.items():
+        rows = random.normal(size=(ROWS, pad.dim))
+        pad.append(rows.astype(np.int32 if name == "tokens" else np.float32))
+    yield made
+    for pad in made.values():
+        pad.close()
+
+
+def written_out(pads, layer, head, heads, kv_heads):
+    """The weights of one head, number by number"""
+    query, keys = pads[f"q{layer}"].as_tensor(), pads[f"k{layer}"].as_tensor()
+    if keys.dtype == np.int8:
+        keys = kvscratch.dequantize(keys, pads[f"k{layer}"].scales())
+    rows, size = len(keys), query.shape[1] // heads
+    at = head * kv_heads // heads * size
+    scores = [sum(float(query[rows - 1, head * size + i]) * float(keys[row, at + i])
+                  for i in range(size)) / math.sqrt(size) for row in range(rows)]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    return [weight / sum(weights) for weight in weights]
+
+
+def assert_is_attention(found, pads, heads, kv_heads):
+    layers, found_heads, rows = found.shape
+    assert found_heads == heads and rows == len(pads["tokens"])
+    for layer in range(layers):
+        for head in range(heads):
+            assert np.allclose(found[layer, head],
+                               written_out(pads, layer, head, heads, kv_heads), atol=1e-5)
+
+
+def test_weights(pads):
+    found = attention.last_attention(pads, HEADS, KV_HEADS)
+    assert found.shape == (LAYERS, HEADS, ROWS)
+    assert_is_attention(found, pads, HEADS, KV_HEADS)
+
+
+def test_a_step_that_is_not_over(pads):
+    before = attention.last_attention(pads, HEADS, KV_HEADS)
+    for name, pad in pads.items():
+        if name != "tokens":
+            pad.append(np.ones(pad.dim, np.float32))
+    assert np.array_equal(attention.last_attention(pads, HEADS, KV_HEADS), before)
+
+
+def test_nothing_yet(pads):
+    pads["tokens"].clear()
+    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
+
+
+def test_truncated_before_it_looked(pads):
+    pads["k1"].truncate(ROWS - 1)
+    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
+
+
+@pytest.mark.parametrize("name", ["tokens", "k0", "q1"])
+def test_truncated_while_it_computed(pads, name, monkeypatch):
+    groups = attention.attention_of_head_groups
+
+    def truncate_and_compute(query, keys):
+        pads[name].truncate(ROWS - 1)
+        return groups(query, keys)
+
+    monkeypatch.setattr(attention, "attention_of_head_groups", truncate_and_compute)
+    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
+
+
+@pytest.mark.parametrize("heads, kv_heads, message", [
+    (4, 3, "a multiple of kv-heads, got 4 and 3"),
+    (0, 2, "a multiple of kv-heads, got 0 and 2"),
+    (3, 3, "fit rows of 64 and 32 elements, got 3 and 3"),
+    (4, 4, "fit rows of 64 and 32 elements, got 4 and 4"),
+])
+def test_wrong_heads(pads, heads, kv_heads, message):
+    with pytest.raises(SystemExit) as caught:
+        attention.check(pads, heads, kv_heads)
+    assert message in caught.value.code
+
+
+def program(*arguments):
+    return subprocess.run([sys.executable, PROGRAM, *map(str, arguments)], text=True, check=False,
+                          stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def test_no_decoder(tmp_path):
+    done = program(tmp_path / "nobody", tmp_path / "a.svg", "--heads", 4)
+    assert done.returncode == 1
+    assert done.stderr == f"attention: {tmp_path}/nobody: No such file or directory\n"
+
+
+def serve(path, pads):
+    """Pass @pads to whoever connects to @path first."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def answer():
+        with listener, listener.accept()[0] as client:
+            kvscratch.send_handles(client, pads)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    return thread
+
+
+def test_without_queries(pads, tmp_path):
+    thread = serve(tmp_path / "socket", {"k0": pads["k0"], "tokens": pads["tokens"]})
+    done = program(tmp_path / "socket", tmp_path / "a.svg", "--heads", 4)
+    thread.join()
+    assert done.stderr == ("attention: expected a pad q0, got k0 tokens: "
+                           "is it kvdecode --queries?\n")
+
+
+@pytest.mark.parametrize("kv", ["f32", "mxint8"])
+def test_beside_kvdecode(kv, tmp_path):
+    path = tmp_path / "decode.sock"
+    with subprocess.Popen(["kvdecode", "--queries", "--kv", kv, "--steps", "24", "--serve", path,
+                           "--wait-reader"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as decoder:
+        while not path.exists():
+            assert decoder.poll() is None, decoder.stdout.read()
+        # it begins when somebody has the handles; we are the first
+        with socket.socket(socket.AF_UNIX) as sock:
+            while sock.connect_ex(str(path)):
+                os.sched_yield()
+            pads = kvscratch.receive_handles(sock)
+            done = program(path, tmp_path / "live.png", "--heads", 8, "--kv-heads", 4)
+            # either it looked while the decoder was at work, or came when it was gone
+            if done.returncode:
+                assert done.stderr.startswith(f"attention: {path}: ")
+            else:
+                assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG\r\n")
+            while sock.recv(1):
+                pass
+    assert decoder.returncode == 0
+    assert len(pads["tokens"]) == 24
+    found = attention.last_attention(pads, 8, 4)
+    assert_is_attention(found, pads, 8, 4)
+    for pad in pads.values():
+        pad.close()
+
+
+def test_waits_for_the_end(tmp_path):
+    path, output = tmp_path / "decode.sock", tmp_path / "attention.svg"
+    with subprocess.Popen(["kvdecode", "--queries", "--steps", "24", "--serve", path,
+                           "--wait-reader"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as decoder:
+        while not path.exists():
+            assert decoder.poll() is None, decoder.stdout.read()
+        done = program(path, output, "--heads", 8, "--kv-heads", 4, "--wait")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{output}: position 23, 4 layers, 8 heads\n"
+    root = xml.etree.ElementTree.parse(output).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    # a heat map for each layer, and the bar
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}image"))) == 5

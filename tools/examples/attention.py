@@ -1,0 +1,133 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""Plot how much kvdecode's last token attends to each token before it.
+
+Connects to a decoder that serves its pads, and computes
+softmax(q . k / sqrt(head size)) of every layer and head over the live views, without a
+copy of the cache:
+
+  kvdecode --queries --serve decode.sock --wait-reader &
+  attention.py decode.sock attention.svg --heads 8 --kv-heads 4 --wait
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import kvscratch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+
+def values(view: kvscratch.View, pad: kvscratch.Scratchpad) -> NDArray[Any]:
+    """The rows of a view as floats; only those of mxint8 are a copy."""
+    rows: NDArray[Any] = np.asarray(view)
+    if pad.dtype != "mxint8":
+        return rows
+    return kvscratch.dequantize(rows, np.asarray(view.scales()))
+
+
+def attention_of_head_groups(query: NDArray[Any], keys: NDArray[Any]) -> NDArray[Any]:
+    """query [kv_heads, heads that share one, head size], keys [rows, kv_heads, head size]"""
+    scores = np.einsum("hgd,thd->hgt", query, keys) / np.sqrt(query.shape[-1])
+    weights: NDArray[Any] = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
+
+
+def last_attention(pads: Mapping[str, kvscratch.Scratchpad], heads: int,
+                   kv_heads: int) -> NDArray[Any] | None:
+    """[layers, heads, rows]; None when a truncate came in between, or there is no token."""
+    # first: a token is in all other pads when it is in this one
+    tokens = pads["tokens"].view()
+    rows = len(tokens)
+    if not rows:
+        return None
+    views = [tokens]
+    layers: list[NDArray[Any]] = []
+    while f"q{len(layers)}" in pads:
+        q_pad, k_pad = (pads[f"{name}{len(layers)}"] for name in "qk")
+        q_view, k_view = q_pad.view(), k_pad.view()
+        # rows that a truncate took before the view was made
+        if min(len(q_view), len(k_view)) < rows:
+            return None
+        query = values(q_view, q_pad)[rows - 1].reshape(kv_heads, heads // kv_heads, -1)
+        keys = values(k_view, k_pad)[:rows].reshape(rows, kv_heads, -1)
+        layers.append(attention_of_head_groups(query, keys).reshape(heads, rows))
+        views += [q_view, k_view]
+    # until here it was arithmetic, which no bytes can harm
+    if min(view.valid_rows() for view in views) < rows:
+        return None
+    return np.array(layers)
+
+
+def check(pads: Mapping[str, kvscratch.Scratchpad], heads: int, kv_heads: int) -> None:
+    for name in ("tokens", "q0", "k0"):
+        if name not in pads:
+            sys.exit(f"attention: expected a pad {name}, got {' '.join(pads)}: "
+                     "is it kvdecode --queries?")
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        sys.exit(f"attention: expected heads that are a multiple of kv-heads, got {heads} and "
+                 f"{kv_heads}")
+    if pads["q0"].dim % heads or pads["k0"].dim * heads != pads["q0"].dim * kv_heads:
+        sys.exit(f"attention: expected heads that fit rows of {pads['q0'].dim} and "
+                 f"{pads['k0'].dim} elements, got {heads} and {kv_heads}")
+
+
+def plot(attention: NDArray[Any], path: str) -> None:
+    import matplotlib  # type: ignore[import]
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads, rows = attention.shape
+    figure, axes = pyplot.subplots(layers, squeeze=False, sharex=True, layout="constrained",
+                                   figsize=(4 + rows / 16, 1 + layers * (0.6 + heads / 8)))
+    for layer, axis in enumerate(axes[:, 0]):
+        image = axis.imshow(attention[layer], aspect="auto", vmin=0, vmax=1, cmap="magma_r",
+                            interpolation="nearest")
+        axis.set_ylabel(f"layer {layer}\nhead")
+    axes[-1, 0].set_xlabel("position")
+    figure.suptitle(f"attention of the token at position {rows - 1}")
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("socket", help="what kvdecode --queries --serve listens on")
+    parser.add_argument("output", help="an .svg, .png or .pdf file")
+    parser.add_argument("--heads", type=int, required=True, help="query heads of the model")
+    parser.add_argument("--kv-heads", type=int, help="its key and value heads (--heads)")
+    parser.add_argument("--wait", action="store_true", help="wait until decoding is over")
+    arguments = parser.parse_args()
+    kv_heads = arguments.heads if arguments.kv_heads is None else arguments.kv_heads
+
+    with socket.socket(socket.AF_UNIX) as decoder:
+        try:
+            decoder.connect(arguments.socket)
+            pads = kvscratch.receive_handles(decoder)
+        except OSError as error:
+            sys.exit(f"attention: {arguments.socket}: {error.strerror}")
+        check(pads, arguments.heads, kv_heads)
+        # the decoder hangs up when it is done; its pads live on with our handles
+        while arguments.wait and decoder.recv(1):
+            pass
+    attention = None
+    while attention is None:
+        pads["tokens"].wait(rows=1)
+        attention = last_attention(pads, arguments.heads, kv_heads)
+    plot(attention, arguments.output)
+    print(f"{arguments.output}: position {attention.shape[2] - 1}, {len(attention)} layers, "
+          f"{arguments.heads} heads")
+
+
+if __name__ == "__main__":
+    main()
