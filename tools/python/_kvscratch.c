@@ -20,6 +20,7 @@
 
 /* OSError of a pad that has no room for the rows */
 static PyObject *full_error;
+static PyTypeObject *pad_type;
 static PyTypeObject *view_type;
 /* How often this process was forked off, from its ancestor that loaded the module on */
 static unsigned long forks;
@@ -76,6 +77,7 @@ static PyObject *raise_error(int err)
 	case EINVAL:
 	case EDOM:
 	case E2BIG:
+	case EBADMSG:
 		PyErr_SetString(PyExc_ValueError, kvscratch_error());
 		return NULL;
 	case ENOMEM:
@@ -94,12 +96,17 @@ static PyObject *raise_error(int err)
 	return NULL;
 }
 
-/* None, or the error; after EINTR a signal handler of Python has raised one. */
+/* Raise @err, unless a signal handler of Python, of which these tell, has raised something. */
+static PyObject *raise_unless_raised(int err)
+{
+	return err == -EINTR || err == -ECANCELED ? NULL : raise_error(err);
+}
+
 static PyObject *none_or_error(int err)
 {
 	if (!err)
 		Py_RETURN_NONE;
-	return err == -EINTR ? NULL : raise_error(err);
+	return raise_unless_raised(err);
 }
 
 /* Whether a call that a signal interrupted is to be made once more */
@@ -816,6 +823,158 @@ static PyObject *view_valid_rows(PyObject *self, PyObject *unused)
 	return PyLong_FromUnsignedLong(kvscratch_view_valid_rows(view->pad->map, view->state));
 }
 
+/* Files */
+
+/* A kvscratch_progress */
+static int hear_signals(void *context, uint64_t done, uint64_t total)
+{
+	PyGILState_STATE gil = PyGILState_Ensure();
+	int err = PyErr_CheckSignals();
+
+	(void)context;
+	(void)done;
+	(void)total;
+	PyGILState_Release(gil);
+	return err;
+}
+
+static struct pad *pad_of_entry(PyObject *list, Py_ssize_t i)
+{
+	return (struct pad *)PyTuple_GetItem(PyList_GetItem(list, i), 1);
+}
+
+/* @list has (name, Pad) entries, and @pads as many. */
+static PyObject *save_pads(const char *path, PyObject *list, struct kvscratch_named_pad *pads,
+			   Py_ssize_t count)
+{
+	PyObject *result = NULL;
+	Py_ssize_t held;
+	int err;
+
+	for (held = 0; held < count; held++) {
+		struct pad *pad;
+
+		if (!PyArg_ParseTuple(PyList_GetItem(list, held), "sO!", &pads[held].name, pad_type,
+				      &pad))
+			break;
+		pads[held].pad = hold_pad(pad);
+		if (!pads[held].pad)
+			break;
+	}
+	if (held == count) {
+		Py_BEGIN_ALLOW_THREADS
+		err = kvscratch_save(path, pads, count, hear_signals, NULL);
+		Py_END_ALLOW_THREADS
+		result = none_or_error(err);
+	}
+	while (held--)
+		drop_pad(pad_of_entry(list, held));
+	return result;
+}
+
+static PyObject *module_save(PyObject *module, PyObject *args)
+{
+	struct kvscratch_named_pad *pads;
+	PyObject *path, *list, *result = NULL;
+	Py_ssize_t count;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "O&O!:save", PyUnicode_FSConverter, &path, &PyList_Type, &list))
+		return NULL;
+	count = PyList_Size(list);
+	pads = PyMem_Calloc(count + 1, sizeof(*pads));
+	if (pads)
+		result = save_pads(PyBytes_AsString(path), list, pads, count);
+	else
+		PyErr_NoMemory();
+	PyMem_Free(pads);
+	Py_DECREF(path);
+	return result;
+}
+
+static PyObject *load_pad(PyTypeObject *type, const struct kvscratch_file *file, const char *name,
+			  uint64_t max_seq_len)
+{
+	struct kvscratch *handle;
+	int err;
+
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_load(&handle, file, name, max_seq_len, hear_signals, NULL);
+	Py_END_ALLOW_THREADS
+	return err ? raise_unless_raised(err) : wrap_handle(type, handle);
+}
+
+/* A list of (name, pad) */
+static PyObject *load_all(PyTypeObject *type, const struct kvscratch_file *file)
+{
+	const struct kvscratch_saved_pad *saved;
+	PyObject *list = PyList_New(0);
+	unsigned int count;
+
+	saved = kvscratch_file_pads(file, &count);
+	for (unsigned int i = 0; list && i < count; i++) {
+		/* .npy has no names */
+		const char *name = count == 1 ? NULL : saved[i].name;
+		PyObject *pad = load_pad(type, file, name, 0);
+		PyObject *entry = pad ? Py_BuildValue("(sN)", saved[i].name, pad) : NULL;
+
+		if (!entry || PyList_Append(list, entry))
+			Py_CLEAR(list);
+		Py_XDECREF(entry);
+	}
+	return list;
+}
+
+static struct kvscratch_file *open_file(const char *path)
+{
+	struct kvscratch_file *file;
+	int err;
+
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_open_file(&file, path);
+	Py_END_ALLOW_THREADS
+	if (!err)
+		return file;
+	raise_error(err);
+	return NULL;
+}
+
+static PyObject *pad_load(PyObject *type, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "path", "name", "max_seq_len", NULL };
+	long long max_seq_len = 0;
+	struct kvscratch_file *file;
+	PyObject *path, *pad = NULL;
+	const char *name = NULL;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&|zL:load", names,
+					 PyUnicode_FSConverter, &path, &name, &max_seq_len))
+		return NULL;
+	if (in_range("max_seq_len", max_seq_len, KVSCRATCH_MAX_SEQ_LEN)) {
+		file = open_file(PyBytes_AsString(path));
+		if (file)
+			pad = load_pad((PyTypeObject *)type, file, name, max_seq_len);
+		kvscratch_close_file(file);
+	}
+	Py_DECREF(path);
+	return pad;
+}
+
+static PyObject *pad_load_all(PyObject *type, PyObject *argument)
+{
+	struct kvscratch_file *file;
+	PyObject *path, *list = NULL;
+
+	if (!PyUnicode_FSConverter(argument, &path))
+		return NULL;
+	file = open_file(PyBytes_AsString(path));
+	if (file)
+		list = load_all((PyTypeObject *)type, file);
+	kvscratch_close_file(file);
+	Py_DECREF(path);
+	return list;
+}
+
 /* Attributes */
 
 enum pad_attribute {
@@ -971,6 +1130,12 @@ static PyMethodDef pad_methods[] = {
 	  "from_fd($type, fd, /)\n--\n\n"
 	  "Use an inherited or received descriptor as it is. The object takes it over and closes\n"
 	  "it; after an exception it is still the caller's." },
+	{ "load", (PyCFunction)(void (*)(void))pad_load, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+	  "load($type, /, path, name=None, max_seq_len=0)\n--\n\n"
+	  "A new pad of rows that were saved; name says which, where a file has several.\n"
+	  "max_seq_len is its capacity, 0 the one of the file. The pad takes rows as they are\n"
+	  "stored, also when the one that was saved converted them." },
+	{ "_load_all", pad_load_all, METH_O | METH_CLASS, NULL },
 	{ "_copy_rows", pad_copy_rows, METH_VARARGS, NULL },
 	{ "_wait", pad_wait, METH_VARARGS, NULL },
 	{ 0 },
@@ -1256,6 +1421,7 @@ static PyMethodDef module_functions[] = {
 	{ "holder_drop", module_holder_drop, METH_VARARGS,
 	  "holder_drop(name, /)\n--\n\n"
 	  "Let a holder forget the pad \"story/k0\", or with \"story\" forget all and end." },
+	{ "save", module_save, METH_VARARGS, NULL },
 	{ "version", module_version, METH_NOARGS, NULL },
 	{ 0 },
 };
@@ -1281,7 +1447,6 @@ static void count_fork(void)
 PyMODINIT_FUNC PyInit__kvscratch(void)
 {
 	PyObject *module = PyModule_Create(&module_definition);
-	PyTypeObject *pad_type;
 
 	if (!module)
 		return NULL;

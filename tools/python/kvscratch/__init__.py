@@ -47,10 +47,14 @@ Fork. A child may read what its parent had open. To append or truncate it attach
 handle of its own: Scratchpad.attach(pad, "rw"). Other ways to a pad are
 send_handles() over a Unix socket and Scratchpad.attach("NAME/PAD") of a holder.
 
-Exceptions. ValueError: a wrong shape, value or range, or a closed pad. TypeError: elements
-of another type. Full, an OSError: the rows do not fit. MemoryError: no memory for a pad.
-OSError with its errno, and its subclasses: whatever else the system refuses.
-The text is the library's, "Scratchpad full: 2 / 2 tokens".
+Files. save() and load() keep pads in .safetensors files, or one in .npy.
+
+Exceptions. ValueError: a wrong shape, value or range, a malformed file, or a closed pad.
+TypeError: elements of another type. Full, an OSError: the rows do not fit. MemoryError: no
+memory for a pad. RuntimeError: a handle of the process that forked this one, or one that
+another thread waits with. OSError with its errno, and its subclasses: whatever else the
+system refuses. The text is the library's, "Scratchpad full: 2 / 2 tokens"; of an
+OSError it is in strerror.
 """
 
 from __future__ import annotations
@@ -83,8 +87,8 @@ if TYPE_CHECKING:
     Self = TypeVar("Self", bound="Scratchpad")
 
 __all__ = ["Full", "Promise", "Scratchpad", "View", "default_backend", "dequantize",
-           "holder_drop", "holder_get", "holder_put", "promises", "receive_handles",
-           "send_handles"]
+           "holder_drop", "holder_get", "holder_put", "load", "promises", "receive_handles",
+           "save", "send_handles"]
 __version__ = _kvscratch.version()
 
 _LEN_MASK = 0xffffffff
@@ -193,6 +197,10 @@ class Scratchpad(_kvscratch.Pad):
             # returns after a signal as well, hence the loop
             self._wait(now, min(left_ms, _MAX_TIMEOUT_MS))
 
+    def save(self, path: str | os.PathLike[str], name: str = "pad") -> None:
+        """Save the committed rows as .npy or, under a name, as .safetensors; see save()."""
+        save(path, {name: self})
+
     @property
     def promises(self) -> tuple[Promise, ...]:
         """The promises of the pad's backend."""
@@ -270,6 +278,21 @@ def holder_put(name: str, handles: Mapping[str, FileDescriptor]) -> None:
     What the handles are open for is what it can hand out. They stay the caller's.
     """
     _kvscratch.holder_put(name, _fds(handles))
+
+
+def save(path: str | os.PathLike[str], pads: Mapping[str, Scratchpad]) -> None:
+    """Save the committed rows of pads, as they were at one moment, to a .safetensors file.
+
+    Or of one pad to .npy, which has no names and neither bf16 nor mxint8. The file is replaced
+    as a whole or left as it was. A writer that puts a token into one pad after the other may be
+    between two of them: who loads pads that belong together truncates all to the shortest.
+    """
+    _kvscratch.save(path, list(pads.items()))
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Scratchpad]:
+    """New pads of all rows in a file, by name; Scratchpad.load() is for one."""
+    return dict(Scratchpad._load_all(path))
 
 
 def dequantize(elements: NDArray[Any], scales: NDArray[numpy.uint8] | None = None,

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Pads in files."""
+
+import errno
+import signal
+
+import numpy as np
+import pytest
+
+import kvscratch
+from kvscratch import Scratchpad
+
+ROWS = np.arange(9, dtype=np.float32).reshape(3, 3)
+
+
+def test_npy(pad, tmp_path):
+    pad.append(ROWS)
+    path = tmp_path / "rows.npy"
+    pad.save(path)
+    assert np.array_equal(np.load(path), ROWS)
+    np.save(tmp_path / "other.npy", ROWS.astype(np.float16))
+    with Scratchpad.load(tmp_path / "other.npy") as back:
+        assert (back.dtype, back.capacity) == ("f16", 3)
+        assert np.array_equal(back.as_tensor(), ROWS)
+    with Scratchpad.load(str(path), max_seq_len=10) as back:
+        assert (back.capacity, back.mode) == (10, "rw")
+        back.append(ROWS)
+        assert np.array_equal(back.as_tensor(), np.vstack([ROWS, ROWS]))
+    with pytest.raises(ValueError):
+        Scratchpad.load(path, max_seq_len=2)
+
+
+def test_safetensors(pad, tmp_path):
+    pad.append(ROWS)
+    path = tmp_path / "cache.safetensors"
+    with (Scratchpad(4, 32, "mxint8", input_dtype="f32") as scaled,
+          Scratchpad(4, 3, "bf16") as bf16):
+        scaled.append(np.linspace(-1, 1, 32, dtype=np.float32))
+        bf16.append(np.array([1, 2, 3], np.uint16))
+        kvscratch.save(path, {"k0": pad, "scaled": scaled, "bf16": bf16})
+        back = kvscratch.load(path)
+        assert set(back) == {"k0", "scaled", "bf16"}
+        for name, saved in (("k0", pad), ("scaled", scaled), ("bf16", bf16)):
+            assert type(back[name]) is Scratchpad
+            assert (back[name].dtype, back[name].capacity) == (saved.dtype, 4)
+            assert np.array_equal(back[name].as_tensor(), saved.as_tensor())
+        assert np.array_equal(back["scaled"].scales(), scaled.scales())
+    with Scratchpad.load(path, "bf16") as one:
+        assert one.as_tensor().tolist() == [[1, 2, 3]]
+    for loaded in back.values():
+        loaded.close()
+
+
+def test_what_cannot_be_saved(pad, tmp_path):
+    for path, pads in ((tmp_path / "rows.txt", {"a": pad}), (tmp_path / "a.npy", {}),
+                       (tmp_path / "a.npy", {"a": pad, "b": pad})):
+        with pytest.raises(ValueError):
+            kvscratch.save(path, pads)
+    with pytest.raises(TypeError):
+        kvscratch.save(tmp_path / "a.npy", {"a": ROWS})
+    with pytest.raises(FileNotFoundError):
+        pad.save(tmp_path / "no" / "a.npy")
+    with Scratchpad(1, 1, "bf16") as bf16, pytest.raises(OSError) as caught:
+        bf16.save(tmp_path / "a.npy")
+    assert caught.value.errno == errno.EOPNOTSUPP
+    pad.close()
+    with pytest.raises(ValueError) as caught:
+        pad.save(tmp_path / "a.npy")
+    assert str(caught.value) == "the scratchpad is closed"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_loaded(pad, tmp_path):
+    path = tmp_path / "a.safetensors"
+    pad.save(path, name="k0")
+    with pytest.raises(FileNotFoundError):
+        Scratchpad.load(path, "k1")
+    path.write_bytes(path.read_bytes()[:-1] + b"x" * 2)
+    for load in (Scratchpad.load, kvscratch.load):
+        with pytest.raises(ValueError) as caught:
+            load(path)
+        assert "expected" in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        Scratchpad.load(tmp_path / "nothing.npy")
+
+
+def test_save_hears_signals(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    old = signal.signal(signal.SIGALRM, stop)
+    try:
+        with Scratchpad(32, 1 << 20, "u8") as pad:
+            pad.append(np.ones((32, 1 << 20), np.uint8))
+            # long before so much is on disk
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            with pytest.raises(Stop):
+                pad.save(tmp_path / "a.npy")
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert not list(tmp_path.iterdir())
