@@ -290,7 +290,7 @@ static void end_saving(struct saving *saving)
 	free(saving->moments);
 }
 
-/* The rows that are there now, of all pads as close together as can be */
+/* The rows that are there now */
 static int take_moments(struct saving *saving)
 {
 	for (unsigned int i = 0; i < saving->count; i++) {
