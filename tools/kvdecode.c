@@ -514,12 +514,15 @@ static int allocate_arrays(struct cache *cache)
 
 static int map_pad(struct store *store)
 {
+	int64_t len;
+
 	store->view = kvscratch_view(store->pad);
-	if (!store->view)
+	len = store->view ? kvscratch_len(store->pad) : -1;
+	if (len < 0)
 		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
 	store->rows.data = store->view->data;
 	store->rows.scales = kvscratch_view_scales(store->view);
-	store->rows.len = kvscratch_state_len(kvscratch_view_state(store->view));
+	store->rows.len = len;
 	store->rows.append = append_pad;
 	return 0;
 }

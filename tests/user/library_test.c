@@ -249,8 +249,10 @@ TEST_F(pad, a_handle_for_reading_only_reads)
 
 	ASSERT_LE(0, fd);
 	EXPECT_EQ(O_RDONLY, fcntl(fd, F_GETFL) & O_ACCMODE);
+	ASSERT_EQ(0, fcntl(fd, F_SETFD, 0));
 	ASSERT_EQ(0, kvscratch_from_fd(&reader, fd));
 	EXPECT_EQ(fd, kvscratch_fd(reader));
+	EXPECT_EQ(FD_CLOEXEC, fcntl(fd, F_GETFD));
 	EXPECT_ERROR(EBADF, "expected a handle open for write, got one for read only",
 		     kvscratch_append(reader, three_rows, 4));
 	EXPECT_EQ(-EBADF, kvscratch_truncate(reader, 0, 0));
@@ -317,7 +319,7 @@ static int forged_memfd(uint32_t dim)
 		return -1;
 	kvscratch_close(pad);
 	memcpy(page + offsetof(struct kvscratch_status, dim), &dim, sizeof(dim));
-	if (ftruncate(fd, 2 * page_bytes()) || pwrite(fd, page, sizeof(page), offset) < 0 ||
+	if (ftruncate(fd, 2 * page_bytes()) || fallocate(fd, 0, 0, 2 * page_bytes()) || pwrite(fd, page, sizeof(page), offset) < 0 ||
 	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
 		return -1;
 	return fd;
@@ -335,6 +337,17 @@ TEST(a_forged_memfd_is_checked_against_its_size)
 	kvscratch_close(pad);
 	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, large));
 	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, none));
+}
+
+/* Who maps a hole would have to pay for it. */
+TEST(a_memfd_with_holes)
+{
+	struct kvscratch *pad;
+	int fd = forged_memfd(page_bytes());
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, page_bytes()));
+	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, fd));
 }
 
 TEST(the_environment_chooses_the_backend)
@@ -490,6 +503,7 @@ TEST_F(pad, tells_what_it_is)
 TEST_F(pad, a_len_that_cannot_be)
 {
 	struct kvscratch_tensor tensor;
+	struct kvscratch_info info;
 	uint32_t len = 11;
 	off_t at = page_bytes() + offsetof(struct kvscratch_status, state) + KVSCRATCH_WORD_LEN * 4;
 	bool overwritten = pwrite(kvscratch_fd(self->pad), &len, sizeof(len), at) == sizeof(len);
@@ -503,6 +517,8 @@ TEST_F(pad, a_len_that_cannot_be)
 	EXPECT_EQ(-EPROTO, kvscratch_as_tensor(self->pad, &tensor));
 	EXPECT_EQ(-EPROTO, kvscratch_copy_rows(self->pad, 10, 1, row));
 	EXPECT_EQ(-EPROTO, kvscratch_append(self->pad, three_rows, 4));
+	EXPECT_EQ(-EPROTO, kvscratch_truncate(self->pad, 1, 0));
+	EXPECT_EQ(-EPROTO, kvscratch_info(self->pad, &info));
 }
 
 /* Handles that are passed */
@@ -711,6 +727,45 @@ TEST(a_writer_that_is_killed_leaves_whole_batches)
 		ASSERT_EQ(0, kvscratch_truncate(pad, now / 2 & ~1,
 						round % 2 ? KVSCRATCH_TRUNCATE_ZERO : 0));
 		before = kvscratch_len(pad);
+	}
+	kvscratch_close(pad);
+}
+
+/* A child of the writer has all that the writer had open, and outlives it. */
+TEST(a_forked_child_keeps_no_lock)
+{
+	static const uint8_t rows[2][ROW_DIM];
+	struct kvscratch *pad;
+
+	ASSERT_EQ(0, kvscratch_new(&pad, 50000, ROW_DIM, U8));
+	for (uint32_t round = 0; round < 30; round++) {
+		int64_t before = kvscratch_len(pad);
+		int alive[2];
+		pid_t writer;
+
+		ASSERT_EQ(0, pipe(alive));
+		writer = fork();
+		ASSERT_LE(0, writer);
+		if (!writer) {
+			if (!fork()) {
+				char byte;
+
+				/* until the test is done with this round */
+				close(alive[1]);
+				_exit(read(alive[0], &byte, 1));
+			}
+			while (!kvscratch_append_rows(pad, rows, 2, ROW_DIM))
+				;
+			_exit(1);
+		}
+		while (kvscratch_len(pad) < before + 2)
+			kvscratch_wait(pad, kvscratch_view_state(kvscratch_view(pad)), -1);
+		ASSERT_EQ(0, kill(writer, SIGKILL));
+		ASSERT_EQ(writer, waitpid(writer, NULL, 0));
+		ASSERT_EQ(0, kvscratch_append_rows(pad, rows, 2, ROW_DIM));
+		ASSERT_EQ(0, kvscratch_truncate(pad, 0, 0));
+		close(alive[0]);
+		close(alive[1]);
 	}
 	kvscratch_close(pad);
 }

@@ -8,8 +8,6 @@
 
 #include "libkvscratch.h"
 
-#include <pthread.h>
-
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 struct memfd_page;
@@ -19,23 +17,16 @@ struct memfd_page;
  * @backend: what its calls do
  * @fd: the descriptor, owned
  * @access: its access mode
- * @inherited: whether others may have the open file as well, with its position and locks
  * @info: the pad as it was when the handle was made; only what never changes counts
- * @lock: orders the first mappings of @view; on a memfd also the writers who
- *	share this object, since its file lock does not tell them apart
- * @view: @mapping, or NULL; stored with release under @lock, once
- * @mapping: the view, once it is mapped
+ * @view: mapped by the first who wants it, or NULL; stored with release, once
  * @page: of a memfd: the status page, mapped for the life of the object
  */
 struct kvscratch {
 	const struct backend *backend;
 	int fd;
 	int access;
-	bool inherited;
 	struct kvscratch_info info;
-	pthread_mutex_t lock;
 	const struct kvscratch_view *view;
-	struct kvscratch_view mapping;
 	struct memfd_page *page;
 };
 
@@ -44,7 +35,7 @@ struct kvscratch {
  * @create: make a pad; returns a handle that may do everything
  * @reopen: open another handle on the pad of @fd; @access is one that @fd has
  * @adopt: look at pad->fd, which somebody opened with pad->access: whether it
- *	is one of ours (ENOTTY), and its pad->info; may put another descriptor in its place
+ *	is one of ours (ENOTTY), and its pad->info
  * @release: undo @adopt
  * @info: the pad as it is now
  * @append: append whole rows of what the pad takes, all or none

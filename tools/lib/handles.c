@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -237,6 +238,26 @@ int kvscratch_listen(const char *path)
 	return sock;
 }
 
+/* connect() waits as long as sending may, while the other side has enough who wait */
+static int limit_sending(int sock, int seconds)
+{
+	const struct timeval limit = { .tv_sec = seconds };
+
+	return setsockopt(sock, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) ? -errno : 0;
+}
+
+#define CONNECT_SECONDS 5
+
+static int connect_socket(int sock, const struct sockaddr_un *address)
+{
+	int err = limit_sending(sock, CONNECT_SECONDS);
+
+	while (!err && connect(sock, (const struct sockaddr *)address, sizeof(*address)))
+		if (errno != EINTR)
+			err = errno == EAGAIN ? -ETIMEDOUT : -errno;
+	return err ? err : limit_sending(sock, 0);
+}
+
 int kvscratch_connect(const char *path)
 {
 	struct sockaddr_un address;
@@ -248,12 +269,9 @@ int kvscratch_connect(const char *path)
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
 		return fail_socket(path, "connect", -errno);
-	while (connect(sock, (struct sockaddr *)&address, sizeof(address))) {
-		if (errno == EINTR)
-			continue;
-		err = -errno;
-		close(sock);
-		return fail_socket(path, "connect", err);
-	}
-	return sock;
+	err = connect_socket(sock, &address);
+	if (!err)
+		return sock;
+	close(sock);
+	return fail_socket(path, "connect", err);
 }

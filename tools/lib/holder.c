@@ -159,9 +159,28 @@ static int check_names(const char *holder, const char *names, int *fds, int coun
 	return count;
 }
 
+/* Returns @count, or what is wrong, and then the handles are closed. */
+static int copy_names(const char *holder, char *names, size_t names_size, const char *from, int *fds,
+		      int count)
+{
+	size_t bytes = 0;
+
+	for (int i = 0; i < count; i++)
+		bytes += strlen(from + bytes) + 1;
+	if (bytes <= names_size) {
+		memcpy(names, from, bytes);
+		return count;
+	}
+	for (int i = 0; i < count; i++)
+		close(fds[i]);
+	return set_error(-EMSGSIZE, "%s: expected names of at most %zu bytes, got %zu", holder,
+			 names_size, bytes);
+}
+
 static int get(const char *name, struct holder_request *request, const char *pad, char *names,
 	       size_t names_size, int *fds, unsigned int max_fds)
 {
+	char all[KVSCRATCH_MAX_NAMES_BYTES];
 	struct holder_reply reply;
 	int sock = connect_holder(name);
 	int err, count = 0;
@@ -175,11 +194,14 @@ static int get(const char *name, struct holder_request *request, const char *pad
 		err = set_error(-EMSGSIZE, "%s: expected at most %u pads, got %u", name, max_fds,
 				reply.count);
 	if (!err && reply.count)
-		count = kvscratch_receive_handles(sock, names, names_size, fds, max_fds);
+		count = kvscratch_receive_handles(sock, all, sizeof(all), fds, max_fds);
 	close(sock);
+	if (!err && count < 0)
+		err = fail_connection(name, count);
 	if (err)
 		return err;
-	return count < 0 ? fail_connection(name, count) : check_names(name, names, fds, count);
+	count = check_names(name, all, fds, count);
+	return count < 0 ? count : copy_names(name, names, names_size, all, fds, count);
 }
 
 /* Split "story/k0"; @pad becomes "" where no pad is named. */

@@ -176,40 +176,20 @@ enum kvscratch_backend kvscratch_backend(const struct kvscratch *pad)
 
 /* Handles */
 
-static struct kvscratch *allocate_pad(int fd, int access)
+/* Make an object of @fd, which it takes over if that succeeds. */
+static int adopt(struct kvscratch **out, const struct backend *backend, int fd, int access)
 {
 	struct kvscratch *pad = calloc(1, sizeof(*pad));
-
-	if (!pad) {
-		set_error(-ENOMEM, "out of memory");
-		return NULL;
-	}
-	pad->fd = fd;
-	pad->access = access;
-	pthread_mutex_init(&pad->lock, NULL);
-	return pad;
-}
-
-static void free_pad(struct kvscratch *pad)
-{
-	pthread_mutex_destroy(&pad->lock);
-	free(pad);
-}
-
-/* Make an object of @fd, which it takes over if that succeeds. */
-static int adopt(struct kvscratch **out, const struct backend *backend, int fd, int access,
-		 bool inherited)
-{
-	struct kvscratch *pad = allocate_pad(fd, access);
 	int err;
 
 	if (!pad)
-		return -ENOMEM;
+		return set_error(-ENOMEM, "out of memory");
 	pad->backend = backend;
-	pad->inherited = inherited;
+	pad->fd = fd;
+	pad->access = access;
 	err = backend->adopt(pad);
 	if (err)
-		free_pad(pad);
+		free(pad);
 	else
 		*out = pad;
 	return err;
@@ -217,7 +197,7 @@ static int adopt(struct kvscratch **out, const struct backend *backend, int fd, 
 
 static int adopt_or_close(struct kvscratch **pad, const struct backend *backend, int fd, int access)
 {
-	int err = adopt(pad, backend, fd, access, false);
+	int err = adopt(pad, backend, fd, access);
 
 	if (err)
 		close(fd);
@@ -265,7 +245,7 @@ static int access_of(int fd)
 static int find_backend(struct kvscratch **pad, int fd, int access)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(backends); i++) {
-		int err = adopt(pad, backends[i], fd, access, true);
+		int err = adopt(pad, backends[i], fd, access);
 
 		if (err != -ENOTTY)
 			return err;
@@ -278,7 +258,12 @@ int kvscratch_from_fd(struct kvscratch **pad, int fd)
 {
 	int access = access_of(fd);
 
-	return access < 0 ? access : find_backend(pad, fd, access);
+	int err = access < 0 ? access : find_backend(pad, fd, access);
+
+	/* it may have been inherited: our children are not to hold the pad */
+	if (!err)
+		fcntl(fd, F_SETFD, FD_CLOEXEC);
+	return err;
 }
 
 int kvscratch_attach(struct kvscratch **pad, int fd, int access)
@@ -292,8 +277,7 @@ int kvscratch_attach(struct kvscratch **pad, int fd, int access)
 	if (has != O_RDWR && has != access)
 		return set_error(-EACCES, "descriptor %d: expected it open for no less than is "
 				 "asked for, got %s only", fd, has == O_RDONLY ? "read" : "write");
-	/* only to see whose it is: a writer is not needed for that */
-	err = find_backend(&source, fd, has == O_RDWR ? O_RDONLY : has);
+	err = find_backend(&source, fd, has);
 	if (err)
 		return err;
 	err = source->backend->reopen(&own, source->fd, access);
@@ -305,16 +289,22 @@ int kvscratch_attach(struct kvscratch **pad, int fd, int access)
 	return err;
 }
 
+static void unmap_view(const struct kvscratch_view *view)
+{
+	munmap((void *)view->data, view->mapped_bytes);
+	free((void *)view);
+}
+
 void kvscratch_close(struct kvscratch *pad)
 {
 	if (!pad)
 		return;
 	if (pad->view)
-		munmap((void *)pad->mapping.data, pad->mapping.mapped_bytes);
+		unmap_view(pad->view);
 	pad->backend->release(pad);
 	if (pad->fd >= 0)
 		close(pad->fd);
-	free_pad(pad);
+	free(pad);
 }
 
 int kvscratch_fd(const struct kvscratch *pad)
@@ -415,7 +405,7 @@ int64_t kvscratch_len(struct kvscratch *pad)
 	if (view)
 		return check_len(pad, kvscratch_state_len(kvscratch_view_state(view)));
 	err = kvscratch_info(pad, &info);
-	return err ? err : check_len(pad, info.len);
+	return err ? err : (int64_t)info.len;
 }
 
 int kvscratch_is_empty(struct kvscratch *pad)
@@ -450,9 +440,13 @@ int kvscratch_info_sized(struct kvscratch *pad, struct kvscratch_info *info, siz
 {
 	struct kvscratch_info whole;
 	int err = pad->backend->info(pad, &whole);
+	int64_t len;
 
 	if (err)
 		return err;
+	len = check_len(pad, whole.len);
+	if (len < 0)
+		return (int)len;
 	if (size > sizeof(whole)) {
 		memset(info, 0, size);
 		size = sizeof(whole);
@@ -473,41 +467,51 @@ int kvscratch_display(struct kvscratch *pad, char *text, size_t size)
 			")", len, (uint64_t)pad->info.max_seq_len, (uint32_t)pad->info.dim);
 }
 
-static int map_view(struct kvscratch *pad)
+static int map_pad(struct kvscratch *pad, struct kvscratch_view *view)
 {
-	struct kvscratch_view view;
 	void *data;
-	int err = kvscratch_info(pad, &view.info);
+	int err = kvscratch_info(pad, &view->info);
 
 	if (err)
 		return err;
-	if (view.info.status_offset > SIZE_MAX / 2)
+	if (view->info.status_offset > SIZE_MAX / 2)
 		return set_error(-EOVERFLOW, "cannot map %" PRIu64 " bytes: this program has "
-				 "32-bit addresses", (uint64_t)view.info.status_offset);
-	view.mapped_bytes = view.info.status_offset + sysconf(_SC_PAGESIZE);
+				 "32-bit addresses", (uint64_t)view->info.status_offset);
+	view->mapped_bytes = view->info.status_offset + sysconf(_SC_PAGESIZE);
 	/* populated, for what has no pages by itself: the module maps all of them anyway */
-	data = mmap(NULL, view.mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, pad->fd, 0);
+	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, pad->fd, 0);
 	if (data == MAP_FAILED)
 		return cannot("map the pad", -errno);
-	view.data = data;
-	view.status = (const void *)((const char *)data + view.info.status_offset);
-	pad->mapping = view;
-	__atomic_store_n(&pad->view, &pad->mapping, __ATOMIC_RELEASE);
+	view->data = data;
+	view->status = (const void *)((const char *)data + view->info.status_offset);
 	return 0;
+}
+
+/* Without a lock, which a fork() in another thread would leave locked in the child */
+static int map_view(struct kvscratch *pad)
+{
+	struct kvscratch_view *view;
+	const struct kvscratch_view *none = NULL;
+	int err = check_access(pad, O_RDONLY);
+
+	if (err)
+		return err;
+	view = malloc(sizeof(*view));
+	if (!view)
+		return set_error(-ENOMEM, "out of memory");
+	err = map_pad(pad, view);
+	if (err)
+		free(view);
+	else if (!__atomic_compare_exchange_n(&pad->view, &none, view, false, __ATOMIC_RELEASE,
+					      __ATOMIC_RELAXED))
+		unmap_view(view);	/* another thread was faster */
+	return err;
 }
 
 const struct kvscratch_view *kvscratch_view(struct kvscratch *pad)
 {
-	int err = 0;
+	int err = mapped_view(pad) ? 0 : map_view(pad);
 
-	if (mapped_view(pad))
-		return mapped_view(pad);
-	pthread_mutex_lock(&pad->lock);
-	if (!pad->view)
-		err = check_access(pad, O_RDONLY);
-	if (!err && !pad->view)
-		err = map_view(pad);
-	pthread_mutex_unlock(&pad->lock);
 	if (err)
 		errno = -err;
 	return mapped_view(pad);

@@ -25,9 +25,9 @@
  * kvscratch_close(), which must come last, and kvscratch_wait(), of which one at a
  * time may run on an object. Appends by many threads, objects and processes are
  * ordered one after the other, each whole. Nothing here is async-signal-safe but
- * the inline functions. After fork() the child may read, and may close its copy of
- * an object; to append or truncate it attaches a handle of its own. Strings that are
- * returned are constants, but for kvscratch_error().
+ * the inline functions. After fork() the child has the objects as well; it closes its
+ * copies, and attaches a handle of its own to wait. Strings that are returned are
+ * constants, but for kvscratch_error().
  *
  * The len of a memfd is what its writers say. Functions refuse one that cannot be
  * (EPROTO); who loads the state itself and does not trust the producer compares it
@@ -117,7 +117,7 @@ int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd);
  * with a file position that all share who have this open file. The pad object takes
  * over @fd. Fails with EBADFD when it is an unbound handle, with ENOTTY when it is
  * no handle at all, with EPROTO when it is a memfd that somebody made up; @fd is then
- * still the caller's. To append to a memfd it is opened again: kvscratch_fd() is another one.
+ * still the caller's.
  */
 int kvscratch_from_fd(struct kvscratch **pad, int fd);
 
@@ -150,8 +150,8 @@ int kvscratch_open_reader(const struct kvscratch *pad);
  *	stored, the dim / 32 scales follow them, uncounted.
  *
  * Errors: EINVAL (shape mismatch), ENOSPC (full), EDOM (a NaN or an infinity that
- * would become an integer), EFAULT (@row cannot be read), EBADF, EINTR.
- * Nothing is committed then.
+ * would become an integer), EFAULT (@row cannot be read; where a memfd has rows
+ * converted that is a SIGSEGV), EBADF, EINTR. Nothing is committed then.
  */
 int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements);
 
@@ -438,7 +438,8 @@ int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 /*
  * Listen on, or connect to, the Unix stream socket at @path; returns the socket,
  * close-on-exec. What exists at @path already is EADDRINUSE, also when nobody listens there
- * any more; who listens removes it in the end.
+ * any more; who listens removes it in the end. Who does not accept within 5 seconds because too
+ * many others wait for it is ETIMEDOUT.
  */
 int kvscratch_listen(const char *path);
 int kvscratch_connect(const char *path);

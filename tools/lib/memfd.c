@@ -5,10 +5,10 @@
  *
  * Readers cannot tell it from a pad of the module. Writers put rows in place with
  * pwrite(), so that a source which cannot be read is an error and not a signal
- * (but for what has to be converted), and publish them with a release store to the status page. A lock on the open file
- * orders writers; it goes with the file when its owner dies, in whatever state: rows
- * that were not published yet do not exist. Each writer therefore needs an open
- * file of its own. What this cannot do, and why, is in promises.c.
+ * (but for what has to be converted), and publish them with a release store to the status page. A lock on an open file
+ * orders writers; each call opens its own through /proc, so that threads and children
+ * do not share it, and it goes when its owner dies, in whatever state: rows that were
+ * not published yet do not exist. What this cannot do, and why, is in promises.c.
  *
  * The size is sealed, so that no view can be cut short.
  */
@@ -92,15 +92,20 @@ static uint64_t max_bytes_per_pad(void)
 	return (uint64_t)sysconf(_SC_PHYS_PAGES) * page_size() / 2;
 }
 
+#define ALLOCATION_PIECE	(2ull << 20)
+
 static int allocate_pages(int fd, uint64_t bytes)
 {
 	if (bytes > max_bytes_per_pad())
 		return -EDQUOT;
 	if (ftruncate(fd, bytes) || fchmod(fd, 0600))
 		return -errno;
-	while (fallocate(fd, 0, 0, bytes))
-		if (errno != EINTR)
-			return errno == ENOSPC ? -ENOMEM : -errno;
+	/* in pieces: up to Linux 6.1 a signal has a piece begun anew, again and again */
+	for (uint64_t at = 0; at < bytes; at += ALLOCATION_PIECE)
+		while (fallocate(fd, 0, at, bytes - at < ALLOCATION_PIECE ? bytes - at :
+									   ALLOCATION_PIECE))
+			if (errno != EINTR)
+				return errno == ENOSPC ? -ENOMEM : -errno;
 	return fcntl(fd, F_ADD_SEALS, MEMFD_SEALS) ? -errno : 0;
 }
 
@@ -187,12 +192,13 @@ static int check_page(struct kvscratch *pad, const struct memfd_page *page, uint
 	return 0;
 }
 
-static bool is_sealed_memfd(int fd, const struct stat *status)
+/* The seals first: the size counts from when it can no longer change. */
+static bool is_sealed_memfd(int fd, struct stat *status)
 {
 	int seals = fcntl(fd, F_GET_SEALS);
 
-	return S_ISREG(status->st_mode) && seals >= 0 && (seals & MEMFD_SEALS) == MEMFD_SEALS &&
-	       status->st_size && !(status->st_size % page_size());
+	return seals >= 0 && (seals & MEMFD_SEALS) == MEMFD_SEALS && !fstat(fd, status) &&
+	       S_ISREG(status->st_mode) && status->st_size && !(status->st_size % page_size());
 }
 
 static int map_page(struct kvscratch *pad, const struct stat *status)
@@ -212,35 +218,18 @@ static int map_page(struct kvscratch *pad, const struct stat *status)
 	return err;
 }
 
-/* A file lock does not tell apart those who share an open file. */
-static int take_own_file(struct kvscratch *pad)
-{
-	int fd;
-	int err = memfd_reopen(&fd, pad->fd, O_RDWR);
-
-	if (err)
-		return err;
-	close(pad->fd);
-	pad->fd = fd;
-	return 0;
-}
-
 static int memfd_adopt(struct kvscratch *pad)
 {
 	struct stat status;
-	int err;
 
-	if (fstat(pad->fd, &status) || !is_sealed_memfd(pad->fd, &status))
+	if (!is_sealed_memfd(pad->fd, &status))
 		return -ENOTTY;
 	if (pad->access == O_WRONLY)
 		return set_error(-EOPNOTSUPP, "a pad in a memfd has no handles for writing only");
-	err = map_page(pad, &status);
-	if (!err && pad->inherited && pad->access == O_RDWR) {
-		err = take_own_file(pad);
-		if (err)
-			munmap(pad->page, page_size());
-	}
-	return err;
+	/* who maps a hole pays for it */
+	if ((uint64_t)status.st_blocks * 512 < (uint64_t)status.st_size)
+		return set_error(-EPROTO, "descriptor %d: expected a memfd without holes", pad->fd);
+	return map_page(pad, &status);
 }
 
 static void memfd_release(struct kvscratch *pad)
@@ -303,29 +292,33 @@ static void publish(struct kvscratch *pad, uint64_t state)
 	wake_waiters(pad);
 }
 
-static int file_lock(struct kvscratch *pad, int type)
+static int file_lock(int fd, int type)
 {
 	struct flock lock = { .l_type = type, .l_whence = SEEK_SET };
 
-	return fcntl(pad->fd, F_OFD_SETLKW, &lock) ? -errno : 0;
+	return fcntl(fd, F_OFD_SETLKW, &lock) ? -errno : 0;
 }
 
-static int lock_writers(struct kvscratch *pad)
+/* Returns the open file that has the lock. */
+static int lock_writers(const struct kvscratch *pad)
 {
-	int err;
+	int fd;
+	int err = memfd_reopen(&fd, pad->fd, O_RDWR);
 
-	pthread_mutex_lock(&pad->lock);
-	err = file_lock(pad, F_WRLCK);
+	if (err)
+		return err;
+	err = file_lock(fd, F_WRLCK);
 	if (!err)
-		return 0;
-	pthread_mutex_unlock(&pad->lock);
+		return fd;
+	close(fd);
 	return cannot("lock the pad", err);
 }
 
-static void unlock_writers(struct kvscratch *pad)
+static void unlock_writers(int fd)
 {
-	file_lock(pad, F_UNLCK);
-	pthread_mutex_unlock(&pad->lock);
+	/* said, for a child that was forked meanwhile has the file as well */
+	file_lock(fd, F_UNLCK);
+	close(fd);
 }
 
 /* Appending */
@@ -450,6 +443,12 @@ static int write_converted(const struct kvscratch *pad, const char *rows, uint64
 	return 0;
 }
 
+/* Some other writer's doing: nothing but the size of the file can be relied on. */
+static int fail_overwritten(void)
+{
+	return set_error(-EPROTO, "the status page has been overwritten");
+}
+
 static int append_locked(struct kvscratch *pad, const void *rows, uint64_t nr_rows)
 {
 	struct memfd_page *page = pad->page;
@@ -458,9 +457,8 @@ static int append_locked(struct kvscratch *pad, const void *rows, uint64_t nr_ro
 	uint64_t saturated = 0;
 	int err;
 
-	/* some other writer's doing: nothing but the size of the file can be relied on */
 	if (len > pad->info.max_seq_len)
-		return set_error(-EPROTO, "the status page has been overwritten");
+		return fail_overwritten();
 	if (nr_rows > pad->info.max_seq_len - len)
 		return fail_room(len, nr_rows, pad->info.max_seq_len);
 	/* before the first byte, for a truncate that zeroes after this call died */
@@ -480,12 +478,13 @@ static int append_locked(struct kvscratch *pad, const void *rows, uint64_t nr_ro
 
 static int memfd_append(struct kvscratch *pad, const void *rows, uint64_t nr_rows)
 {
-	int err = lock_writers(pad);
+	int lock = lock_writers(pad);
+	int err;
 
-	if (err)
-		return err;
+	if (lock < 0)
+		return lock;
 	err = append_locked(pad, rows, nr_rows);
-	unlock_writers(pad);
+	unlock_writers(lock);
 	return err;
 }
 
@@ -520,6 +519,8 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, uint32_t flags)
 	const uint64_t now = generation << 32 | len;
 	int err;
 
+	if (kvscratch_state_len(state) > pad->info.max_seq_len)
+		return fail_overwritten();
 	if (len > kvscratch_state_len(state))
 		return set_error(-EINVAL, "expected at most %" PRIu32
 				 ", the committed rows, got %" PRIu64, kvscratch_state_len(state),
@@ -530,7 +531,7 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, uint32_t flags)
 	if (!(flags & KVSCRATCH_TRUNCATE_ZERO) || page->dirty_rows <= len)
 		return 0;
 	if (page->dirty_rows > pad->info.max_seq_len)
-		return set_error(-EPROTO, "the status page has been overwritten");
+		return fail_overwritten();
 	err = zero_rows(pad, len, page->dirty_rows);
 	if (err)
 		return cannot("overwrite with zeros", err);
@@ -540,48 +541,59 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, uint32_t flags)
 
 static int memfd_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
-	int err = lock_writers(pad);
+	int lock = lock_writers(pad);
+	int err;
 
-	if (err)
-		return err;
+	if (lock < 0)
+		return lock;
 	err = truncate_locked(pad, len, flags);
-	unlock_writers(pad);
+	unlock_writers(lock);
 	return err;
 }
 
 /* Waiting */
 
-static struct timespec in_ms(int timeout_ms)
-{
-	struct timespec end;
+/*
+ * The longest sleep: a writer that dies between its change and the wake-up tells nobody,
+ * so that who sleeps looks now and then.
+ */
+#define LOOK_EVERY_MS 1000
 
-	clock_gettime(CLOCK_MONOTONIC, &end);
-	end.tv_sec += timeout_ms / 1000;
-	end.tv_nsec += timeout_ms % 1000 * 1000000L;
-	if (end.tv_nsec >= 1000000000L) {
-		end.tv_nsec -= 1000000000L;
-		end.tv_sec++;
-	}
-	return end;
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* Until a point in time, which FUTEX_WAIT knows not; 0 or a negative errno */
+static int sleep_until(struct kvscratch *pad, __u32 changes, int64_t end_ns)
+{
+	/* what this number takes on 32 bit, whatever size time_t has there */
+	const long end[2] = { end_ns / 1000000000, end_ns % 1000000000 };
+
+	return syscall(SYS_futex, &pad->page->changes, FUTEX_WAIT_BITSET, changes, end, NULL,
+		       FUTEX_BITSET_MATCH_ANY) ? -errno : 0;
 }
 
 static int memfd_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 {
-	const struct timespec end = in_ms(timeout_ms < 0 ? 0 : timeout_ms);
+	const int64_t end = now_ns() + timeout_ms * INT64_C(1000000);
 
 	for (;;) {
 		__u32 changes = __atomic_load_n(&pad->page->changes, __ATOMIC_ACQUIRE);
+		int64_t next = now_ns() + LOOK_EVERY_MS * INT64_C(1000000);
+		bool last = timeout_ms >= 0 && end <= next;
+		int err;
 
 		if (load_state(pad) != state)
 			return 0;
-		/* until a point in time, which FUTEX_WAIT knows not */
-		if (!syscall(SYS_futex, &pad->page->changes, FUTEX_WAIT_BITSET, changes,
-			     timeout_ms < 0 ? NULL : &end, NULL, FUTEX_BITSET_MATCH_ANY))
-			continue;
-		if (errno == ETIMEDOUT)
-			return set_error(-ETIMEDOUT, "nothing was appended or dropped in time");
-		if (errno != EAGAIN)
-			return cannot("wait", -errno);
+		err = sleep_until(pad, changes, last ? end : next);
+		if (err == -ETIMEDOUT && last)
+			return set_error(err, "nothing was appended or dropped in time");
+		if (err && err != -EAGAIN && err != -ETIMEDOUT)
+			return cannot("wait", err);
 	}
 }
 

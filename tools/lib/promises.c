@@ -43,7 +43,7 @@ static const struct kvscratch_promise memfd_promises[] = {
 	KEPT(LIFETIME),
 	KEPT(ACCOUNTED),
 	NOT_KEPT(IMMUTABLE, "whoever can write can overwrite any row, outside the library"),
-	NOT_KEPT(READ_ONLY, "the same user can open the memfd again for writing through /proc"),
+	NOT_KEPT(READ_ONLY, "the same user can open the memfd again for writing through /proc; any reader can lock it"),
 	NOT_KEPT(NO_ALLOCATION, "a page that was swapped out has to be read back"),
 	NOT_KEPT(FAULTLESS, "pages can be swapped out and migrated"),
 	NOT_KEPT(BOUNDED, "half of RAM per pad is the only limit; a full cgroup's OOM killer ends the creator"),
