@@ -747,6 +747,10 @@ TEST(a_forked_child_keeps_no_lock)
 		writer = fork();
 		ASSERT_LE(0, writer);
 		if (!writer) {
+			struct kvscratch *own;
+
+			if (kvscratch_attach(&own, kvscratch_fd(pad), O_RDWR))
+				_exit(1);
 			if (!fork()) {
 				char byte;
 
@@ -754,7 +758,7 @@ TEST(a_forked_child_keeps_no_lock)
 				close(alive[1]);
 				_exit(read(alive[0], &byte, 1));
 			}
-			while (!kvscratch_append_rows(pad, rows, 2, ROW_DIM))
+			while (!kvscratch_append_rows(own, rows, 2, ROW_DIM))
 				;
 			_exit(1);
 		}
