@@ -176,10 +176,15 @@ static void send_reply(int sock, const struct holder_reply *reply)
 	send(sock, reply, sizeof(*reply), MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
+/* What a client sent may be anything: a socket would wait in close() for its peer. */
 static void close_fds(const int *fds, unsigned int count)
 {
-	while (count--)
+	const struct linger none = { 0 };
+
+	while (count--) {
+		setsockopt(fds[count], SOL_SOCKET, SO_LINGER, &none, sizeof(none));
 		close(fds[count]);
+	}
 }
 
 /* A handle of its own, for the file position comes with the open file */
@@ -644,17 +649,17 @@ static int open_holder(struct holder *holder)
 {
 	int err;
 
-	holder->epoll = epoll_create1(EPOLL_CLOEXEC);
-	holder->signals = open_signals();
-	if (holder->epoll < 0 || holder->signals < 0 || watch(holder, holder->signals))
-		return fail(EXIT_SYSTEM, "cannot watch clients and signals: %s", strerror(errno));
+	/* signals end us as long as we may wait for the directory */
 	err = listen_alone(holder);
 	if (err)
 		return err;
+	holder->epoll = epoll_create1(EPOLL_CLOEXEC);
+	holder->signals = open_signals();
 	fcntl(holder->listener, F_SETFL, O_NONBLOCK);
-	if (!watch(holder, holder->listener))
+	if (holder->epoll >= 0 && holder->signals >= 0 && !watch(holder, holder->signals) &&
+	    !watch(holder, holder->listener))
 		return 0;
-	err = fail(EXIT_SYSTEM, "cannot watch clients: %s", strerror(errno));
+	err = fail(EXIT_SYSTEM, "cannot watch clients and signals: %s", strerror(errno));
 	end_listening(holder);
 	return err;
 }
@@ -817,6 +822,7 @@ static void tell_parent(void *context)
 	for (int fd = STDIN_FILENO; null >= 0 && fd <= STDERR_FILENO; fd++)
 		dup2(null, fd);
 	close(null);
+	signal(SIGPIPE, SIG_IGN);
 	if (write(*pipe_end, "", 1) != 1)
 		/* who waited was killed: there is nobody to tell */
 		return;
