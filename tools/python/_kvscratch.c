@@ -663,8 +663,8 @@ static PyObject *pad_wait(PyObject *self, PyObject *args)
 	err = kvscratch_wait(handle, state, timeout_ms);
 	Py_END_ALLOW_THREADS
 	pad->waiting = false;
-	/* the caller looks at state and time anyway */
-	if (err == -ETIMEDOUT || again(err))
+	/* the caller looks at state and time anyway, and the interpreter at signals */
+	if (err == -ETIMEDOUT || err == -EINTR)
 		err = 0;
 	result = none_or_error(err);
 	drop_pad(pad);

@@ -95,9 +95,9 @@ def test_save_hears_signals(tmp_path):
     try:
         with Scratchpad(32, 1 << 20, "u8") as pad:
             pad.append(np.ones((32, 1 << 20), np.uint8))
-            # long before so much is on disk
-            signal.setitimer(signal.ITIMER_REAL, 0.001)
             with pytest.raises(Stop):
+                # long before so much is on disk
+                signal.setitimer(signal.ITIMER_REAL, 0.001)
                 pad.save(tmp_path / "a.npy")
     finally:
         signal.signal(signal.SIGALRM, old)

@@ -285,13 +285,13 @@ def test_wait_hears_signals(pad):
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         assert pad.wait(rows=1)
         signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
         with pytest.raises(Stop):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
             pad.wait(rows=2)
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
             with pytest.raises(Stop):
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
                 kvscratch.receive_handles(theirs)
     finally:
         signal.signal(signal.SIGALRM, old)
