@@ -20,16 +20,16 @@ public:
 	Scratchpad(const Scratchpad &) = delete;
 	Scratchpad &operator=(const Scratchpad &) = delete;
 
-	void append(const std::vector<float> &row) { check(kvscratch_append(pad, row.data(), row.size())); }
-
-	/* The committed rows, as soon as they are others than @earlier */
-	kvscratch_tensor wait(const kvscratch_tensor &earlier)
+	void append(const std::vector<float> &row)
 	{
-		kvscratch_tensor rows;
+		check(kvscratch_append(pad, row.data(), row.size()));
+	}
 
-		check(kvscratch_wait(pad, earlier.state, -1));
+	/* Make @rows the committed ones, as soon as these are others. */
+	void follow(kvscratch_tensor &rows)
+	{
+		check(kvscratch_wait(pad, rows.state, -1));
 		check(kvscratch_as_tensor(pad, &rows));
-		return rows;
 	}
 
 private:
@@ -52,7 +52,7 @@ int main()
 	kvscratch_tensor rows = {};
 
 	while (rows.len < 1000)
-		rows = pad.wait(rows);
+		pad.follow(rows);
 	producer.join();
 	std::cout << "the last row begins with "
 		  << static_cast<const float *>(rows.data)[999 * 64] << "\n";
