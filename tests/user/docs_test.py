@@ -54,7 +54,7 @@ def without_comments(text):
 
 
 def normal(code):
-    """C without its white space, but for what separates words"""
+    """C without white space, but for what separates words"""
     return re.sub(r"\s*(\W)\s*", r"\1", " ".join(code.split()))
 
 
@@ -193,7 +193,8 @@ def constants_are_documented():
     every = constants(UAPI) | constants(LIBRARY)
 
     def used(text):
-        return set(re.findall(r"\bKVSCRATCH_[A-Z0-9_]+\b", re.sub(r"^\.Dt .*", "", text, flags=re.M)))
+        titles = re.compile(r"^\.Dt .*", re.M)
+        return set(re.findall(r"\bKVSCRATCH_[A-Z0-9_]+\b", titles.sub("", text)))
 
     device = used(PAGES["kvscratch.4"])
     same(constants(UAPI) - internal - implied, device - implied, "kvscratch(4)")
@@ -237,7 +238,8 @@ def promises_are_told_word_by_word():
     same([name for _, name, _ in promises], re.findall(r"\.It Li ([\w-]+) ", page), "promises")
     for symbol, name, text in promises:
         reason = re.search(rf'NOT_KEPT\({symbol}, "([^"]+)"\)', code)
-        said = f".It Li {name} {text}" + (f". Not with a memfd: {reason.group(1)}." if reason else " ")
+        said = f".It Li {name} {text}"
+        said += f". Not with a memfd: {reason.group(1)}." if reason else " "
         expect(said in page, f"expected: {said}")
         expect(re.search(rf"\bKEPT\({symbol}\)", code), f"{symbol} is not one of the module's")
 
@@ -289,7 +291,8 @@ def options_in_help(text):
     """("-o", "--output", "FILE") and the like, of a help text"""
     found = set()
     for short, option, value in re.findall(
-            r"^  +(?:(-\w), )?(--[\w-]+)(?: ([A-Z]\S*|[a-z0-9]+(?:\|[a-z0-9]+)+))?(?:  |$)", text, re.M):
+            r"^  +(?:(-\w), )?(--[\w-]+)(?: ([A-Z]\S*|[a-z0-9]+(?:\|[a-z0-9]+)+))?(?:  |$)",
+            text, re.M):
         found.add((short, option, value))
     return found
 
