@@ -47,6 +47,8 @@ extern "C" {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wshadow"
 #endif
+/* what a library that hides the rest of its names exports */
+#pragma GCC visibility push(default)
 
 #define KVSCRATCH_DEVICE "/dev/kvscratch"
 
@@ -655,6 +657,7 @@ int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, co
 int kvscratch_load_into(struct kvscratch *pad, const struct kvscratch_file *file, const char *name,
 			kvscratch_progress *progress, void *context);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 #pragma GCC diagnostic pop
 }
