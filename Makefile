@@ -21,7 +21,7 @@ HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h t
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests python demo test test-all torture bench comparison check
-.PHONY: mutants detectors sanitized fuzz fuzz-files coverage
+.PHONY: mutants detectors sanitized fuzz fuzz-files coverage deb
 
 all:
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
@@ -41,6 +41,9 @@ help:
 	@echo 'make tools         build kvscratchctl and kvdecode into build/'
 	@echo 'make python        build the Python package into build/python; PYTHON='
 	@echo 'make examples      build those of tools/examples into build/examples/'
+	@echo 'make lib           build libkvscratch, shared and static, into build/'
+	@echo 'make install       install tools, library and manual; DESTDIR= PREFIX= LIBDIR=; also uninstall'
+	@echo 'make deb           build and check the Debian packages, into build/deb'
 	@echo 'make demo          show the main job in QEMU; MODEL=DIR for a real checkpoint'
 	@echo 'make test          run the suites in QEMU; MODEL=DIR adds the story test'
 	@echo 'make test-all      the same on every kernel, with KCSAN, and all that takes long'
@@ -165,6 +168,9 @@ comparison:
 check:
 	tests/check
 
+deb:
+	tests/deb
+
 mutants:
 	tests/qemu/packages module qemu kernel test
 	tests/mutants
@@ -190,3 +196,5 @@ fuzz-files:
 coverage:
 	tests/qemu/packages module qemu kernel test
 	tests/coverage
+
+include tools/install.mk
