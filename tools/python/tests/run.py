@@ -72,7 +72,9 @@ def main():
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(package))
-    options = ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(here)]
+    # what C code says when it ends the process is not captured
+    options = ["--capture=sys", "-p", "no:cacheprovider", "-c", os.devnull,
+               "--rootdir", str(here)]
     sys.exit(pytest.main([*options, *(sys.argv[3:] or [str(here)])], plugins=[Tap()]))
 
 

@@ -47,8 +47,7 @@ def test_safetensors(pad, tmp_path):
         assert np.array_equal(back["scaled"].scales(), scaled.scales())
     with Scratchpad.load(path, "bf16") as one:
         assert one.as_tensor().tolist() == [[1, 2, 3]]
-    for loaded in back.values():
-        loaded.close()
+    # what was loaded goes with the last reference, which nothing_leaks looks for
 
 
 def test_what_cannot_be_saved(pad, tmp_path):
