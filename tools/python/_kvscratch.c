@@ -276,9 +276,11 @@ static int access_by_mode(const char *mode)
 {
 	if (!strcmp(mode, "r"))
 		return O_RDONLY;
+	if (!strcmp(mode, "w"))
+		return O_WRONLY;
 	if (!strcmp(mode, "rw"))
 		return O_RDWR;
-	PyErr_Format(PyExc_ValueError, "mode: expected r or rw, got %s", mode);
+	PyErr_Format(PyExc_ValueError, "mode: expected r, w or rw, got %s", mode);
 	return -1;
 }
 
@@ -1124,8 +1126,8 @@ static PyMethodDef pad_methods[] = {
 	  "attach($type, /, source, mode=\"r\")\n--\n\n"
 	  "A handle of its own on an existing pad.\n\n"
 	  "source is a descriptor or an object with fileno(), which stays the caller's; or the\n"
-	  "name of a held pad, \"story/k0\", or \"story\" for the only pad of a holder. mode is \"r\"\n"
-	  "or \"rw\" and cannot widen what the source allows." },
+	  "name of a held pad, \"story/k0\", or \"story\" for the only pad of a holder. mode is \"r\",\n"
+	  "\"rw\" or, but for a memfd, \"w\"; it cannot widen what the source allows." },
 	{ "from_fd", pad_from_fd, METH_O | METH_CLASS,
 	  "from_fd($type, fd, /)\n--\n\n"
 	  "Use an inherited or received descriptor as it is. The object takes it over and closes\n"

@@ -217,9 +217,7 @@ class Scratchpad(_kvscratch.Pad):
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         if self.closed:
             return f"<{name} closed>"
-        # a handle that may not read has no len
-        rows = len(self) if "r" in self.mode else "?"
-        return (f"<{name} len={rows} capacity={self.capacity} dim={self.dim} "
+        return (f"<{name} len={len(self)} capacity={self.capacity} dim={self.dim} "
                 f"dtype={self.dtype} backend={self.backend}>")
 
 
@@ -264,7 +262,7 @@ def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
 
 
 def holder_get(name: str, mode: str = "r") -> dict[str, Scratchpad]:
-    """A handle of its own on each pad that the holder keeps, by name; mode is "r" or "rw".
+    """A handle of its own on each pad that the holder keeps, by name; mode as of attach().
 
     A holder is a process, kvscratchctl hold NAME, that keeps pads of its user so that they
     outlive who made them. One pad of it is Scratchpad.attach("NAME/PAD").

@@ -14,12 +14,15 @@ PROMISES = {"whole-appends", "no-torn-rows", "zero-copy-views", "lifetime", "acc
             "immutable-rows", "read-only-handles", "no-allocation", "faultless-views", "bounded",
             "poll"}
 
-# The one place where a test looks up what to expect of a backend
+# The one place where a test looks up what to expect of a backend, with the next
 HELD = {
     "kernel": PROMISES,
     "memfd": PROMISES - {"immutable-rows", "read-only-handles", "no-allocation",
                          "faultless-views", "bounded", "poll"},
 }
+
+# Where attach() gives handles that may write and not read
+WRITE_ONLY = {"kernel": True, "memfd": False}
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ usage: run.py kernel|memfd DIRECTORY [PYTEST-ARGUMENT]...
 The package is in DIRECTORY, the programs beside it or in the search path.
 """
 
+import faulthandler
 import os
 import pathlib
 import sys
 
 import pytest
+
+TIMEOUT_SECONDS = 500
 
 
 class Tap:
@@ -72,6 +75,8 @@ def main():
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(package))
+    # what waits for ever fails, and says where
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     # what C code says when it ends the process is not captured
     options = ["--capture=sys", "-p", "no:cacheprovider", "-c", os.devnull,
                "--rootdir", str(here)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvscratch
-from conftest import HELD, python
+from conftest import HELD, WRITE_ONLY, python
 from kvscratch import Scratchpad
 
 ROW = np.arange(3, dtype=np.float32)
@@ -47,9 +47,23 @@ def test_attach(pad):
     with Scratchpad.attach(pad, mode="rw") as writer:
         writer.append(ROW)
         assert writer.mode == "rw" and len(pad) == 2
-    assert error_of(ValueError, Scratchpad.attach, pad, "w") == "mode: expected r or rw, got w"
+    assert error_of(ValueError, Scratchpad.attach, pad, "x") == (
+        "mode: expected r, w or rw, got x")
     assert error_of(OSError, Scratchpad.attach, 9999) == errno.EBADF
     error_of(TypeError, Scratchpad.attach, 1.5)
+
+
+def test_write_only(pad, backend):
+    if not WRITE_ONLY[backend]:
+        assert error_of(OSError, Scratchpad.attach, pad, "w") == errno.EOPNOTSUPP
+        return
+    with Scratchpad.attach(pad, "w") as writer:
+        writer.append(ROW)
+        assert (writer.mode, len(writer), len(pad)) == ("w", 1, 1)
+        assert repr(writer) == repr(pad)
+        for use in (writer.view, writer.open_reader, lambda: writer.state,
+                    lambda: writer.wait(rows=1), lambda: writer.get_token(0)):
+            assert error_of(OSError, use) == errno.EBADF
 
 
 def test_open_reader(pad):
