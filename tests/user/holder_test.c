@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <ftw.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -437,6 +438,45 @@ TEST_F_TIMEOUT(held, one_holder_per_name, TEST_SECONDS)
 	}
 }
 
+/* Whether somebody waits for a lock on the directory of all sockets */
+static bool is_awaited(const char *directory)
+{
+	char line[256], inode[32];
+	struct stat status;
+	bool found = false;
+	FILE *locks = fopen("/proc/locks", "re");
+
+	if (!locks || stat(directory, &status))
+		abort();
+	snprintf(inode, sizeof(inode), ":%llu ", (unsigned long long)status.st_ino);
+	while (fgets(line, sizeof(line), locks))
+		found |= strstr(line, "-> FLOCK") && strstr(line, inode);
+	fclose(locks);
+	return found;
+}
+
+/* Or two of them could take each other for dead: one that is bound and does not listen yet. */
+TEST_F_TIMEOUT(held, holders_begin_one_after_the_other, TEST_SECONDS)
+{
+	int directory, status;
+	pid_t pid;
+
+	ASSERT_EQ(0, mkdir(self->sockets, 0700));
+	directory = open(self->sockets, O_RDONLY | O_CLOEXEC);
+	ASSERT_EQ(0, flock(directory, LOCK_EX));
+	pid = fork_child();
+	if (!pid)
+		_exit(hold_one("story"));
+	while (!is_awaited(self->sockets)) {
+		ASSERT_EQ(0, waitpid(pid, &status, WNOHANG)) TH_LOG("it did not wait");
+		sched_yield();
+	}
+	/* the child has it open as well */
+	EXPECT_EQ(0, flock(directory, LOCK_UN));
+	EXPECT_EQ(0, wait_for(pid));
+	close(directory);
+}
+
 TEST_F_TIMEOUT(held, names, TEST_SECONDS)
 {
 	char longest[KVSCRATCH_MAX_NAME + 2];
@@ -477,7 +517,10 @@ TEST_F_TIMEOUT(held, the_directory_is_ours_alone, TEST_SECONDS)
 	EXPECT_EQ(0, chmod(self->sockets, 0755));
 	EXPECT_EQ(2, hold_one("story"));
 	EXPECT_EQ(0, rmdir(self->sockets));
-	EXPECT_EQ(0, symlink("/tmp", self->sockets));
+	/* to one that would do */
+	snprintf(path, sizeof(path), "%s/elsewhere", self->runtime);
+	EXPECT_EQ(0, mkdir(path, 0700));
+	EXPECT_EQ(0, symlink(path, self->sockets));
 	EXPECT_EQ(2, hold_one("story"));
 	EXPECT_EQ(0, unlink(self->sockets));
 
@@ -648,6 +691,11 @@ TEST_F_TIMEOUT(held, garbage, TEST_SECONDS)
 	/* a length inside that is not the one outside, and no handles */
 	request.handles_bytes = 8;
 	sock = speak(&request, "\xff\xff\xff\x7fxxx\n", 8);
+	EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
+	EXPECT_EQ(-EPROTO, reply.err);
+	close(sock);
+	/* one that more would have to follow for, and does not */
+	sock = speak(&request, "\x64\0\0\0xxx\n", 8);
 	EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
 	EXPECT_EQ(-EPROTO, reply.err);
 	close(sock);
