@@ -5,6 +5,7 @@
 usage: native_test.py BUILD-DIRECTORY [MODEL-DIRECTORY]; prints TAP.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -33,6 +34,11 @@ def expect_error(status, words, program, *arguments):
     got, out, err = run(program, *arguments)
     what = f"{program} {' '.join(map(str, arguments))}: exit {got}, {out[:80]!r}, {err!r}"
     expect(got == status and words in err and err.count("\n") == 1, what)
+
+
+def expect_quiet(*arguments):
+    status, _, err = run("kvscratchctl", *arguments)
+    expect(status == 0 and not err, f"{arguments}: exit {status}: {err!r}")
 
 
 def text_of(*arguments):
@@ -160,6 +166,47 @@ def help_needs_nothing():
         status, out, err = run(program, "--help")
         expect(status == 0 and out.startswith(b"Usage: ") and b"Exit status" in out and not err,
                program)
+
+
+def on_a_terminal(*arguments):
+    """What the tool writes to stderr where that is a terminal"""
+    ours, theirs = os.openpty()
+    with subprocess.Popen([BUILD / "kvscratchctl-sanitized", *map(str, arguments)],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=theirs) as tool:
+        os.close(theirs)
+        written = b""
+        # EIO when nobody has the other end any more
+        with contextlib.suppress(OSError):
+            while got := os.read(ours, 4096):
+                written += got
+    os.close(ours)
+    expect(tool.returncode == 0, f"{arguments}: exit {tool.returncode}: {written!r}")
+    return written.decode()
+
+
+@test
+def long_transfers_show_how_far_they_are():
+    tool = BUILD / "kvscratchctl-sanitized"
+    with tempfile.TemporaryDirectory() as directory:
+        rows, saved = f"{directory}/rows", f"{directory}/rows.npy"
+        pathlib.Path(rows).write_bytes(bytes(range(256)) * (16 << 12))
+        # a pad for a script that appends, dumps, saves and loads
+        for word, script in (("reading", f'"$0" append "$@" {rows}'),
+                             ("writing", f'"$0" append --no-progress {rows} && '
+                                         '"$0" dump "$@" --format raw'),
+                             ("saving", f'"$0" append --no-progress {rows} && '
+                                        f'"$0" save "$@" {saved}'),
+                             ("loading", f'"$0" load "$@" {saved}')):
+            command = ("create", "--max-seq-len", 1 << 14, "--dim", 1024, "--dtype", "u8", "--",
+                       "sh", "-c", script, tool)
+            shown = on_a_terminal(*command)
+            last = shown.rstrip().split("\r")[-2]
+            expect(f"\r{word} [" in shown and shown.endswith("\r\033[K") and
+                   last.endswith(("100% of 16 MiB", " 99% of 16 MiB")) and "\n" not in shown,
+                   f"{word}: {shown!r}")
+            expect(not on_a_terminal(*command, "--no-progress"), f"{word}: --no-progress")
+            expect_quiet(*command)
 
 
 @test
