@@ -70,6 +70,7 @@ struct options {
  * @handle: the descriptor that we got for it, or -1
  * @unbound: @handle is open and has no pad yet
  * @view: the mapped pad
+ * @generation: that of the rows; what another one has came from somebody else
  * @heap: the array, with the scales behind it
  */
 struct store {
@@ -83,6 +84,7 @@ struct store {
 	int handle;
 	bool unbound;
 	const struct kvscratch_view *view;
+	uint32_t generation;
 	char *heap;
 };
 
@@ -411,16 +413,20 @@ static int append_pad(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
 	int err = kvscratch_append(store->pad, row, store->dim);
-	uint32_t len;
+	uint64_t state;
 
 	if (err)
 		return fail_pad(store, "append", err);
-	len = kvscratch_state_len(kvscratch_view_state(store->view));
+	state = kvscratch_view_state(store->view);
 	/* two names of one pad, or a predecessor that still writes */
-	if (len != rows->len + 1)
-		return fail(EXIT_PADS, "%s: expected %" PRIu32 " rows after an append, got %" PRIu32
-			    ": somebody else writes to this pad", store->name, rows->len + 1, len);
-	rows->len = len;
+	if (kvscratch_state_len(state) != rows->len + 1 ||
+	    kvscratch_state_generation(state) != store->generation)
+		return fail(EXIT_PADS, "%s: expected %" PRIu32 " rows of generation %" PRIu32
+			    " after an append, got %" PRIu32 " of %" PRIu32
+			    ": somebody else writes to this pad", store->name, rows->len + 1,
+			    store->generation, kvscratch_state_len(state),
+			    kvscratch_state_generation(state));
+	rows->len++;
 	return 0;
 }
 
@@ -514,15 +520,15 @@ static int allocate_arrays(struct cache *cache)
 
 static int map_pad(struct store *store)
 {
-	int64_t len;
+	struct kvscratch_tensor tensor;
 
-	store->view = kvscratch_view(store->pad);
-	len = store->view ? kvscratch_len(store->pad) : -1;
-	if (len < 0)
+	if (kvscratch_as_tensor(store->pad, &tensor))
 		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
-	store->rows.data = store->view->data;
-	store->rows.scales = kvscratch_view_scales(store->view);
-	store->rows.len = len;
+	store->view = kvscratch_view(store->pad);
+	store->generation = kvscratch_state_generation(tensor.state);
+	store->rows.data = tensor.data;
+	store->rows.scales = tensor.scales;
+	store->rows.len = tensor.len;
 	store->rows.append = append_pad;
 	return 0;
 }
@@ -564,6 +570,7 @@ static int truncate_pad(struct store *store, uint32_t len)
 	if (err)
 		return fail_pad(store, "truncate", err);
 	store->rows.len = len;
+	store->generation++;
 	return 0;
 }
 

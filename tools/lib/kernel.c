@@ -115,9 +115,13 @@ static int64_t now_ms(void)
 	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
-static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
+/*
+ * @fd has a position that nobody else moves: neither another waiter nor a write(), which puts
+ * it back when it returns.
+ */
+static int wait_on(const struct kvscratch *pad, int fd, uint64_t state, int timeout_ms)
 {
-	struct pollfd polled = { .fd = pad->fd, .events = POLLIN | POLLPRI };
+	struct pollfd polled = { .fd = fd, .events = POLLIN | POLLPRI };
 	const int64_t end = now_ms() + timeout_ms;
 
 	for (;;) {
@@ -126,7 +130,7 @@ static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 		int ready;
 
 		/* acknowledge, then look, then sleep: see struct kvscratch_status */
-		lseek(pad->fd, seen, SEEK_SET);
+		lseek(fd, seen, SEEK_SET);
 		if (kvscratch_view_state(pad->view) != state)
 			return 0;
 		if (timeout_ms >= 0 && left < 0)
@@ -137,6 +141,20 @@ static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 		if (!ready)
 			return set_error(-ETIMEDOUT, "nothing was appended or dropped in time");
 	}
+}
+
+static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
+{
+	int own, err;
+
+	if (kvscratch_view_state(pad->view) != state)
+		return 0;
+	/* where the device cannot be opened, the handle itself has to do */
+	own = device_open_reader(pad->fd);
+	err = wait_on(pad, own < 0 ? pad->fd : own, state, timeout_ms);
+	if (own >= 0)
+		close(own);
+	return err;
 }
 
 const struct backend kernel_backend = {

@@ -18,14 +18,15 @@
  * on failure; kvscratch_error() then has a sentence about it. Output arguments are
  * written on success only. Element counts, rows and lengths are in elements and
  * rows, never bytes, unless the name says bytes. What a handle is not open for is
- * EBADF everywhere but in kvscratch_attach(); a signal whose handler does not restart
- * calls makes those that wait fail with EINTR, and nothing has been done then.
+ * EBADF everywhere but in kvscratch_attach(). A signal makes calls that wait fail with
+ * EINTR, unless its handler restarts calls (kvscratch_wait() is never restarted), and
+ * nothing has been done then. To write to a memfd takes /proc and permission to open it.
  *
  * Threads: one pad object may be used by any number of threads at once, but for
  * kvscratch_close(), which must come last, and kvscratch_wait(), of which one at a
  * time may run on an object. Appends by many threads, objects and processes are
  * ordered one after the other, each whole. Nothing here is async-signal-safe but
- * the inline functions. After fork() the child has the objects as well; it closes its
+ * the inline loads of views. After fork() the child has the objects as well; it closes its
  * copies, and attaches a handle of its own to wait. Strings that are returned are
  * constants, but for kvscratch_error().
  *
@@ -266,8 +267,9 @@ int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, v
 /*
  * Sleep until the state (see kvscratch_view_state()) is another than @state; no sleep when
  * it is already. A negative @timeout_ms waits without end, 0 only looks. Errors: ETIMEDOUT,
- * EINTR. On a pad of the kernel this moves the file position: of all who share an
- * open file, one at a time may wait.
+ * EINTR. A pad of the kernel is watched through a handle of its own; where the device cannot
+ * be opened the handle itself is, and of all who share its open file one at a time may
+ * wait, and none append meanwhile.
  */
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 

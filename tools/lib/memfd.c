@@ -168,8 +168,10 @@ static int memfd_reopen(int *fd, int src_fd, int access)
 }
 
 /* The page is somebody else's: it counts once it agrees with the size of the file. */
-static int check_page(struct kvscratch *pad, const struct memfd_page *page, uint64_t bytes)
+static int check_page(struct kvscratch *pad, const struct memfd_page *page,
+		      const struct stat *status)
 {
+	const uint64_t bytes = status->st_size;
 	const struct kvscratch_geometry geometry = {
 		.max_seq_len = page->status.max_seq_len,
 		.dim = page->status.dim,
@@ -183,6 +185,9 @@ static int check_page(struct kvscratch *pad, const struct memfd_page *page, uint
 	if (page->version != MEMFD_VERSION)
 		return set_error(-EPROTO, "descriptor %d: expected a memfd pad of version %d, got %"
 				 PRIu32, pad->fd, MEMFD_VERSION, (uint32_t)page->version);
+	/* who maps a hole pays for it */
+	if ((uint64_t)status->st_blocks * 512 < bytes)
+		return set_error(-EPROTO, "descriptor %d: expected a memfd without holes", pad->fd);
 	if (lay_out(&pad->info, &geometry))
 		return -EPROTO;
 	if (pad->info.status_offset + page_size() != bytes)
@@ -210,7 +215,7 @@ static int map_page(struct kvscratch *pad, const struct stat *status)
 
 	if (page == MAP_FAILED)
 		return cannot("map the status page", -errno);
-	err = check_page(pad, page, status->st_size);
+	err = check_page(pad, page, status);
 	if (err)
 		munmap(page, page_size());
 	else
@@ -226,9 +231,6 @@ static int memfd_adopt(struct kvscratch *pad)
 		return -ENOTTY;
 	if (pad->access == O_WRONLY)
 		return set_error(-EOPNOTSUPP, "a pad in a memfd has no handles for writing only");
-	/* who maps a hole pays for it */
-	if ((uint64_t)status.st_blocks * 512 < (uint64_t)status.st_size)
-		return set_error(-EPROTO, "descriptor %d: expected a memfd without holes", pad->fd);
 	return map_page(pad, &status);
 }
 
