@@ -1036,8 +1036,6 @@ static int check_fit(const struct kvscratch *pad, const struct kvscratch_saved_p
 	const struct kvscratch_info *info = &pad->info;
 	const struct kvscratch_geometry *geometry = &saved->geometry;
 
-	if (kvscratch_access(pad) == O_RDONLY)
-		return set_error(-EBADF, "expected a handle open for write, got one for read only");
 	if (geometry->dim != info->dim)
 		return set_error(-EINVAL, "shape mismatch: expected %" PRIu32 " elements, got %"
 				 PRIu32, (uint32_t)info->dim, geometry->dim);
