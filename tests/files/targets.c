@@ -117,22 +117,14 @@ bool fuzz_safetensors(const uint8_t *bytes, size_t size)
 
 /* Files */
 
-/* In memory, if there is such a place: nothing of it is to last */
-static const char *directory(void)
+/* Where to save: in memory, if there is such a place, and beside others that do this */
+static const char *saved_path(const char *extension)
 {
-	static char path[] = "/dev/shm/kvscratch-fuzz-XXXXXX";
+	static char path[64];
 
-	if (path[sizeof(path) - 2] == 'X') {
-		if (!mkdtemp(path))
-			CHECK(mkdtemp(strcpy(path, "/tmp/kvscratch-fuzz-XXXXXX")));
-		setenv("KVSCRATCH_BACKEND", "memfd", 1);
-	}
+	snprintf(path, sizeof(path), "%s/kvscratch-fuzz-%d%s",
+		 access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm", getpid(), extension);
 	return path;
-}
-
-static void remove_directory(void)
-{
-	rmdir(directory());
 }
 
 /* A file of these bytes, by its path */
@@ -145,7 +137,7 @@ static const char *input_file(const uint8_t *bytes, size_t size)
 		fd = memfd_create("input", MFD_CLOEXEC);
 		CHECK(fd >= 0);
 		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-		atexit(remove_directory);
+		setenv("KVSCRATCH_BACKEND", "memfd", 1);
 	}
 	CHECK(!ftruncate(fd, 0) && pwrite(fd, bytes, size, 0) == (ssize_t)size);
 	return path;
@@ -198,16 +190,14 @@ static void check_saved(const char *path, struct kvscratch *const *pads,
 	kvscratch_close_file(file);
 }
 
-static void save_and_compare(const struct kvscratch_file *file, const char *name)
+static void save_and_compare(const struct kvscratch_file *file, const char *path)
 {
 	unsigned int count;
 	const struct kvscratch_saved_pad *saved = kvscratch_file_pads(file, &count);
 	struct kvscratch_named_pad *named = calloc(count, sizeof(*named));
 	struct kvscratch **pads = calloc(count, sizeof(*pads));
-	char path[64];
 
 	CHECK(named && pads);
-	snprintf(path, sizeof(path), "%s/%s", directory(), name);
 	for (unsigned int i = 0; i < count; i++) {
 		pads[i] = load(file, &saved[i]);
 		named[i] = (struct kvscratch_named_pad){ saved[i].name, pads[i] };
@@ -237,14 +227,13 @@ bool fuzz_files(const uint8_t *bytes, size_t size)
 	struct kvscratch_file *file;
 	unsigned int count;
 
-	directory();
 	if (kvscratch_open_file(&file, input_file(bytes, size)))
 		return false;
 	kvscratch_file_pads(file, &count);
 	if (bytes[0] == 0x93)
-		save_and_compare(file, "saved.npy");
+		save_and_compare(file, saved_path(".npy"));
 	else if (count && !has_nameless(file))
-		save_and_compare(file, "saved.safetensors");
+		save_and_compare(file, saved_path(".safetensors"));
 	kvscratch_close_file(file);
 	return true;
 }
