@@ -84,15 +84,30 @@ sanitized: $(EXAMPLES:%=build/examples/sanitized/%)
 build build/examples build/examples/sanitized:
 	mkdir -p $@
 
-# Same source, two word sizes; and with sanitizers, which need shared libraries
+# Same source, two word sizes; and with sanitizers, which need shared libraries. $(1) is
+# the end of a name and $(2) the flags that make the difference.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+define library
+build/objects$(1)/%.o: tools/lib/%.c $(HEADERS) | build/objects$(1)
+	$$(CC) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
+build/objects$(1)/library.a: $(LIBKVSCRATCH:tools/lib/%.c=build/objects$(1)/%.o)
+	rm -f $$@
+	$$(AR) rcs $$@ $$^
+build/objects$(1):
+	mkdir -p $$@
+endef
+LIBRARY := build/objects/library.a
+$(eval $(call library,,))
+$(eval $(call library,-32,-m32))
+$(eval $(call library,-sanitized,$(SANITIZERS)))
+
 define program
-build/$(1): $(2) $(LIBKVSCRATCH) $(HEADERS) | build
-	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBKVSCRATCH) -lm
-build/$(1)-32: $(2) $(LIBKVSCRATCH) $(HEADERS) | build
-	$$(CC) -m32 $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBKVSCRATCH) -lm
-build/$(1)-sanitized: $(2) $(LIBKVSCRATCH) $(HEADERS) | build
-	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -fsanitize=address,undefined -fno-sanitize-recover=all \
-		-o $$@ $(2) $(LIBKVSCRATCH) -lm
+build/$(1): $(2) $(LIBRARY) $(HEADERS) | build
+	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBRARY) -lm
+build/$(1)-32: $(2) build/objects-32/library.a $(HEADERS) | build
+	$$(CC) -m32 $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
+build/$(1)-sanitized: $(2) build/objects-sanitized/library.a $(HEADERS) | build
+	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) $(SANITIZERS) -o $$@ $(2) build/objects-sanitized/library.a -lm
 endef
 
 # kselftest_harness.h comes from the Linux source that the test kernel is made of
@@ -103,32 +118,32 @@ $(eval $(call program,torture,tests/torture/torture.c,$$(HARNESS)))
 
 # C or C++ by the end of the name, so there is no -std for all of what is compiled here.
 define example
-build/examples/$(1): $(wildcard tools/examples/$(1).c*) $(LIBKVSCRATCH) $(HEADERS) | build/examples
-	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) -static -o $$@ $$< $(LIBKVSCRATCH) -lstdc++ -lm
-build/examples/sanitized/$(1): $(wildcard tools/examples/$(1).c*) $(LIBKVSCRATCH) $(HEADERS) | build/examples/sanitized
-	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) -fsanitize=address,undefined \
-		-fno-sanitize-recover=all -o $$@ $$< $(LIBKVSCRATCH) -lstdc++ -lm
+build/examples/$(1): $(wildcard tools/examples/$(1).c*) $(LIBRARY) $(HEADERS) | build/examples
+	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) -static -o $$@ $$< $(LIBRARY) -lstdc++ -lm
+build/examples/sanitized/$(1): $(wildcard tools/examples/$(1).c*) build/objects-sanitized/library.a $(HEADERS) | build/examples/sanitized
+	$$(CC) $$(CPPFLAGS) $$(filter-out -std=%,$$(CFLAGS)) $(SANITIZERS) -o $$@ $$< \
+		build/objects-sanitized/library.a -lstdc++ -lm
 endef
 $(foreach name,$(EXAMPLES),$(eval $(call example,$(name))))
 
 BENCH := bench scale_bench kvdecode
 bench-sources := $(filter-out %/scale_bench.c,$(wildcard tests/bench/*.c))
 
-build/bench: $(bench-sources) tests/bench/bench.h $(LIBKVSCRATCH) $(HEADERS) | build
-	$(CC) $(CPPFLAGS) $(CFLAGS) -static -o $@ $(bench-sources) $(LIBKVSCRATCH) -llmdb
+build/bench: $(bench-sources) tests/bench/bench.h $(LIBRARY) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -static -o $@ $(bench-sources) $(LIBRARY) -llmdb
 
-build/fuzzer: tests/fuzz/fuzz.c $(LIBKVSCRATCH) $(HEADERS) | build
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(HARNESS) -static -o $@ tests/fuzz/fuzz.c $(LIBKVSCRATCH)
+build/fuzzer: tests/fuzz/fuzz.c $(LIBRARY) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(HARNESS) -static -o $@ tests/fuzz/fuzz.c $(LIBRARY)
 
 # The arithmetic as the kernel compiles it
-build/scale_bench: tests/bench/scale_bench.c $(LIBKVSCRATCH) $(HEADERS) | build
-	$(CC) $(CPPFLAGS) $(CFLAGS) -mgeneral-regs-only -static -o $@ tests/bench/scale_bench.c $(LIBKVSCRATCH)
+build/scale_bench: tests/bench/scale_bench.c $(LIBRARY) $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -mgeneral-regs-only -static -o $@ tests/bench/scale_bench.c $(LIBRARY)
 
 # What reads files, with sanitizers: every seed and what is next to it, or a fuzzer
 file-targets := tests/files/targets.c
-build/files_replay: tests/files/replay.c $(file-targets) tests/files/targets.h $(LIBKVSCRATCH) $(HEADERS) | build
-	$(CC) $(CPPFLAGS) $(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all \
-		-o $@ tests/files/replay.c $(file-targets) $(LIBKVSCRATCH)
+build/files_replay: tests/files/replay.c $(file-targets) tests/files/targets.h build/objects-sanitized/library.a $(HEADERS) | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(SANITIZERS) -o $@ tests/files/replay.c $(file-targets) \
+		build/objects-sanitized/library.a
 build/fuzz_%: $(file-targets) tests/files/targets.h $(LIBKVSCRATCH) $(HEADERS) | build
 	clang $(CPPFLAGS) $(CFLAGS) -DFUZZ_TARGET=fuzz_$* -fno-sanitize-recover=all \
 		-fsanitize=fuzzer,address,undefined -o $@ $(file-targets) $(LIBKVSCRATCH)
