@@ -586,6 +586,70 @@ TEST_F(pad, a_reader_sleeps_until_there_is_something)
 	kvscratch_close(reader);
 }
 
+struct waiter {
+	struct kvscratch *pad;
+	uint64_t state;
+	pid_t thread;
+};
+
+static void *wait_for_change(void *argument)
+{
+	struct waiter *waiter = argument;
+
+	__atomic_store_n(&waiter->thread, gettid(), __ATOMIC_RELEASE);
+	return (void *)(long)kvscratch_wait(waiter->pad, waiter->state, -1);
+}
+
+struct slow_append {
+	struct kvscratch *pad;
+	const void *row;
+};
+
+static void *append_slowly(void *argument)
+{
+	const struct slow_append *append = argument;
+
+	return (void *)(long)kvscratch_append(append->pad, append->row, 4);
+}
+
+/*
+ * A write() that returns puts the file position back to where it was when it began, and
+ * with it what a waiter of the same object has acknowledged since.
+ */
+TEST_F(pad, one_thread_waits_while_another_appends)
+{
+	float rows[10][4] = { 0 };
+	void *page = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct slow_append append = { self->pad, page };
+	struct waiter waiter = { .pad = self->pad };
+	const struct kvscratch_view *view = kvscratch_view(self->pad);
+	pthread_t threads[2];
+	void *err[2];
+	int faults;
+
+	if (!kept("poll"))
+		SKIP(return, "there is no file position in this");
+	ASSERT_EQ(0, kvscratch_append_rows(self->pad, rows, 10, 4));
+	ASSERT_EQ(80 * 2, lseek(kvscratch_fd(self->pad), 0, SEEK_END));
+	ASSERT_EQ(0, kvscratch_truncate(self->pad, 3, 0));
+	waiter.state = kvscratch_view_state(view);
+	faults = stop_at(page, page_bytes());
+	ASSERT_EQ(0, pthread_create(&threads[0], NULL, append_slowly, &append));
+	ASSERT_TRUE(await_stop(faults));
+	ASSERT_EQ(0, pthread_create(&threads[1], NULL, wait_for_change, &waiter));
+	while (!__atomic_load_n(&waiter.thread, __ATOMIC_ACQUIRE))
+		sched_yield();
+	EXPECT_EQ('S', await_sleep(waiter.thread));
+	/* lets the append go on */
+	close(faults);
+	for (int i = 0; i < 2; i++) {
+		pthread_join(threads[i], &err[i]);
+		EXPECT_EQ(NULL, err[i]);
+	}
+	EXPECT_EQ(4, kvscratch_len(self->pad));
+}
+
 /* Writers at once */
 
 #define WRITERS 4
