@@ -1298,7 +1298,8 @@ static Py_ssize_t parse_handles(PyObject *list, struct handles *handles)
 /* The list takes over the descriptors; NULL after an error, when @count is a negative errno. */
 static PyObject *list_handles(const struct handles *handles, int count)
 {
-	const char *name = handles->names;
+	/* cppcheck-suppress ctuuninitvar */
+	const char *name = handles->names;	/* the library filled it */
 	PyObject *list;
 
 	if (count < 0)
