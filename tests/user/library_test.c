@@ -10,6 +10,9 @@
 #define F32 KVSCRATCH_DTYPE_F32
 #define U8 KVSCRATCH_DTYPE_U8
 
+/* Bytes in the rows of what is appended by several, or again and again */
+#define ROW_DIM 640
+
 /* Whether pads that are made now keep the promise @name */
 static bool kept(const char *name)
 {
@@ -521,6 +524,35 @@ TEST_F(pad, a_len_that_cannot_be)
 	EXPECT_EQ(-EPROTO, kvscratch_info(self->pad, &info));
 }
 
+#define KEPT_ROWS 3000
+
+/* Rows that no truncate drops are there for who copies them, however many truncates there are. */
+TEST(rows_are_copied_beside_rollbacks)
+{
+	static uint8_t rows[KEPT_ROWS][ROW_DIM], copy[KEPT_ROWS][ROW_DIM];
+	struct kvscratch *pad;
+	pid_t writer;
+
+	for (uint32_t i = 0; i < KEPT_ROWS; i++)
+		fill_row(rows[i], ROW_DIM, i);
+	ASSERT_EQ(0, kvscratch_new(&pad, KEPT_ROWS + 2, ROW_DIM, U8));
+	ASSERT_EQ(0, kvscratch_append_rows(pad, rows, KEPT_ROWS, ROW_DIM));
+	writer = fork();
+	ASSERT_LE(0, writer);
+	if (!writer)
+		while (!kvscratch_append_rows(pad, rows, 2, ROW_DIM) &&
+		       !kvscratch_truncate(pad, KEPT_ROWS, 0))
+			;
+	for (int i = 0; i < 20; i++) {
+		memset(copy, 0, sizeof(copy));
+		ASSERT_EQ(0, kvscratch_copy_rows(pad, 0, KEPT_ROWS, copy));
+		ASSERT_EQ(0, memcmp(copy, rows, sizeof(rows)));
+	}
+	kill(writer, SIGKILL);
+	waitpid(writer, NULL, 0);
+	kvscratch_close(pad);
+}
+
 /* Handles that are passed */
 
 TEST_F(pad, handles_are_passed_over_a_socket)
@@ -654,7 +686,6 @@ TEST_F(pad, one_thread_waits_while_another_appends)
 
 #define WRITERS 4
 #define ROWS_EACH 8000
-#define ROW_DIM 640
 
 /**
  * struct writer - one of several

@@ -822,7 +822,6 @@ static void tell_parent(void *context)
 	for (int fd = STDIN_FILENO; null >= 0 && fd <= STDERR_FILENO; fd++)
 		dup2(null, fd);
 	close(null);
-	signal(SIGPIPE, SIG_IGN);
 	if (write(*pipe_end, "", 1) != 1)
 		/* who waited was killed: there is nobody to tell */
 		return;
@@ -884,6 +883,8 @@ int run_hold(const struct arguments *args)
 	if (err)
 		return err;
 	holder.args = args;
+	/* whoever reads what we say may be gone */
+	signal(SIGPIPE, SIG_IGN);
 	if (given(args, OPT_FOREGROUND))
 		return hold(&holder, tell_manager, NULL);
 	return hold_in_background(&holder);

@@ -100,10 +100,15 @@ static int receive_all(int sock, char *bytes, size_t count)
 	return 0;
 }
 
+/* A peer may have sent anything: a socket could wait in close() for its own. */
 static void close_all(const int *fds, unsigned int count)
 {
-	while (count--)
+	const struct linger none = { 0 };
+
+	while (count--) {
+		setsockopt(fds[count], SOL_SOCKET, SO_LINGER, &none, sizeof(none));
 		close(fds[count]);
+	}
 }
 
 /* Take the first bytes of the length word, and the descriptors that ride on them. */

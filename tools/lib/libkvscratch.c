@@ -558,6 +558,35 @@ static void copy_records(const struct kvscratch_view *view, uint64_t first, uint
 	}
 }
 
+/* So few that a writer hardly truncates twice while they are copied, but one at least */
+#define PIECE_BYTES 4096u
+
+/*
+ * Copy from @state on, piece by piece. Whenever a piece is done all rows up to its end are
+ * those of the present moment, whatever was truncated behind them; it goes on from there.
+ * False when some were dropped, or too many truncates came in between to tell.
+ */
+static bool copy_in_pieces(const struct kvscratch_view *view, uint64_t state, uint64_t first,
+			   uint64_t end, char *to)
+{
+	const uint32_t row_bytes = view->info.row_bytes;
+	const uint64_t most = row_bytes < PIECE_BYTES ? PIECE_BYTES / row_bytes : 1;
+
+	while (first < end) {
+		uint64_t count = end - first < most ? end - first : most;
+		uint64_t next;
+
+		copy_records(view, first, count, to);
+		first += count;
+		to += count * row_bytes;
+		next = kvscratch_view_state(view);
+		if (kvscratch_view_valid_rows(view, state) < first)
+			return false;
+		state = next;
+	}
+	return true;
+}
+
 int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows)
 {
 	const struct kvscratch_view *view = kvscratch_view(pad);
@@ -575,8 +604,7 @@ int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, v
 		if (first > (uint64_t)len || count > (uint64_t)len - first)
 			return set_error(-EINVAL, "expected rows below %" PRId64 ", got %" PRIu64
 					 " from %" PRIu64 " on", len, count, first);
-		copy_records(view, first, count, rows);
-	} while (kvscratch_view_valid_rows(view, state) < first + count);
+	} while (!copy_in_pieces(view, state, first, first + count, rows));
 	return 0;
 }
 
