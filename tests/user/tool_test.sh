@@ -523,7 +523,10 @@ echo old >collected/kvscratch.prom
 run kvscratchctl metrics -o collected/kvscratch.prom
 expect "metrics to a file" 0 ""
 kvscratchctl metrics >printed
-run sh -c 'cmp printed collected/kvscratch.prom && stat -c "%a %n" collected/*'
+# the holder may still have had a handle for the one before
+run sh -c 'sed "s/^\(kvscratch_module_open_handles\) .*/\1/" printed >expected &&
+	sed "s/^\(kvscratch_module_open_handles\) .*/\1/" collected/kvscratch.prom | cmp - expected &&
+	stat -c "%a %n" collected/*'
 expect "metrics replace a file" 0 "644 collected/kvscratch.prom"
 run sh -c 'kvscratchctl metrics >/dev/full'
 expect "metrics to a full disk" 2 "kvscratchctl metrics: cannot write the output: No space left on device"

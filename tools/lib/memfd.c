@@ -35,6 +35,13 @@
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
 
+/* 32-bit programs have one more, since Linux 5.1, with times of 64 bits */
+#ifdef SYS_futex_time64
+#define FUTEX_TIME64 SYS_futex_time64
+#else
+#define FUTEX_TIME64 SYS_futex
+#endif
+
 #define MEMFD_MAGIC	0x4d56564bU	/* "KVVM" */
 #define MEMFD_VERSION	1
 #define MEMFD_SEALS	(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
@@ -280,7 +287,7 @@ static int memfd_info(struct kvscratch *pad, struct kvscratch_info *info)
 static void wake_waiters(struct kvscratch *pad)
 {
 	__atomic_fetch_add(&pad->page->changes, 1, __ATOMIC_RELEASE);
-	syscall(SYS_futex, &pad->page->changes, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+	syscall(FUTEX_TIME64, &pad->page->changes, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 /*
@@ -572,10 +579,10 @@ static int64_t now_ns(void)
 /* Until a point in time, which FUTEX_WAIT knows not; 0 or a negative errno */
 static int sleep_until(struct kvscratch *pad, __u32 changes, int64_t end_ns)
 {
-	/* what this number takes on 32 bit, whatever size time_t has there */
-	const long end[2] = { end_ns / 1000000000, end_ns % 1000000000 };
+	/* what these numbers take, whatever size time_t has here */
+	const int64_t end[2] = { end_ns / 1000000000, end_ns % 1000000000 };
 
-	return syscall(SYS_futex, &pad->page->changes, FUTEX_WAIT_BITSET, changes, end, NULL,
+	return syscall(FUTEX_TIME64, &pad->page->changes, FUTEX_WAIT_BITSET, changes, end, NULL,
 		       FUTEX_BITSET_MATCH_ANY) ? -errno : 0;
 }
 
