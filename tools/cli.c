@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
+#define _FILE_OFFSET_BITS 64
 #include "cli.h"
+#include "libkvscratch.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -7,6 +9,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 const char *cli_name;
@@ -62,4 +65,18 @@ int open_standard_descriptors(void)
 	} while (fd <= STDERR_FILENO);
 	close(fd);
 	return 0;
+}
+
+void remove_dead_socket(const char *path)
+{
+	struct stat status;
+	int sock;
+
+	if (lstat(path, &status) || !S_ISSOCK(status.st_mode))
+		return;
+	sock = kvscratch_connect(path);
+	if (sock >= 0)
+		close(sock);
+	else if (sock == -ECONNREFUSED)
+		unlink(path);
 }

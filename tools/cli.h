@@ -33,4 +33,10 @@ int fail_option(int code, int option, char *const *argv);
  */
 int open_standard_descriptors(void);
 
+/*
+ * Remove the socket of a process that was killed: it refuses connections, which those of
+ * living ones and other files do not.
+ */
+void remove_dead_socket(const char *path);
+
 #endif

@@ -863,21 +863,6 @@ static int add_polled(struct server *server, int fd, short events)
 	return 0;
 }
 
-/* Remove the socket of a server that was killed: it refuses connections, as other files do. */
-static void remove_dead_socket(const char *path)
-{
-	struct stat status;
-	int sock;
-
-	if (lstat(path, &status) || !S_ISSOCK(status.st_mode))
-		return;
-	sock = kvscratch_connect(path);
-	if (sock >= 0)
-		close(sock);
-	else if (sock == -ECONNREFUSED)
-		unlink(path);
-}
-
 static int listen_unblocked(const char *path)
 {
 	int listener = kvscratch_listen(path);

@@ -585,21 +585,6 @@ static int open_directory(void)
 	return fd;
 }
 
-/* Remove the socket of a holder that was killed: it refuses connections. */
-static void remove_dead_socket(const char *path)
-{
-	struct stat status;
-	int sock;
-
-	if (lstat(path, &status) || !S_ISSOCK(status.st_mode))
-		return;
-	sock = kvscratch_connect(path);
-	if (sock >= 0)
-		close(sock);
-	else if (sock == -ECONNREFUSED)
-		unlink(path);
-}
-
 /*
  * Under a lock: between our look at a dead socket and its removal nobody may put a living
  * one in its place, nor see ours before it listens.
