@@ -524,40 +524,58 @@ TEST_F(pad, a_len_that_cannot_be)
 	EXPECT_EQ(-EPROTO, kvscratch_info(self->pad, &info));
 }
 
-#define COPIED_ROWS 3000
+/* In memory that children share */
+static int *new_counter(int count)
+{
+	int *counter = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+			    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
-static void replace_rows(struct kvscratch *pad)
+	*counter = count;
+	return counter;
+}
+
+#define COPIED_ROWS 3000
+#define COPIES 50
+
+/* Whenever there is another copy, which is when the next one begins */
+static void replace_rows(struct kvscratch *pad, const int *copies)
 {
 	static uint8_t rows[COPIED_ROWS][ROW_DIM];
 
-	for (int round = 1;; round++) {
+	for (int round = 0;; round++) {
+		int seen;
+
 		memset(rows, round, sizeof(rows));
 		if (kvscratch_clear(pad, 0) || kvscratch_append_rows(pad, rows, COPIED_ROWS, ROW_DIM))
 			_exit(1);
+		seen = __atomic_load_n(copies, __ATOMIC_ACQUIRE);
+		while (__atomic_load_n(copies, __ATOMIC_ACQUIRE) == seen)
+			sched_yield();
 	}
 }
 
-/* All rows of a copy are of one moment, however many truncates there are beside it. */
+/* All rows of a copy are of one moment, whatever truncates there are beside it. */
 TEST(rows_are_copied_beside_who_replaces_them)
 {
 	static uint8_t copy[COPIED_ROWS][ROW_DIM];
+	int *copies = new_counter(0);
 	struct kvscratch *pad;
-	int copies = 0;
 	pid_t writer;
 
 	ASSERT_EQ(0, kvscratch_new(&pad, COPIED_ROWS, ROW_DIM, U8));
 	writer = fork();
 	ASSERT_LE(0, writer);
 	if (!writer)
-		replace_rows(pad);
-	while (copies < 50) {
+		replace_rows(pad, copies);
+	while (*copies < COPIES) {
 		int err = kvscratch_copy_rows(pad, 0, COPIED_ROWS, copy);
 
 		/* between the two calls of the writer there are none */
 		ASSERT_TRUE(!err || err == -EINVAL);
-		copies += !err;
-		if (!err)
-			ASSERT_EQ(0, memcmp(copy[0], &copy[0][1], sizeof(copy) - 1));
+		if (err)
+			continue;
+		ASSERT_EQ(0, memcmp(copy[0], &copy[0][1], sizeof(copy) - 1));
+		__atomic_fetch_add(copies, 1, __ATOMIC_RELEASE);
 	}
 	kill(writer, SIGKILL);
 	waitpid(writer, NULL, 0);
@@ -710,15 +728,6 @@ struct writer {
 	int *missing;
 };
 
-static int *new_barrier(int count)
-{
-	int *missing = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
-			    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-	*missing = count;
-	return missing;
-}
-
 static void *write_rows(void *argument)
 {
 	const struct writer *writer = argument;
@@ -758,7 +767,7 @@ TEST(threads_share_a_pad_object)
 {
 	struct writer writers[WRITERS];
 	pthread_t threads[WRITERS];
-	int *missing = new_barrier(WRITERS);
+	int *missing = new_counter(WRITERS);
 	struct kvscratch *pad;
 
 	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
@@ -779,7 +788,7 @@ TEST(threads_share_a_pad_object)
 /* By descriptors that were inherited, which share one open file until they are handles. */
 TEST(processes_share_a_pad)
 {
-	int *missing = new_barrier(WRITERS);
+	int *missing = new_counter(WRITERS);
 	struct kvscratch *pad;
 
 	ASSERT_EQ(0, kvscratch_new(&pad, WRITERS * ROWS_EACH, ROW_DIM, U8));
