@@ -595,7 +595,12 @@ static int listen_alone(struct holder *holder)
 
 	if (directory < 0)
 		return EXIT_SYSTEM;
-	flock(directory, LOCK_EX);
+	if (flock(directory, LOCK_EX)) {
+		fail(EXIT_SYSTEM, "%s: cannot lock its directory: %s", holder->path,
+		     strerror(errno));
+		close(directory);
+		return EXIT_SYSTEM;
+	}
 	holder->listener = kvscratch_listen(holder->path);
 	if (holder->listener == -EADDRINUSE) {
 		remove_dead_socket(holder->path);
