@@ -58,6 +58,16 @@
 
 /* Random numbers: splitmix64 */
 
+/* What the fuzzer itself cannot do without, for all that a program did */
+#define NEED(condition) do { \
+	if (!(condition)) { \
+		printf("# fuzz.c, line %d: %s is false: %s\n", \
+		       __LINE__, #condition, strerror(errno)); \
+		fflush(stdout); \
+		abort(); \
+	} \
+} while (0)
+
 static uint64_t random_state;
 
 static uint64_t random_word(void)
@@ -117,27 +127,22 @@ static void open_tracers(void)
 	       fscanf(modules, "%63s %*u %*u %*s %*s %lx%*[^\n]", name, &module_base) == 2)
 		if (!strcmp(name, "kvscratch"))
 			break;
-	if (strcmp(name, "kvscratch"))
-		abort();
+	NEED(!strcmp(name, "kvscratch"));
 	fclose(modules);
 
 	for (int i = 0; i < NR_PROCESSES; i++) {
 		tracers[i].fd = open(KCOV, O_RDWR | O_CLOEXEC);
-		if (tracers[i].fd < 0 || ioctl(tracers[i].fd, KCOV_INIT_TRACE, KCOV_ENTRIES)) {
-			perror(KCOV);
-			abort();
-		}
+		NEED(tracers[i].fd >= 0);
+		NEED(!ioctl(tracers[i].fd, KCOV_INIT_TRACE, KCOV_ENTRIES));
 		tracers[i].area = mmap(NULL, KCOV_ENTRIES * sizeof(unsigned long),
 				       PROT_READ | PROT_WRITE, MAP_SHARED, tracers[i].fd, 0);
-		if (tracers[i].area == MAP_FAILED)
-			abort();
+		NEED(tracers[i].area != MAP_FAILED);
 	}
 }
 
 static void trace_with(int tracer)
 {
-	if (ioctl(tracers[tracer].fd, KCOV_ENABLE, KCOV_TRACE_PC))
-		abort();
+	NEED(!ioctl(tracers[tracer].fd, KCOV_ENABLE, KCOV_TRACE_PC));
 }
 
 /* What the checks do is not what the program reaches. */
@@ -358,8 +363,7 @@ static void limit_total(uint64_t bytes)
 	char text[24];
 	int length = snprintf(text, sizeof(text), "%llu", (unsigned long long)bytes);
 
-	if (pwrite(max_total_fd, text, length, 0) != length)
-		abort();
+	NEED(pwrite(max_total_fd, text, length, 0) == length);
 }
 
 /* With all handles released, the smallest pad fits into the smallest limit. */
@@ -385,8 +389,7 @@ static void *map_at(void *at, size_t bytes, int prot)
 	void *map = mmap(at, bytes, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
 			 (at ? MAP_FIXED : 0), -1, 0);
 
-	if (map == MAP_FAILED)
-		abort();
+	NEED(map != MAP_FAILED);
 	return map;
 }
 
@@ -788,8 +791,7 @@ static int pipe_ends[2] = { -1, -1 };
 
 static void need_pipe(void)
 {
-	if (pipe_ends[0] < 0 && pipe2(pipe_ends, O_CLOEXEC | O_NONBLOCK))
-		abort();
+	NEED(pipe_ends[0] >= 0 || !pipe2(pipe_ends, O_CLOEXEC | O_NONBLOCK));
 }
 
 /* The pipe keeps the pages when the view and the pad are gone. */
@@ -842,8 +844,7 @@ static void do_pass(const uint64_t *arg)
 	if (from == to || from->fd < 0)
 		return;
 	release(to);
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
-		abort();
+	NEED(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends));
 	if (kvscratch_send_handles(ends[0], &name, &from->fd, 1) ||
 	    kvscratch_receive_handles(ends[1], text, sizeof(text), &fd, 1) != 1)
 		broken("a handle was not passed");
@@ -1038,8 +1039,7 @@ static void keep(const struct program *program)
 	if (nr_programs == MAX_PROGRAMS)
 		return;
 	corpus[nr_programs] = malloc(sizeof(*program));
-	if (!corpus[nr_programs])
-		abort();
+	NEED(corpus[nr_programs]);
 	*corpus[nr_programs++] = *program;
 }
 

@@ -192,11 +192,15 @@ static inline bool start_child(struct child *child)
 {
 	int ends[2];
 
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends)) {
+		perror("a line to a child");
 		abort();
+	}
 	child->pid = fork_child();
-	if (child->pid < 0)
+	if (child->pid < 0) {
+		perror("a child");
 		abort();
+	}
 	child->line = ends[!child->pid];
 	close(ends[!!child->pid]);
 	return !child->pid;
