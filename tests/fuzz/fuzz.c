@@ -768,7 +768,8 @@ static void do_mremap(const uint64_t *arg)
 		munmap(moved, bytes);
 	/* nothing else may settle in a hole that it has left */
 	bytes = moved == old ? (bytes + PAGE - 1) / PAGE * PAGE : 0;
-	map_at(old + bytes, VIEW_STRIDE - bytes, PROT_NONE);
+	if (bytes < VIEW_STRIDE)
+		map_at(old + bytes, VIEW_STRIDE - bytes, PROT_NONE);
 }
 
 static void do_munmap(const uint64_t *arg)
