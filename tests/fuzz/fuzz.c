@@ -56,8 +56,6 @@
 /* Of one process: a fork repeats what follows it */
 #define MAX_REPEATED_CALLS 32
 
-/* Random numbers: splitmix64 */
-
 /* What the fuzzer itself cannot do without, for all that a program did */
 #define NEED(condition) do { \
 	if (!(condition)) { \
@@ -67,6 +65,8 @@
 		abort(); \
 	} \
 } while (0)
+
+/* Random numbers: splitmix64 */
 
 static uint64_t random_state;
 
