@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */
 /*
  * kvscratch: floating-point rows to scaled integers, without floating point
  *

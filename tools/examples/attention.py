@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-# SPDX-License-Identifier: GPL-2.0-only
+# SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 """Plot how much kvdecode's last token attends to each token before it.
 
 Connects to a decoder that serves its pads, and computes

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
  * Make a pad, pass it to a reader, and append a row for each number of the input; -N
  * keeps the first N rows.

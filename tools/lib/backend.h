@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * What the library and its backends share: the pad object, the calls that differ
  * between a pad of the module and one in a memfd, and how errors get their words.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * The kernel interface, call by call: the one place in user space with ioctls. For
  * the library, which hides it, and for tests of the module, which want bare handles.

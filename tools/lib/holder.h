@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * What a client and a holder of pads say to each other, over a Unix stream socket:
  * one request and one reply per connection, which the holder then closes. Numbers

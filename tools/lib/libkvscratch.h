@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * libkvscratch: KV-cache scratchpads for transformer inference, for programs in
  * C and C++.

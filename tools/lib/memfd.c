@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
  * Pads without the module: a memfd of the same layout, whose last page is the
  * status page and what writers have to remember besides.

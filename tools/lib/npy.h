@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * The header of .npy files, versions 1.0 to 3.0 as numpy.lib.format describes
  * them: a magic string, two version bytes, the length of the header, a Python

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
  * What each backend keeps of what a pad promises. The README and kvscratch_promises(3)
  * say the same; the tests of the library try each that a program can.

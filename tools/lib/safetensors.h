@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: LGPL-2.1-or-later OR MIT */
 /*
  * The header of safetensors files: a little-endian u64 with its length, a JSON object,
  * and the data. The object has an entry for each tensor,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
  * kvscratch._kvscratch: libkvscratch as Python objects. The package around it has
  * what is easier said in Python, and the documentation.

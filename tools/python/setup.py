@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0-only
+# SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 """Builds the extension; what does not need to be computed is in pyproject.toml.
 
 With KVSCRATCH_SHARED=1 in the environment the extension links the installed libkvscratch,

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0-only
+# SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 """KV-cache scratchpads for transformer inference.
 
 A pad is a [max_seq_len, dim] matrix of one element type that is allocated once.
