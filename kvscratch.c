@@ -2,10 +2,10 @@
 /*
  * kvscratch: KV-cache scratchpads for transformer inference
  *
- * /dev/kvscratch holds pads: [max_seq_len, dim] matrices that are allocated
- * once, grow by whole rows through write(), and are mapped read-only and live
- * by every process that holds a handle. uapi/linux/kvscratch.h is the contract
- * with user space.
+ * /dev/kvscratch makes pads: tables of one or more [max_seq_len, dim] planes
+ * that are allocated once, grow by whole tokens, and are mapped read-only and
+ * live by every process that holds a handle. uapi/linux/kvscratch.h is the
+ * contract with user space.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -17,16 +17,17 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/mount.h>
 #include <linux/nospec.h>
 #include <linux/poll.h>
-#include <linux/preempt.h>
+#include <linux/pseudo_fs.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
+#include <linux/sort.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
-#include <linux/vmalloc.h>
 
 #include "kvscratch.h"
 #include "kvscratch_scale.h"
@@ -34,27 +35,37 @@
 /**
  * DOC: Lifetime
  *
- * A handle (struct file) owns a struct kvs_handle, and from CREATE or ATTACH
- * on one reference to its pad, both until release. A view pins the file by its
- * VMA, the file pins the module. Nothing of a pad is replaced while it lives,
- * so whoever has a bound handle uses the pad without a further reference.
+ * A handle (struct file) owns a struct kvs_handle, and by it a reference to its
+ * pad, from the constructor to release. A view pins the file by its VMA, the file
+ * pins the module and the pseudo file system that its inode is of. Nothing of
+ * a pad is replaced while it lives, so whoever has a handle uses the pad, its
+ * chunks included, without a further reference and without a lock.
  *
- * A view has no vm_ops: all its pages are inserted at mmap time and carry a
- * reference each, so there is no fault handler and no mapping counter.
+ * The pages of a view carry ordinary references, which fault handling takes: a
+ * page that somebody pinned outlives the pad.
  */
 
 /**
- * DOC: Locks
+ * DOC: Locks and turns
  *
- * pad->lock orders appends and truncates. It is held while user memory is
- * read, so a writer whose source page does not arrive (userfaultfd, FUSE) stalls
- * the other writers of its pad until it is killed; all waits for it are
- * interruptible. Order: pad->lock, then mmap_lock. ->mmap runs under mmap_lock
- * and therefore never takes pad->lock.
+ * pad->lock is held over no user page fault and no allocation, so everybody takes
+ * it with mutex_lock(), also who must not wait. Copies under it have page faults
+ * disabled and end after KVS_HOLD_BYTES.
  *
- * pad->trunc_lock nests inside pad->lock and guards a few stores only. INFO,
- * fdinfo and lseek take it; read, poll and mmap take neither: no reader ever
- * waits for a writer. The wait queue's lock nests inside pad->lock.
+ * An operation that has to drop the lock before it is done, to have a page
+ * faulted in or because it held the lock long enough, first sets pad->turn to
+ * itself and clears it at its end. Whoever would change the pad and finds a turn
+ * gets -EAGAIN or sleeps, interruptibly, on pad->turn_wait, and starts over. A
+ * takeover takes the lock only: it clears the turn, and the operation finds that
+ * when it has the lock again, and touches nothing more.
+ *
+ * read, poll, INFO, mmap, page faults and fdinfo take no lock: no reader ever
+ * waits for a writer. pad->lock nests in nothing and nothing but the locks of
+ * wait queues and work items, which are taken outside of it, follows it;
+ * mmap_lock is never taken under it.
+ *
+ * Pollers are woken by a work item, after the unlock: any reader can register any
+ * number of them, and a writer does not walk them.
  */
 
 /**
@@ -63,7 +74,7 @@
  * ======================================  =======================================
  * writer, under pad->lock                 reader: kvs_pad_read(), views
  * ======================================  =======================================
- * append:                                 (A) load-acquire state
+ * append, commit:                         (A) load-acquire state
  *   copy rows                                 read rows below its len
  *   (B) store-release state               (C) smp_rmb(), or an acquire fence
  * truncate:                                   load state again, compare the
@@ -77,74 +88,94 @@
  * D: a reader that saw a byte written after a truncate sees the generation of
  * that truncate. D is a full barrier because the append that overwrites a row
  * may run on another CPU: the order must hold through the mutex for a third CPU
- * that only reads.
+ * that only reads; smp_wmb() is not enough.
+ *
+ * There is one published word, the state on the status page. Who holds the lock
+ * uses pad->len and pad->generation; who does not loads the page. The two are
+ * never compared, so there is no order between them to keep.
  */
 
-/* Copies and scrubs yield the CPU after each piece. */
-#define KVS_PIECE_BYTES		SZ_2M
+/**
+ * DOC: Memory
+ *
+ * A plane is an array of chunks of 2 MiB, each a compound page or a table of
+ * single pages, reached through the direct map. There is no vmap() of a pad: its
+ * page tables would be allocated uncharged, outside of the limits and with the
+ * OOM killer at hand, and addresses that hardened usercopy looks up under a lock
+ * of the whole machine could not be mapped by huge entries either.
+ *
+ * memory_failure() cannot handle these pages, and they cannot be moved, so that
+ * their memory cannot be offlined; hibernation saves them; kexec does not wipe
+ * them.
+ */
+
+/* The longest copy under pad->lock: a source in device memory is slow. */
+#define KVS_HOLD_BYTES		SZ_128K
+
+/* What a copy counts for besides its bytes, so that many small ones end as well */
+#define KVS_COPY_COST		64
+
+/* A source that is faulted in so often and still cannot be copied from is bad. */
+#define KVS_MAX_ROUNDS		16
 
 /* Input that is converted passes through a buffer of this size. */
 #define KVS_STAGING_BYTES	SZ_16K
 
-/* One PMD of page-table entries per batch: vm_insert_pages() walks once. */
-#define KVS_MAP_BATCH_PAGES	PTRS_PER_PTE
+/* After so many a pad is made of single pages: memory is fragmented. */
+#define KVS_MAX_REFUSALS	4
 
-/* Pads are large; fail rather than call the OOM killer on somebody else. */
-#define KVS_GFP		(GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
+/*
+ * Pads are large; fail rather than call the OOM killer on somebody else. GFP_USER,
+ * not GFP_KERNEL, keeps to the cpuset of the creator.
+ */
+#define KVS_GFP		(GFP_USER | __GFP_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
+#define KVS_GFP_HUGE	(GFP_USER | __GFP_ACCOUNT | __GFP_NORETRY | __GFP_NOWARN | __GFP_COMP)
 
-static unsigned long long max_bytes_per_pad;
+/* Parameters that were not set */
+#define KVS_DEFAULT	U64_MAX
+
+static unsigned long long max_bytes_per_pad = KVS_DEFAULT;
 module_param(max_bytes_per_pad, ullong, 0644);
-MODULE_PARM_DESC(max_bytes_per_pad, "Largest pad in bytes, status page, page array and staging buffer included (default: half of RAM)");
+MODULE_PARM_DESC(max_bytes_per_pad, "Largest pad in bytes, with all that is allocated for it (default: half of RAM)");
 
-static unsigned long long max_bytes_total;
+static unsigned long long max_bytes_total = KVS_DEFAULT;
 module_param(max_bytes_total, ullong, 0644);
 MODULE_PARM_DESC(max_bytes_total, "Largest sum of all pads in bytes (default: half of RAM)");
 
+/*
+ * Pads cannot be reclaimed: what others need at once, page cache of what they run
+ * and page tables, has to come from what is left.
+ */
+static unsigned long long min_available_bytes = KVS_DEFAULT;
+module_param(min_available_bytes, ullong, 0644);
+MODULE_PARM_DESC(min_available_bytes, "Bytes of available memory that making a pad leaves (default: 1/32 of RAM, 32 MiB to 1 GiB)");
+
 static atomic64_t kvs_reserved_bytes;
 
-/**
- * struct kvs_handle - what one open file owns
- * @pad: NULL until CREATE or ATTACH binds it, constant from then on
- * @seen_generation: the generation that lseek(SEEK_SET) last took note of
- * @refused: appends that got EAGAIN and may come again, see kvs_poll()
- */
-struct kvs_handle {
-	struct kvs_pad *pad;
-	u32 seen_generation;
-	atomic_t refused;
-};
-
-enum kvs_kind {
-	KVS_FLOAT = 1,
-	KVS_INTEGER,	/* may have fraction bits */
-	KVS_OPAQUE,
-	KVS_MX,
-};
-
-static const struct kvs_dtype {
-	const char *name;
-	u32 size;
-	enum kvs_kind kind;
-} kvs_dtypes[] = {
-	[KVSCRATCH_DTYPE_F64] = { "f64", 8, KVS_FLOAT },
-	[KVSCRATCH_DTYPE_F32] = { "f32", 4, KVS_FLOAT },
-	[KVSCRATCH_DTYPE_F16] = { "f16", 2, KVS_FLOAT },
-	[KVSCRATCH_DTYPE_BF16] = { "bf16", 2, KVS_FLOAT },
-	[KVSCRATCH_DTYPE_I64] = { "i64", 8, KVS_INTEGER },
-	[KVSCRATCH_DTYPE_I32] = { "i32", 4, KVS_INTEGER },
-	[KVSCRATCH_DTYPE_I16] = { "i16", 2, KVS_INTEGER },
-	[KVSCRATCH_DTYPE_I8] = { "i8", 1, KVS_INTEGER },
-	[KVSCRATCH_DTYPE_U8] = { "u8", 1, KVS_OPAQUE },
-	[KVSCRATCH_DTYPE_MXINT8] = { "mxint8", 1, KVS_MX },
-};
-
-/* NULL for what is no dtype */
-static const struct kvs_dtype *kvs_dtype(u32 dtype)
+static int kvs_get_reserved(char *buffer, const struct kernel_param *param)
 {
-	if (!dtype || dtype >= ARRAY_SIZE(kvs_dtypes))
-		return NULL;
-	return &kvs_dtypes[array_index_nospec(dtype, ARRAY_SIZE(kvs_dtypes))];
+	return sysfs_emit(buffer, "%llu\n", kvs_reserved());
 }
+
+static const struct kernel_param_ops kvs_reserved_ops = { .get = kvs_get_reserved };
+module_param_cb(bytes_total, &kvs_reserved_ops, NULL, 0444);
+MODULE_PARM_DESC(bytes_total, "Bytes of all pads, read-only");
+
+static struct workqueue_struct *kvs_wakers;
+static atomic64_t kvs_last_id;
+
+static const char *const kvs_dtype_names[] = {
+	[KVSCRATCH_DTYPE_F64] = "f64",
+	[KVSCRATCH_DTYPE_F32] = "f32",
+	[KVSCRATCH_DTYPE_F16] = "f16",
+	[KVSCRATCH_DTYPE_BF16] = "bf16",
+	[KVSCRATCH_DTYPE_I64] = "i64",
+	[KVSCRATCH_DTYPE_I32] = "i32",
+	[KVSCRATCH_DTYPE_I16] = "i16",
+	[KVSCRATCH_DTYPE_I8] = "i8",
+	[KVSCRATCH_DTYPE_U8] = "u8",
+	[KVSCRATCH_DTYPE_MXINT8] = "mxint8",
+};
 
 /*
  * Limits
@@ -193,202 +224,415 @@ u64 kvs_reserved(void)
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_reserved);
 
-/*
- * Memory
- */
-
-/* Whether rows of @input can be stored as @stored */
-static bool kvs_convertible(const struct kvs_dtype *stored, const struct kvs_dtype *input)
+/* Whether so much more can be taken from the machine; what others take meanwhile is not seen */
+static bool kvs_leaves_enough(u64 bytes)
 {
-	if (input == stored)
-		return true;
-	return input->kind == KVS_FLOAT && (stored->kind == KVS_INTEGER || stored->kind == KVS_MX);
+	u64 available = (u64)max(si_mem_available(), 0L) << PAGE_SHIFT;
+
+	return available >= bytes && available - bytes >= READ_ONCE(min_available_bytes);
 }
 
-static u32 kvs_scales_per_row(const struct kvs_layout *layout)
+/*
+ * Chunks
+ */
+
+static u32 kvs_pages(u64 bytes)
 {
-	return layout->dtype == KVSCRATCH_DTYPE_MXINT8 ? layout->dim / KVSCRATCH_MX_BLOCK : 0;
+	return DIV_ROUND_UP_ULL(bytes, PAGE_SIZE);
+}
+
+/* What a chunk takes from the limits */
+static u64 kvs_chunk_charge(u64 nr_pages, bool huge)
+{
+	return sizeof(struct kvs_chunk) + nr_pages * PAGE_SIZE +
+	       (huge ? 0 : nr_pages * sizeof(struct page *));
+}
+
+/* Whether a chunk of so many bytes is to be one page that a view maps by one entry */
+static bool kvs_chunk_is_huge(u64 bytes)
+{
+	return PMD_SIZE == KVSCRATCH_CHUNK_BYTES && kvs_layout_is_large(bytes);
+}
+
+static struct kvs_chunk *kvs_chunk_huge(void)
+{
+	struct kvs_chunk *chunk = kzalloc(sizeof(*chunk), KVS_GFP);
+
+	if (!chunk)
+		return NULL;
+	chunk->huge = alloc_pages(KVS_GFP_HUGE | __GFP_ZERO, get_order(KVSCRATCH_CHUNK_BYTES));
+	if (!chunk->huge) {
+		kfree(chunk);
+		return NULL;
+	}
+	/* stale; fault handling asks it whether the file ends within the page */
+	page_folio(chunk->huge)->index = 0;
+	return chunk;
+}
+
+static void kvs_chunk_free(struct kvs_chunk *chunk)
+{
+	u32 i;
+
+	if (chunk->huge)
+		put_page(chunk->huge);
+	for (i = 0; i < chunk->nr_pages; i++)
+		__free_page(chunk->pages[i]);
+	kvfree(chunk);
+}
+
+static struct kvs_chunk *kvs_chunk_table(u32 nr_pages)
+{
+	struct kvs_chunk *chunk = kvzalloc(struct_size(chunk, pages, nr_pages), KVS_GFP);
+
+	if (!chunk)
+		return NULL;
+	while (chunk->nr_pages < nr_pages) {
+		struct page *page = fatal_signal_pending(current) ? NULL :
+				    alloc_page(KVS_GFP | __GFP_ZERO);
+
+		if (!page) {
+			kvs_chunk_free(chunk);
+			return NULL;
+		}
+		page_folio(page)->index = 0;
+		chunk->pages[chunk->nr_pages++] = page;
+	}
+	return chunk;
+}
+
+/* One for @bytes of capacity; @refusals counts what order 9 refused this pad. */
+static struct kvs_chunk *kvs_chunk_alloc(u64 bytes, unsigned int *refusals)
+{
+	if (!kvs_leaves_enough(bytes))
+		return NULL;
+	if (kvs_chunk_is_huge(bytes) && *refusals < KVS_MAX_REFUSALS) {
+		struct kvs_chunk *chunk = kvs_chunk_huge();
+
+		if (chunk)
+			return chunk;
+		++*refusals;
+	}
+	return kvs_chunk_table(kvs_pages(bytes));
+}
+
+/*
+ * Arrays
+ */
+
+/* Capacity of a chunk */
+static u64 kvs_array_chunk_bytes(const struct kvs_array *array, u64 i)
+{
+	return min_t(u64, array->bytes - i * KVSCRATCH_CHUNK_BYTES, KVSCRATCH_CHUNK_BYTES);
+}
+
+static void kvs_array_init(struct kvs_array *array, u64 offset, u64 max_seq_len, u32 row_bytes)
+{
+	array->offset = offset;
+	array->row_bytes = row_bytes;
+	array->bytes = max_seq_len * row_bytes;
+	array->nr_chunks = DIV_ROUND_UP_ULL(array->bytes, KVSCRATCH_CHUNK_BYTES);
+}
+
+/* What it takes from the limits if memory is as it should be */
+static u64 kvs_array_estimate(const struct kvs_array *array)
+{
+	u64 full = kvs_chunk_charge(KVS_CHUNK_PAGES, kvs_chunk_is_huge(KVSCRATCH_CHUNK_BYTES));
+	u64 last = kvs_array_chunk_bytes(array, array->nr_chunks - 1);
+	bool huge = kvs_chunk_is_huge(last);
+
+	return array->nr_chunks * sizeof(struct kvs_chunk *) + (array->nr_chunks - 1) * full +
+	       kvs_chunk_charge(huge ? KVS_CHUNK_PAGES : kvs_pages(last), huge);
+}
+
+/* What it has taken */
+static u64 kvs_array_charge(const struct kvs_array *array)
+{
+	u64 bytes = array->nr_chunks * sizeof(struct kvs_chunk *);
+	u64 i;
+
+	for (i = 0; i < array->nr_chunks; i++) {
+		const struct kvs_chunk *chunk = array->chunks[i];
+
+		bytes += kvs_chunk_charge(chunk->huge ? KVS_CHUNK_PAGES : chunk->nr_pages,
+					  chunk->huge);
+	}
+	return bytes;
+}
+
+static void kvs_array_free(struct kvs_array *array)
+{
+	u64 i;
+
+	for (i = 0; array->chunks && i < array->nr_chunks && array->chunks[i]; i++) {
+		kvs_chunk_free(array->chunks[i]);
+		cond_resched();
+	}
+	kvfree(array->chunks);
+}
+
+/* What there is of it after a failure kvs_array_free() frees. */
+static int kvs_array_alloc(struct kvs_array *array, unsigned int *refusals)
+{
+	u64 i;
+
+	array->chunks = kvcalloc(array->nr_chunks, sizeof(*array->chunks), KVS_GFP);
+	if (!array->chunks)
+		return -ENOMEM;
+	for (i = 0; i < array->nr_chunks; i++) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		array->chunks[i] = kvs_chunk_alloc(kvs_array_chunk_bytes(array, i), refusals);
+		if (!array->chunks[i])
+			return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+		cond_resched();
+	}
+	return 0;
 }
 
 /**
- * kvs_layout_init() - check a geometry and lay out its mapping
- * @layout: receives the result
- * @create: max_seq_len, dim, dtype, input_dtype and frac_bits count
+ * kvs_array_page() - a page of an array
+ * @array: the array
+ * @index: which, counted from its beginning
  *
- * With at most 2^32 - 1 rows of at most 2^24 bytes no sum here overflows.
- *
- * Return: 0, or -EINVAL for what the format does not allow.
+ * Return: the page, or NULL where there is none.
  */
-int kvs_layout_init(struct kvs_layout *layout, const struct kvscratch_create *create)
+struct page *kvs_array_page(const struct kvs_array *array, u64 index)
 {
-	u32 input_dtype = create->input_dtype ? create->input_dtype : create->dtype;
-	const struct kvs_dtype *stored = kvs_dtype(create->dtype);
-	const struct kvs_dtype *input = kvs_dtype(input_dtype);
-	u64 data_row_bytes, scales, input_row_bytes;
-	u64 end = 0;
+	const struct kvs_chunk *chunk;
+	u32 i = index % KVS_CHUNK_PAGES;
+
+	if (index / KVS_CHUNK_PAGES >= array->nr_chunks)
+		return NULL;
+	chunk = array->chunks[array_index_nospec(index / KVS_CHUNK_PAGES, array->nr_chunks)];
+	if (chunk->huge)
+		return chunk->huge + i;
+	return i < chunk->nr_pages ? chunk->pages[array_index_nospec(i, chunk->nr_pages)] : NULL;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_array_page);
+
+/*
+ * Where byte @at of an array lies, and in *@bytes how many of those that were asked for
+ * follow it in one piece. These are the bounds of every copy: they are checked here, so
+ * that copies go without hardened usercopy's own look at each address, as those of the
+ * pmem driver do. NULL is a bug of ours.
+ */
+static __always_inline void *kvs_locate(const struct kvs_array *array, u64 at, size_t *bytes)
+{
+	u64 index = at / KVSCRATCH_CHUNK_BYTES;
+	u32 offset = at % KVSCRATCH_CHUNK_BYTES;
+	const struct kvs_chunk *chunk;
+
+	if (WARN_ON_ONCE(index >= array->nr_chunks))
+		return NULL;
+	chunk = array->chunks[index];
+	if (likely(chunk->huge)) {
+		*bytes = min_t(size_t, *bytes, KVSCRATCH_CHUNK_BYTES - offset);
+		return page_address(chunk->huge) + offset;
+	}
+	if (WARN_ON_ONCE(offset >> PAGE_SHIFT >= chunk->nr_pages))
+		return NULL;
+	*bytes = min_t(size_t, *bytes, PAGE_SIZE - offset_in_page(offset));
+	return page_address(chunk->pages[offset >> PAGE_SHIFT]) + offset_in_page(offset);
+}
+
+/*
+ * Pads
+ */
+
+static bool kvs_is_record(const struct kvs_plane *plane)
+{
+	return plane->scales.row_bytes;
+}
+
+static int kvs_compare_arrays(const void *a, const void *b)
+{
+	const struct kvs_array *const *left = a, *const *right = b;
+
+	return (*left)->offset < (*right)->offset ? -1 : 1;
+}
+
+static void kvs_planes_init(struct kvs_pad *pad, const struct kvscratch_plane *planes)
+{
+	u32 record_offset = 0;
 	u32 i;
 
-	if (!stored || !input || !kvs_convertible(stored, input))
-		return -EINVAL;
-	if (create->frac_bits > (stored->kind == KVS_INTEGER ? KVSCRATCH_MAX_FRAC_BITS : 0))
-		return -EINVAL;
-	if (!create->max_seq_len || create->max_seq_len > KVSCRATCH_MAX_SEQ_LEN || !create->dim)
-		return -EINVAL;
-	if (stored->kind == KVS_MX && create->dim % KVSCRATCH_MX_BLOCK)
-		return -EINVAL;
+	for (i = 0; i < pad->nr_planes; i++) {
+		struct kvs_plane *plane = &pad->planes[i];
 
-	*layout = (struct kvs_layout) {
-		.max_seq_len = create->max_seq_len,
-		.dim = create->dim,
-		.dtype = create->dtype,
-		.input_dtype = input_dtype,
-		.frac_bits = create->frac_bits,
-	};
-	scales = kvs_scales_per_row(layout);
-	data_row_bytes = (u64)create->dim * stored->size;
-	input_row_bytes = input == stored ? data_row_bytes + scales :
-					    (u64)create->dim * input->size;
-	if (data_row_bytes + scales > KVSCRATCH_MAX_ROW_BYTES ||
-	    input_row_bytes > KVSCRATCH_MAX_ROW_BYTES)
-		return -EINVAL;
-	layout->row_bytes = data_row_bytes + scales;
-	layout->input_row_bytes = input_row_bytes;
-	layout->stored_as_is = input == stored && !scales;
-	layout->planes[layout->nr_planes++].row_bytes = data_row_bytes;
-	if (scales)
-		layout->planes[layout->nr_planes++].row_bytes = scales;
-
-	for (i = 0; i < layout->nr_planes; i++) {
-		layout->planes[i].offset = end;
-		end = PAGE_ALIGN(end + layout->max_seq_len * layout->planes[i].row_bytes);
+		plane->geometry = planes[i];
+		plane->record_offset = record_offset;
+		record_offset += planes[i].row_bytes + planes[i].scales_row_bytes;
+		kvs_array_init(&plane->data, planes[i].offset, pad->max_seq_len,
+			       planes[i].row_bytes);
+		pad->arrays[pad->nr_arrays++] = &plane->data;
+		if (!planes[i].scales_row_bytes)
+			continue;
+		kvs_array_init(&plane->scales, planes[i].scales_offset, pad->max_seq_len,
+			       planes[i].scales_row_bytes);
+		pad->arrays[pad->nr_arrays++] = &plane->scales;
 	}
-	layout->status_offset = end;
-	layout->nr_pages = (end >> PAGE_SHIFT) + 1;
-	layout->charged_bytes = end + PAGE_SIZE +
-				PAGE_ALIGN(layout->nr_pages * sizeof(struct page *));
-	if (input != stored)
-		layout->charged_bytes += KVS_STAGING_BYTES;
-	return 0;
-}
-EXPORT_SYMBOL_FOR_KUNIT(kvs_layout_init);
-
-static bool kvs_converts(const struct kvs_layout *layout)
-{
-	return layout->input_dtype != layout->dtype;
+	sort(pad->arrays, pad->nr_arrays, sizeof(*pad->arrays), kvs_compare_arrays, NULL);
 }
 
-static void *kvs_plane_row(const struct kvs_pad *pad, u32 plane, u64 row)
+static bool kvs_pad_converts(const struct kvs_pad *pad)
 {
-	const struct kvscratch_plane *p = &pad->layout.planes[plane];
+	u32 i;
 
-	return pad->base + p->offset + row * p->row_bytes;
+	for (i = 0; i < pad->nr_planes; i++)
+		if (kvs_plane_converts(&pad->planes[i].geometry))
+			return true;
+	return false;
+}
+
+/* Besides chunks: the status page, the planes, and a buffer where one converts */
+static u64 kvs_pad_fixed_charge(const struct kvs_pad *pad)
+{
+	return PAGE_SIZE + PAGE_ALIGN(pad->nr_planes * sizeof(*pad->planes)) +
+	       (kvs_pad_converts(pad) ? KVS_STAGING_BYTES : 0);
 }
 
 static void kvs_status_init(struct kvs_pad *pad)
 {
 	pad->status->magic = KVSCRATCH_STATUS_MAGIC;
 	pad->status->version = KVSCRATCH_STATUS_VERSION;
-	pad->status->max_seq_len = pad->layout.max_seq_len;
-	pad->status->dim = pad->layout.dim;
-	pad->status->dtype = pad->layout.dtype;
+	pad->status->max_seq_len = pad->max_seq_len;
+	pad->status->nr_planes = pad->nr_planes;
 	pad->status->row_bytes = pad->layout.row_bytes;
 }
 
-static void kvs_free_pages(struct page **pages, u64 nr_pages)
+static void kvs_wake_pollers(struct work_struct *work)
 {
-	while (nr_pages--) {
-		__free_page(pages[nr_pages]);
-		cond_resched();
+	struct kvs_pad *pad = container_of(work, struct kvs_pad, wake);
+
+	wake_up_interruptible_poll(&pad->wait, EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM |
+				   EPOLLRDHUP);
+}
+
+/* Frees also what kvs_pad_alloc() made half of. */
+static void kvs_pad_free(struct kvs_pad *pad)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_arrays; i++)
+		kvs_array_free(pad->arrays[i]);
+	free_page((unsigned long)pad->status);
+	kvfree(pad->staging);
+	kvfree(pad->arrays);
+	kvfree(pad->planes);
+	kvs_unreserve(pad->allocated_bytes);
+	kfree(pad);
+}
+
+/* A pad without memory for its rows, which has taken nothing from the limits */
+static struct kvs_pad *kvs_pad_alloc(const struct kvscratch_create *create,
+				     const struct kvscratch_plane *planes)
+{
+	struct kvs_pad *pad = kzalloc(sizeof(*pad), KVS_GFP);
+
+	if (!pad)
+		return NULL;
+	pad->max_seq_len = create->max_seq_len;
+	pad->nr_planes = create->nr_planes;
+	pad->planes = kvcalloc(pad->nr_planes, sizeof(*pad->planes), KVS_GFP);
+	pad->arrays = kvcalloc(pad->nr_planes, 2 * sizeof(*pad->arrays), KVS_GFP);
+	pad->status = (void *)__get_free_page(KVS_GFP | __GFP_ZERO);
+	if (!pad->planes || !pad->arrays || !pad->status)
+		goto err_free;
+	virt_to_folio(pad->status)->index = 0;
+	kvs_planes_init(pad, planes);
+	if (kvs_pad_converts(pad)) {
+		pad->staging = kvmalloc(KVS_STAGING_BYTES, KVS_GFP);
+		if (!pad->staging)
+			goto err_free;
 	}
-	kvfree(pages);
+	memcpy(pad->tag, create->tag, sizeof(pad->tag));
+	refcount_set(&pad->refs, 1);
+	mutex_init(&pad->lock);
+	init_waitqueue_head(&pad->wait);
+	init_waitqueue_head(&pad->turn_wait);
+	INIT_WORK(&pad->wake, kvs_wake_pollers);
+	return pad;
+
+err_free:
+	kvs_pad_free(pad);
+	return NULL;
 }
 
 /*
- * Page by page, not by vmalloc(), which on newer kernels takes blocks in a loop
- * that neither a fatal signal nor the scheduler gets into, and which would keep
- * an array of the pages of its own.
+ * Take all memory of the rows. The limits are asked before the first chunk, for what a pad
+ * takes when order 9 refuses nothing; the little that tables take more is asked for at
+ * the end.
  */
-static int kvs_pad_alloc_memory(struct kvs_pad *pad)
+static int kvs_pad_populate(struct kvs_pad *pad)
 {
-	u64 nr_pages = pad->layout.nr_pages;
-	struct page **pages;
-	u64 i;
+	const u64 max_per_pad = READ_ONCE(max_bytes_per_pad), max_total = READ_ONCE(max_bytes_total);
+	unsigned int refusals = 0;
+	u64 taken;
+	u32 i;
+	int err;
 
-	if (nr_pages > totalram_pages())
-		return -ENOMEM;
-	pages = kvmalloc_array(nr_pages, sizeof(*pages), KVS_GFP);
-	if (!pages)
-		return -ENOMEM;
-	for (i = 0; i < nr_pages; i++) {
-		if (fatal_signal_pending(current))
-			goto err_free;
-		pages[i] = alloc_page(KVS_GFP | __GFP_ZERO);
-		if (!pages[i])
-			goto err_free;
-		cond_resched();
+	pad->allocated_bytes = kvs_pad_fixed_charge(pad);
+	for (i = 0; i < pad->nr_arrays; i++)
+		pad->allocated_bytes += kvs_array_estimate(pad->arrays[i]);
+	err = kvs_reserve(pad->allocated_bytes, max_per_pad, max_total);
+	if (err) {
+		pad->allocated_bytes = 0;
+		return err;
 	}
-	pad->base = vmap(pages, nr_pages, VM_MAP, PAGE_KERNEL);
-	if (!pad->base)
-		goto err_free;
-	pad->pages = pages;
-	pad->status = pad->base + pad->layout.status_offset;
-	return 0;
-
-err_free:
-	kvs_free_pages(pages, i);
-	return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	if (!kvs_leaves_enough(pad->allocated_bytes))
+		return -ENOMEM;
+	taken = kvs_pad_fixed_charge(pad);
+	for (i = 0; i < pad->nr_arrays; i++) {
+		err = kvs_array_alloc(pad->arrays[i], &refusals);
+		if (err)
+			return err;
+		taken += kvs_array_charge(pad->arrays[i]);
+	}
+	if (taken > max_per_pad)
+		return -EDQUOT;
+	if (taken > pad->allocated_bytes)
+		err = kvs_reserve(taken - pad->allocated_bytes, U64_MAX, max_total);
+	else
+		kvs_unreserve(pad->allocated_bytes - taken);
+	if (!err)
+		pad->allocated_bytes = taken;
+	return err;
 }
 
 /**
  * kvs_pad_create() - make a new, zero-filled pad
- * @create: max_seq_len, dim, dtype, input_dtype and frac_bits count
+ * @create: max_seq_len, nr_planes and tag count
+ * @planes: nr_planes of them, by the caller; receive their layout
  *
  * The only place that allocates for a pad.
  *
  * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -EDQUOT, -ENOMEM,
  * -EINTR when a fatal signal ended the allocation.
  */
-struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create)
+struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
+			       struct kvscratch_plane *planes)
 {
 	struct kvs_layout layout;
 	struct kvs_pad *pad;
 	int err;
 
-	err = kvs_layout_init(&layout, create);
-	if (err)
-		return ERR_PTR(err);
-	err = kvs_reserve(layout.charged_bytes, READ_ONCE(max_bytes_per_pad),
-			  READ_ONCE(max_bytes_total));
-	if (err)
-		return ERR_PTR(err);
-	pad = kzalloc(sizeof(*pad), KVS_GFP);
-	if (!pad) {
-		err = -ENOMEM;
-		goto err_unreserve;
-	}
+	if (!create->max_seq_len || create->max_seq_len > KVSCRATCH_MAX_SEQ_LEN)
+		return ERR_PTR(-EINVAL);
+	if (!kvs_layout_init(&layout, planes, create->nr_planes, create->max_seq_len, PAGE_SIZE))
+		return ERR_PTR(-EINVAL);
+	pad = kvs_pad_alloc(create, planes);
+	if (!pad)
+		return ERR_PTR(-ENOMEM);
 	pad->layout = layout;
-	if (kvs_converts(&layout)) {
-		err = -ENOMEM;
-		pad->staging = kvmalloc(KVS_STAGING_BYTES, KVS_GFP);
-		if (!pad->staging)
-			goto err_free;
+	err = kvs_pad_populate(pad);
+	if (err) {
+		kvs_pad_free(pad);
+		return ERR_PTR(err);
 	}
-	err = kvs_pad_alloc_memory(pad);
-	if (err)
-		goto err_free;
+	pad->id = atomic64_inc_return(&kvs_last_id);
 	kvs_status_init(pad);
-	refcount_set(&pad->refs, 1);
-	init_waitqueue_head(&pad->wait);
-	mutex_init(&pad->lock);
-	spin_lock_init(&pad->trunc_lock);
 	return pad;
-
-err_free:
-	kvfree(pad->staging);
-	kfree(pad);
-err_unreserve:
-	kvs_unreserve(layout.charged_bytes);
-	return ERR_PTR(err);
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_create);
 
@@ -413,208 +657,428 @@ void kvs_pad_put(struct kvs_pad *pad)
 {
 	if (!refcount_dec_and_test(&pad->refs))
 		return;
-	vunmap(pad->base);
-	kvs_free_pages(pad->pages, pad->layout.nr_pages);
-	kvs_unreserve(pad->layout.charged_bytes);
+	/* nobody is left to queue it anew */
+	cancel_work_sync(&pad->wake);
+	iput(pad->inode);
 	mutex_destroy(&pad->lock);
-	kvfree(pad->staging);
-	kfree(pad);
+	kvs_pad_free(pad);
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_put);
 
-/*
- * Pad core
- */
-
-/*
- * The one place that changes what readers see. The private state comes first:
- * whoever is told by the status page finds read() and INFO at least as far.
- * Between the two stores poll() reports what a view does not show yet, and a
- * reader looks again and again; so nobody may be scheduled in between.
- */
-static void kvs_publish(struct kvs_pad *pad, u64 state)
+/* The last array that begins at @offset or before; there is one at 0. */
+static const struct kvs_array *kvs_find_array(const struct kvs_pad *pad, u64 offset)
 {
-	lockdep_assert_held(&pad->lock);
-	ASSERT_EXCLUSIVE_WRITER(pad->state);
+	u32 low = 0, high = pad->nr_arrays;
 
-	preempt_disable();
-	/* (B) in "Memory ordering", pairs with (A) */
-	smp_store_release(&pad->state, state);
-	/* the same for views */
-	smp_store_release(&pad->status->state.word, state);
-	preempt_enable();
+	while (high - low > 1) {
+		u32 middle = low + (high - low) / 2;
+
+		if (pad->arrays[middle]->offset <= offset)
+			low = middle;
+		else
+			high = middle;
+	}
+	return pad->arrays[low];
 }
 
-static void kvs_wake(struct kvs_pad *pad, __poll_t events)
+/**
+ * kvs_pad_page() - a page of the mapping
+ * @pad: the pad
+ * @index: which, counted from the beginning of the mapping
+ *
+ * Return: the page, or NULL where there is a hole.
+ */
+struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index)
+{
+	const struct kvs_array *array;
+
+	if (index == pad->layout.status_offset >> PAGE_SHIFT)
+		return virt_to_page(pad->status);
+	array = kvs_find_array(pad, index << PAGE_SHIFT);
+	return kvs_array_page(array, index - (array->offset >> PAGE_SHIFT));
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_page);
+
+/*
+ * Changing a pad: the lock, the role of the writer, and turns
+ */
+
+/**
+ * struct kvs_op - an operation that changes a pad and may have to drop its lock
+ * @handle: by which it came
+ * @budget: what it may still copy before it drops the lock
+ * @saturated: elements that it clamped
+ * @rounds: how often in succession a page was faulted in and nothing could be copied
+ */
+struct kvs_op {
+	struct kvs_handle *handle;
+	long budget;
+	u64 saturated;
+	unsigned int rounds;
+};
+
+static struct kvs_op kvs_op_of(struct kvs_handle *handle)
+{
+	return (struct kvs_op) { .handle = handle, .budget = KVS_HOLD_BYTES };
+}
+
+static void kvs_wake(struct kvs_pad *pad)
 {
 	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll() */
 	if (wq_has_sleeper(&pad->wait))
-		wake_up_interruptible_poll(&pad->wait, events);
+		queue_work(kvs_wakers, &pad->wake);
+}
+
+/* What forbids @handle to change the pad, apart from turns */
+static int kvs_check_role(const struct kvs_pad *pad, const struct kvs_handle *handle,
+			  bool only_writer)
+{
+	if (pad->sealed)
+		return -EROFS;
+	if (handle->writer)
+		return pad->writer == handle ? 0 : -ESTALE;
+	if (only_writer)
+		return -ENOLCK;
+	return pad->writer ? -EBUSY : 0;
 }
 
 /*
- * The bounds of a copy, checked here because copy_from_iter() and copy_to_iter()
- * would look for them among the vmalloc areas of the whole system, under a lock
- * that all CPUs share: the copies below are the underscored ones, which do not.
+ * Take the lock to change the pad, when nobody has a turn. On failure it is not taken: an
+ * errno of kvs_check_role(), -EAGAIN with @nowait, -ERESTARTSYS.
  */
-static bool kvs_within_planes(const struct kvs_pad *pad, const void *at, size_t bytes)
+static int kvs_begin(struct kvs_handle *handle, bool only_writer, bool nowait)
 {
-	u64 end = pad->layout.status_offset;
-
-	return !WARN_ON_ONCE(bytes > end || at - pad->base > end - bytes);
-}
-
-/*
- * Where an append takes its rows from: @iter, or without one @user, which is all
- * that write() has. Its way is shorter by a twentieth of a small append.
- */
-struct kvs_source {
-	struct iov_iter *iter;
-	const void __user *user;
-};
-
-static __always_inline bool kvs_copy_piece(void *to, size_t bytes, struct kvs_source *from)
-{
-	if (from->iter)
-		return _copy_from_iter(to, bytes, from->iter) == bytes;
-	if (kvs_copy_from_user(to, from->user, bytes))
-		return false;
-	from->user += bytes;
-	return true;
-}
-
-/* -EFAULT, or what ended the task's copy */
-static __always_inline int kvs_copy_in(struct kvs_pad *pad, void *to, size_t bytes,
-				       struct kvs_source from)
-{
-	if (!kvs_within_planes(pad, to, bytes))
-		return -EFAULT;
-	while (unlikely(bytes > KVS_PIECE_BYTES)) {
-		if (!kvs_copy_piece(to, KVS_PIECE_BYTES, &from))
-			goto err_fault;
-		to += KVS_PIECE_BYTES;
-		bytes -= KVS_PIECE_BYTES;
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
-	}
-	if (likely(kvs_copy_piece(to, bytes, &from)))
-		return 0;
-err_fault:
-	return fatal_signal_pending(current) ? -EINTR : -EFAULT;
-}
-
-/* Rows of several planes that are stored as they come: a row of each in turn */
-static noinline int kvs_store_records(struct kvs_pad *pad, struct iov_iter *from, u32 len,
-				      u32 rows)
-{
-	const struct kvs_layout *layout = &pad->layout;
-	u64 row;
-	u32 plane;
+	struct kvs_pad *pad = handle->pad;
 	int err;
 
-	for (row = len; row < (u64)len + rows; row++) {
-		for (plane = 0; plane < layout->nr_planes; plane++) {
-			err = kvs_copy_in(pad, kvs_plane_row(pad, plane, row),
-					  layout->planes[plane].row_bytes,
-					  (struct kvs_source) { .iter = from });
-			if (err)
-				return err;
-		}
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
+	for (;;) {
+		mutex_lock(&pad->lock);
+		err = kvs_check_role(pad, handle, only_writer);
+		if (!err && likely(!pad->turn))
+			return 0;
+		mutex_unlock(&pad->lock);
+		if (err)
+			return err;
+		if (nowait)
+			return -EAGAIN;
+		if (wait_event_interruptible(pad->turn_wait, !READ_ONCE(pad->turn)))
+			return -ERESTARTSYS;
+	}
+}
+
+/*
+ * Drop the lock in the middle of an operation and take it again, after @missing bytes of
+ * @from were faulted in. On failure the operation is over, and if it lost its turn it
+ * touches nothing any more.
+ */
+static noinline int kvs_pause(struct kvs_pad *pad, struct kvs_op *op, struct iov_iter *from,
+			      size_t missing)
+{
+	size_t absent = 0;
+
+	WRITE_ONCE(pad->turn, op);
+	mutex_unlock(&pad->lock);
+	if (missing)
+		absent = fault_in_iov_iter_readable(from, missing);
+	cond_resched();
+	mutex_lock(&pad->lock);
+	op->budget = KVS_HOLD_BYTES;
+	if (pad->turn != op)
+		return op->handle->writer ? -ESTALE : -EBUSY;
+	if (fatal_signal_pending(current))
+		return -EINTR;
+	return missing && (absent == missing || ++op->rounds >= KVS_MAX_ROUNDS) ? -EFAULT : 0;
+}
+
+/* Drop the lock for good; @changed: pollers have something to see */
+static __always_inline void kvs_end(struct kvs_pad *pad, const struct kvs_op *op, bool changed)
+{
+	bool had_turn = pad->turn == op;
+
+	if (unlikely(had_turn))
+		WRITE_ONCE(pad->turn, NULL);
+	mutex_unlock(&pad->lock);
+	if (unlikely(had_turn))
+		wake_up_interruptible(&pad->turn_wait);
+	if (changed || had_turn)
+		kvs_wake(pad);
+}
+
+/* The one place that changes what readers see. */
+static __always_inline void kvs_publish(struct kvs_pad *pad, u64 generation, u32 len)
+{
+	lockdep_assert_held(&pad->lock);
+
+	pad->generation = generation;
+	pad->len = len;
+	/* (B) in "Memory ordering", pairs with (A) */
+	smp_store_release(&pad->status->state.word, kvs_state(generation, len));
+}
+
+/* After the final state: who sees the pad sealed sees that. */
+static void kvs_publish_role(struct kvs_pad *pad)
+{
+	u32 flags = (pad->sealed ? KVSCRATCH_PAD_SEALED : 0) |
+		    (pad->writer ? KVSCRATCH_PAD_WRITER : 0);
+
+	lockdep_assert_held(&pad->lock);
+
+	/* pairs with the acquire of who reads it, kvs_pad_info() among them */
+	smp_store_release(&pad->status->writer.word, (u64)pad->epoch << 32 | flags);
+}
+
+static void kvs_drop_staged(struct kvs_pad *pad)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_planes; i++)
+		pad->planes[i].staged = pad->len;
+}
+
+/*
+ * Storing rows, under the lock
+ */
+
+/*
+ * Copy up to @bytes, all of them unless the lock was dropped in between. Returns how many,
+ * or what kvs_pause() says.
+ */
+static __always_inline ssize_t kvs_copy_in(struct kvs_pad *pad, struct kvs_op *op, void *to,
+					   size_t bytes, struct iov_iter *from)
+{
+	size_t piece = op->budget > 0 ? min_t(size_t, bytes, op->budget) : 0;
+	size_t copied;
+	int err;
+
+	pagefault_disable();
+	copied = _copy_from_iter(to, piece, from);
+	pagefault_enable();
+	op->budget -= copied + KVS_COPY_COST;
+	if (likely(copied == bytes))
+		return copied;
+	if (copied)
+		op->rounds = 0;
+	err = kvs_pause(pad, op, from, piece - copied);
+	return err ? err : copied;
+}
+
+static __always_inline int kvs_store_bytes(struct kvs_pad *pad, struct kvs_op *op,
+					   const struct kvs_array *array, u64 at, size_t bytes,
+					   struct iov_iter *from)
+{
+	while (bytes) {
+		size_t piece = bytes;
+		void *to = kvs_locate(array, at, &piece);
+		ssize_t copied;
+
+		if (!to)
+			return -EFAULT;
+		copied = kvs_copy_in(pad, op, to, piece, from);
+		if (copied < 0)
+			return copied;
+		at += copied;
+		bytes -= copied;
 	}
 	return 0;
 }
 
 /*
  * Convert @count elements of the staging buffer to what begins with element
- * @first of the pad. Returns how many were clamped, or -EDOM.
+ * @first of the plane. Returns how many were clamped, or -EDOM.
  */
-static long kvs_convert(struct kvs_pad *pad, u64 first, size_t count)
+static long kvs_convert(struct kvs_pad *pad, const struct kvs_plane *plane, u64 first,
+			size_t count)
 {
-	const struct kvs_layout *layout = &pad->layout;
-	u32 size = kvs_dtypes[layout->dtype].size;
-	void *to = kvs_plane_row(pad, 0, 0) + first * size;
-	long saturated;
+	const struct kvscratch_plane *geometry = &plane->geometry;
+	u32 input_size = kvs_dtype_bytes(geometry->input_dtype);
+	u32 size = kvs_dtype_bytes(geometry->dtype);
+	const void *from = pad->staging;
+	long saturated = 0;
 
-	if (layout->dtype == KVSCRATCH_DTYPE_MXINT8)
-		saturated = kvs_scale_mxint8(layout->input_dtype, pad->staging,
-					     count / KVSCRATCH_MX_BLOCK, to,
-					     kvs_plane_row(pad, 1, 0) + first / KVSCRATCH_MX_BLOCK);
-	else
-		saturated = kvs_scale_fixed(layout->input_dtype, pad->staging, count,
-					    layout->frac_bits, size, to);
-	return saturated == KVS_SCALE_NOT_FINITE ? -EDOM : saturated;
+	while (count) {
+		size_t bytes = count * size, blocks = 0, piece;
+		void *to = kvs_locate(&plane->data, first * size, &bytes);
+		void *scales = NULL;
+		long clamped;
+
+		piece = bytes / size;
+		if (plane->scales.row_bytes) {
+			blocks = piece / KVSCRATCH_MX_BLOCK;
+			scales = kvs_locate(&plane->scales, first / KVSCRATCH_MX_BLOCK, &blocks);
+			piece = blocks * KVSCRATCH_MX_BLOCK;
+		}
+		clamped = scales ? kvs_scale_mxint8(geometry->input_dtype, from, blocks, to, scales) :
+			  kvs_scale_fixed(geometry->input_dtype, from, piece,
+					  geometry->frac_bits, size, to);
+		if (clamped == KVS_SCALE_NOT_FINITE)
+			return -EDOM;
+		saturated += clamped;
+		from += piece * input_size;
+		first += piece;
+		count -= piece;
+	}
+	return saturated;
 }
 
 /*
- * Rows that are converted. Rows follow each other without a gap in every plane,
- * and so do the blocks of MXINT8: pieces need not end with a row.
+ * Rows that are converted. Rows follow each other without a gap, and so do the blocks of
+ * MXINT8: pieces need not end with a row.
  */
-static noinline int kvs_store_converted(struct kvs_pad *pad, struct iov_iter *from, u32 len,
-					u32 rows)
+static noinline int kvs_store_converted(struct kvs_pad *pad, struct kvs_op *op,
+					const struct kvs_plane *plane, u64 row, u64 rows,
+					struct iov_iter *from)
 {
-	const struct kvs_layout *layout = &pad->layout;
-	u32 size = kvs_dtypes[layout->input_dtype].size;
-	u64 end = ((u64)len + rows) * layout->dim;
-	u64 at = (u64)len * layout->dim;
-	u64 saturated = 0;
+	u32 size = kvs_dtype_bytes(plane->geometry.input_dtype);
+	u64 at = row * plane->geometry.dim;
+	u64 end = at + rows * plane->geometry.dim;
 
 	while (at < end) {
 		size_t count = min_t(u64, end - at, KVS_STAGING_BYTES / size);
+		size_t filled = 0;
 		long clamped;
 
-		if (!copy_from_iter_full(pad->staging, count * size, from))
-			return fatal_signal_pending(current) ? -EINTR : -EFAULT;
-		clamped = kvs_convert(pad, at, count);
+		while (filled < count * size) {
+			ssize_t copied = kvs_copy_in(pad, op, pad->staging + filled,
+						     count * size - filled, from);
+
+			if (copied < 0)
+				return copied;
+			filled += copied;
+		}
+		clamped = kvs_convert(pad, plane, at, count);
 		if (clamped < 0)
 			return clamped;
-		saturated += clamped;
+		op->saturated += clamped;
 		at += count;
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
 	}
-	if (saturated)
-		WRITE_ONCE(pad->saturated, pad->saturated + saturated);
 	return 0;
 }
 
-static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_source from,
-					     size_t bytes, u32 rows)
+/* Rows with scales that are stored as they come: the elements of a row, its scales */
+static noinline int kvs_store_records(struct kvs_pad *pad, struct kvs_op *op,
+				      const struct kvs_plane *plane, u64 row, u64 rows,
+				      struct iov_iter *from)
 {
-	u64 state = pad->state;
-	u32 len = kvs_state_len(state);
+	u64 end = row + rows;
+
+	for (; row < end; row++) {
+		int err = kvs_store_bytes(pad, op, &plane->data, row * plane->data.row_bytes,
+					  plane->data.row_bytes, from);
+
+		if (!err)
+			err = kvs_store_bytes(pad, op, &plane->scales,
+					      row * plane->scales.row_bytes,
+					      plane->scales.row_bytes, from);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+static __always_inline int kvs_store_rows(struct kvs_pad *pad, struct kvs_op *op,
+					  const struct kvs_plane *plane, u64 row, u64 rows,
+					  struct iov_iter *from)
+{
+	if (kvs_plane_converts(&plane->geometry))
+		return kvs_store_converted(pad, op, plane, row, rows, from);
+	if (kvs_is_record(plane))
+		return kvs_store_records(pad, op, plane, row, rows, from);
+	return kvs_store_bytes(pad, op, &plane->data, row * plane->data.row_bytes,
+			       rows * plane->data.row_bytes, from);
+}
+
+/* A row of each plane in turn */
+static noinline int kvs_store_tokens(struct kvs_pad *pad, struct kvs_op *op, u64 row, u64 rows,
+				     struct iov_iter *from)
+{
+	u64 end = row + rows;
+
+	for (; row < end; row++) {
+		u32 i;
+
+		for (i = 0; i < pad->nr_planes; i++) {
+			int err = kvs_store_rows(pad, op, &pad->planes[i], row, 1, from);
+
+			if (err)
+				return err;
+		}
+	}
+	return 0;
+}
+
+/*
+ * Appending
+ */
+
+/* Whatever becomes of the copy: rows from len to @end are neither staged nor whole now. */
+static void kvs_begin_rows(struct kvs_pad *pad, u32 end)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_planes; i++) {
+		struct kvs_plane *plane = &pad->planes[i];
+
+		plane->staged = pad->len;
+		plane->whole = min(plane->whole, pad->len);
+		plane->touched = max(plane->touched, end);
+	}
+}
+
+static void kvs_count_saturated(struct kvs_pad *pad, const struct kvs_op *op)
+{
+	if (unlikely(op->saturated))
+		WRITE_ONCE(pad->saturated, pad->saturated + op->saturated);
+}
+
+static void kvs_end_rows(struct kvs_pad *pad, u32 end)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_planes; i++) {
+		pad->planes[i].staged = end;
+		pad->planes[i].whole = end;
+	}
+}
+
+static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op *op, u32 rows,
+					     struct iov_iter *from)
+{
+	u32 len = pad->len;
 	int err;
 
 	lockdep_assert_held(&pad->lock);
 
-	if (rows > pad->layout.max_seq_len - len)
+	if (rows > pad->max_seq_len - len)
 		return -ENOSPC;
-	/* before the copy: a failed one leaves parts of rows behind */
-	pad->dirty_rows = max_t(u32, pad->dirty_rows, len + rows);
-	if (!from.iter || pad->layout.stored_as_is)
-		err = kvs_copy_in(pad, kvs_plane_row(pad, 0, len), bytes, from);
-	else if (kvs_converts(&pad->layout))
-		err = kvs_store_converted(pad, from.iter, len, rows);
+	kvs_begin_rows(pad, len + rows);
+	if (likely(pad->nr_planes == 1))
+		err = kvs_store_rows(pad, op, &pad->planes[0], len, rows, from);
 	else
-		err = kvs_store_records(pad, from.iter, len, rows);
-	if (unlikely(err)) {
-		/* as if it had never been touched */
-		if (from.iter)
-			iov_iter_revert(from.iter, bytes - iov_iter_count(from.iter));
+		err = kvs_store_tokens(pad, op, len, rows, from);
+	if (unlikely(err))
 		return err;
-	}
-	kvs_publish(pad, state + rows);
-	kvs_wake(pad, EPOLLIN | EPOLLRDNORM);
+	kvs_end_rows(pad, len + rows);
+	kvs_count_saturated(pad, op);
+	kvs_publish(pad, pad->generation, len + rows);
 	return 0;
 }
 
-static __always_inline ssize_t kvs_append(struct kvs_pad *pad, struct kvs_source from,
-					  size_t bytes, bool nowait)
+/**
+ * kvs_pad_append() - append whole tokens, all or none
+ * @handle: on the pad
+ * @from: the tokens; consumed on success, untouched on failure
+ * @nowait: do not wait for other operations
+ *
+ * Return: bytes appended, or -EINVAL when @from is not a whole number of tokens or
+ * may have been cut by the VFS, an errno of kvs_begin(), -ENOSPC, -EFAULT, -EDOM for
+ * what cannot be converted, -EINTR after a fatal signal, -ESTALE and -EBUSY after a
+ * takeover.
+ */
+ssize_t kvs_pad_append(struct kvs_handle *handle, struct iov_iter *from, bool nowait)
 {
+	struct kvs_op op = kvs_op_of(handle);
+	struct kvs_pad *pad = handle->pad;
+	size_t bytes = iov_iter_count(from);
 	u32 rows;
 	int err;
 
@@ -626,226 +1090,532 @@ static __always_inline ssize_t kvs_append(struct kvs_pad *pad, struct kvs_source
 	rows = (u32)bytes / pad->layout.input_row_bytes;
 	if (rows * pad->layout.input_row_bytes != bytes)
 		return -EINVAL;
-	if (nowait) {
-		if (!mutex_trylock(&pad->lock))
-			return -EAGAIN;
-	} else if (mutex_lock_interruptible(&pad->lock)) {
-		return -ERESTARTSYS;
-	}
-	err = kvs_append_locked(pad, from, bytes, rows);
-	mutex_unlock(&pad->lock);
-	return err ? err : bytes;
-}
-
-/**
- * kvs_pad_append() - append whole rows, all or none
- * @pad: the pad
- * @from: the rows; consumed on success, untouched on failure
- * @nowait: do not wait for other writers
- *
- * Return: bytes appended, or -EINVAL when @from is not a whole number of rows or
- * may have been cut by the VFS, -ENOSPC, -EFAULT, -EDOM for what cannot be
- * converted, -EAGAIN with @nowait, -ERESTARTSYS, -EINTR after a fatal signal.
- */
-ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait)
-{
-	return kvs_append(pad, (struct kvs_source) { .iter = from }, iov_iter_count(from), nowait);
+	err = kvs_begin(handle, false, nowait);
+	if (err)
+		return err;
+	err = kvs_append_locked(pad, &op, rows, from);
+	kvs_end(pad, &op, !err);
+	if (likely(!err))
+		return bytes;
+	iov_iter_revert(from, bytes - iov_iter_count(from));
+	return err;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_append);
 
 /*
- * Where byte @pos of the stream of rows lies, and how many bytes follow it there:
- * to the end of all rows in a pad of one plane, else to the end of a row's part.
+ * Staging and committing
  */
-static const void *kvs_locate(const struct kvs_pad *pad, u64 pos, u64 *contiguous)
-{
-	const struct kvs_layout *layout = &pad->layout;
-	u64 row, offset;
-	u32 plane = 0;
 
-	if (layout->nr_planes == 1) {
-		*contiguous = layout->max_seq_len * layout->row_bytes - pos;
-		return kvs_plane_row(pad, 0, 0) + pos;
-	}
-	row = pos / layout->row_bytes;
-	offset = pos % layout->row_bytes;
-	while (offset >= layout->planes[plane].row_bytes)
-		offset -= layout->planes[plane++].row_bytes;
-	*contiguous = layout->planes[plane].row_bytes - offset;
-	return kvs_plane_row(pad, plane, row) + offset;
+/* A failure leaves the plane staged, and known to be whole, up to where it began. */
+static int kvs_stage_copy(struct kvs_pad *pad, struct kvs_op *op, struct kvs_plane *plane,
+			  u32 row, u32 end, struct iov_iter *from)
+{
+	u32 staged = max(plane->staged, end);
+	u32 whole = max(plane->whole, end);
+	int err;
+
+	plane->staged = row;
+	plane->whole = row;
+	plane->touched = max(plane->touched, end);
+	err = kvs_store_rows(pad, op, plane, row, end - row, from);
+	if (err)
+		return err;
+	plane->staged = staged;
+	plane->whole = whole;
+	kvs_count_saturated(pad, op);
+	return 0;
 }
 
-/*
- * Copy out what may change underneath, until a truncate comes in. Returns the
- * bytes that are of @generation, or -EAGAIN, or -EFAULT, when there are none.
- */
-static ssize_t kvs_copy_out(struct kvs_pad *pad, u64 pos, size_t total, struct iov_iter *to,
-			    u32 generation)
+static int kvs_stage_locked(struct kvs_pad *pad, struct kvs_op *op,
+			    const struct kvscratch_stage *stage, struct iov_iter *from)
 {
-	size_t done = 0;
+	struct kvs_plane *plane = &pad->planes[array_index_nospec(stage->plane, pad->nr_planes)];
+	u64 end;
 
-	while (done < total) {
-		u64 contiguous;
-		const void *from = kvs_locate(pad, pos + done, &contiguous);
-		size_t piece = min3((u64)(total - done), contiguous, (u64)KVS_PIECE_BYTES);
-		size_t copied;
-
-		if (!kvs_within_planes(pad, from, piece))
-			return -EFAULT;
-		/* a truncate and an append may overwrite it meanwhile */
-		copied = data_race(_copy_to_iter(from, piece, to));
-		/* (C) in "Memory ordering", pairs with (D) */
-		smp_rmb();
-		if (kvs_state_generation(READ_ONCE(pad->state)) != generation) {
-			iov_iter_revert(to, copied);
-			return done ? done : -EAGAIN;
-		}
-		done += copied;
-		if (copied < piece)
-			return done ? done : -EFAULT;
-		if (fatal_signal_pending(current))
-			break;
-		cond_resched();
-	}
-	return done;
+	if (stage->row < pad->len || stage->row > plane->staged)
+		return -EINVAL;
+	if (stage->rows > pad->max_seq_len - stage->row)
+		return -ENOSPC;
+	end = stage->row + stage->rows;
+	if (!(stage->flags & KVSCRATCH_STAGE_KEEP))
+		return kvs_stage_copy(pad, op, plane, stage->row, end, from);
+	if (end > plane->whole)
+		return -EINVAL;
+	plane->staged = max_t(u32, plane->staged, end);
+	return 0;
 }
 
 /**
- * kvs_pad_read() - read committed rows as a byte stream
- * @pad: the pad
- * @pos: where to begin, in bytes
- * @to: receives the bytes
- * @nowait: do not start over when a truncate comes in between
+ * kvs_pad_stage() - put rows of one plane in their place
+ * @handle: the writer
+ * @stage: flags, plane, row and rows count
+ * @from: the rows, unless they are kept
+ * @nowait: do not wait for other operations
  *
- * Takes no lock. What it returns is what was committed in one generation; a
- * truncate may make it shorter than what there was.
- *
- * Return: bytes read, 0 at or beyond the last row, or -EFAULT, -EAGAIN with
- * @nowait, -ERESTARTSYS when truncates and a signal come in between.
+ * Return: 0, -EINVAL, an errno of kvs_begin(), -ENOSPC, -EFAULT, -EDOM, -EINTR, -ESTALE.
  */
-ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool nowait)
+int kvs_pad_stage(struct kvs_handle *handle, const struct kvscratch_stage *stage,
+		  struct iov_iter *from, bool nowait)
 {
-	for (;;) {
-		/* (A) in "Memory ordering" */
-		u64 state = smp_load_acquire(&pad->state);
-		u64 end = (u64)kvs_state_len(state) * pad->layout.row_bytes;
-		ssize_t copied;
+	struct kvs_op op = kvs_op_of(handle);
+	struct kvs_pad *pad = handle->pad;
+	int err;
 
-		if (pos >= end || !iov_iter_count(to))
-			return 0;
-		copied = kvs_copy_out(pad, pos, min_t(u64, end - pos, iov_iter_count(to)), to,
-				      kvs_state_generation(state));
-		if (copied != -EAGAIN || nowait)
-			return copied;
-		if (signal_pending(current))
-			return -ERESTARTSYS;
-		cond_resched();
-	}
+	if (stage->plane >= pad->nr_planes)
+		return -EINVAL;
+	err = kvs_begin(handle, true, nowait);
+	if (err)
+		return err;
+	err = kvs_stage_locked(pad, &op, stage, from);
+	kvs_end(pad, &op, false);
+	return err;
 }
-EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_read);
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_stage);
 
-/* Zero the rows from @row to the end of what was ever touched. */
-static void kvs_scrub(struct kvs_pad *pad, u32 row)
+static bool kvs_is_staged(const struct kvs_pad *pad, u64 len)
 {
-	u32 plane;
+	u32 i;
 
-	lockdep_assert_held(&pad->lock);
-
-	if (row >= pad->dirty_rows)
-		return;
-	for (plane = 0; plane < pad->layout.nr_planes; plane++) {
-		void *at = kvs_plane_row(pad, plane, row);
-		void *end = kvs_plane_row(pad, plane, pad->dirty_rows);
-
-		while (at < end) {
-			size_t piece = min_t(size_t, end - at, KVS_PIECE_BYTES);
-
-			memset(at, 0, piece);
-			at += piece;
-			cond_resched();
-		}
-	}
-	pad->dirty_rows = row;
+	for (i = 0; i < pad->nr_planes; i++)
+		if (len > pad->planes[i].staged)
+			return false;
+	return true;
 }
+
+/**
+ * kvs_pad_commit() - commit staged rows of all planes
+ * @handle: the writer
+ * @len: the new len
+ * @nowait: do not wait for other operations
+ *
+ * Return: 0, -EINVAL when @len is below the present one or not staged, an errno of
+ * kvs_begin().
+ */
+int kvs_pad_commit(struct kvs_handle *handle, u64 len, bool nowait)
+{
+	struct kvs_op op = kvs_op_of(handle);
+	struct kvs_pad *pad = handle->pad;
+	bool changed = false;
+	int err;
+
+	err = kvs_begin(handle, true, nowait);
+	if (err)
+		return err;
+	if (len < pad->len || !kvs_is_staged(pad, len)) {
+		err = -EINVAL;
+	} else {
+		changed = len != pad->len;
+		if (changed)
+			kvs_publish(pad, pad->generation, len);
+		kvs_drop_staged(pad);
+	}
+	kvs_end(pad, &op, changed);
+	return err;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_commit);
+
+/*
+ * Truncating and sealing
+ */
 
 static void kvs_publish_truncate(struct kvs_pad *pad, u32 len)
 {
-	u32 generation = kvs_state_generation(pad->state) + 1;
-	u64 state = kvs_state(generation, len);
+	u64 generation = pad->generation + 1;
+	struct kvs_trunc *trunc = &pad->truncs[generation & 1];
 
-	spin_lock(&pad->trunc_lock);
-	if (!generation)
-		pad->generation_high++;
-	pad->trunc_len = len;
-	/* before the state of the same generation, which releases it */
-	WRITE_ONCE(pad->status->trunc.word, state);
-	kvs_publish(pad, state);
-	spin_unlock(&pad->trunc_lock);
+	/* all of it before the state of the same generation, which releases it */
+	WRITE_ONCE(trunc->generation, generation);
+	WRITE_ONCE(trunc->len, len);
+	WRITE_ONCE(pad->status->generation, generation);
+	WRITE_ONCE(pad->status->trunc.word, kvs_state(generation, len));
+	kvs_publish(pad, generation, len);
 	/* (D) in "Memory ordering", pairs with (C) */
 	smp_mb();
-	kvs_wake(pad, EPOLLPRI | EPOLLOUT | EPOLLWRNORM);
+}
+
+static int kvs_scrub_array(struct kvs_pad *pad, struct kvs_op *op, const struct kvs_array *array,
+			   u32 row, u32 end_row)
+{
+	u64 at = (u64)row * array->row_bytes;
+	u64 end = (u64)end_row * array->row_bytes;
+
+	while (at < end) {
+		size_t piece = min_t(u64, end - at, KVS_HOLD_BYTES);
+		void *to = kvs_locate(array, at, &piece);
+		int err;
+
+		memset(to, 0, piece);
+		at += piece;
+		op->budget -= piece;
+		err = op->budget > 0 ? 0 : kvs_pause(pad, op, NULL, 0);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+/*
+ * Zero what was ever touched beyond len. Until that is done it is owed: what is left stays
+ * recorded in the planes.
+ */
+static int kvs_scrub(struct kvs_pad *pad, struct kvs_op *op)
+{
+	u32 len = pad->len;
+	u32 i;
+
+	pad->scrub_owed = true;
+	for (i = 0; i < pad->nr_planes; i++) {
+		struct kvs_plane *plane = &pad->planes[i];
+		int err;
+
+		plane->whole = min(plane->whole, len);
+		err = kvs_scrub_array(pad, op, &plane->data, len, plane->touched);
+		if (!err)
+			err = kvs_scrub_array(pad, op, &plane->scales, len, plane->touched);
+		if (err)
+			return err;
+		plane->touched = min(plane->touched, len);
+	}
+	/* what is to be forgotten passed through here */
+	if (pad->staging)
+		memset(pad->staging, 0, KVS_STAGING_BYTES);
+	pad->scrub_owed = false;
+	return 0;
+}
+
+static int kvs_check_truncate(const struct kvs_pad *pad,
+			      const struct kvscratch_truncate *truncate)
+{
+	if (truncate->flags & KVSCRATCH_TRUNCATE_EXPECT &&
+	    (truncate->expected_generation != pad->generation ||
+	     truncate->expected_len != pad->len))
+		return -ECANCELED;
+	return truncate->len > pad->len ? -EINVAL : 0;
 }
 
 /**
  * kvs_pad_truncate() - drop rows and start a new generation
- * @pad: the pad
- * @len: rows to keep
- * @zero: overwrite all that was ever written beyond them
+ * @handle: on the pad
+ * @truncate: flags and what belongs to them, and len
+ * @nowait: do not wait for other operations
  *
- * Return: 0, -EINVAL when there are fewer than @len rows, -ERESTARTSYS.
+ * Return: 0, an errno of kvs_begin(), -ECANCELED, -EINVAL when there are fewer rows; the
+ * rows are dropped, and the scrub is owed, when it is -EINTR, -ESTALE or -EBUSY of
+ * kvs_pause().
  */
-int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero)
+int kvs_pad_truncate(struct kvs_handle *handle, const struct kvscratch_truncate *truncate,
+		     bool nowait)
 {
-	int err = 0;
+	struct kvs_op op = kvs_op_of(handle);
+	struct kvs_pad *pad = handle->pad;
+	bool changed;
+	int err;
 
-	if (mutex_lock_interruptible(&pad->lock))
-		return -ERESTARTSYS;
-	if (len > kvs_state_len(pad->state)) {
-		err = -EINVAL;
-	} else {
-		kvs_publish_truncate(pad, len);
-		if (zero)
-			kvs_scrub(pad, len);
-		/* what is to be forgotten passed through here */
-		if (zero && pad->staging)
-			memset(pad->staging, 0, KVS_STAGING_BYTES);
+	err = kvs_begin(handle, false, nowait);
+	if (err)
+		return err;
+	err = kvs_check_truncate(pad, truncate);
+	changed = !err;
+	if (changed) {
+		kvs_publish_truncate(pad, truncate->len);
+		kvs_drop_staged(pad);
+		if (truncate->flags & KVSCRATCH_TRUNCATE_ZERO)
+			err = kvs_scrub(pad, &op);
 	}
-	mutex_unlock(&pad->lock);
+	kvs_end(pad, &op, changed);
 	return err;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_truncate);
 
 /**
- * kvs_pad_info() - one consistent snapshot
- * @pad: the pad
- * @info: receives it; @info->size is left to the caller. Only saturated may be ahead
- *	of the rest.
+ * kvs_pad_seal() - make len final
+ * @handle: on the pad
+ * @nowait: do not wait for other operations
+ *
+ * Return: 0, also when it was sealed, -ESTALE, -EBUSY, -EAGAIN, -ERESTARTSYS, -EINTR when
+ * a scrub that was owed is still not done.
  */
-void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info)
+int kvs_pad_seal(struct kvs_handle *handle, bool nowait)
 {
-	const struct kvs_layout *layout = &pad->layout;
+	struct kvs_op op = kvs_op_of(handle);
+	struct kvs_pad *pad = handle->pad;
+	int err;
+
+	err = kvs_begin(handle, false, nowait);
+	if (err)
+		return err == -EROFS ? 0 : err;
+	kvs_drop_staged(pad);
+	if (pad->scrub_owed)
+		err = kvs_scrub(pad, &op);
+	if (!err) {
+		WRITE_ONCE(pad->sealed, true);
+		kvs_publish_role(pad);
+	}
+	kvs_end(pad, &op, !err);
+	return err;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_seal);
+
+/*
+ * The role of the writer
+ */
+
+static void kvs_start_epoch(struct kvs_pad *pad, struct kvs_handle *handle)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_planes; i++) {
+		pad->planes[i].staged = pad->len;
+		pad->planes[i].whole = pad->len;
+	}
+	handle->writer = true;
+	pad->epoch++;
+	WRITE_ONCE(pad->writer, handle);
+	kvs_publish_role(pad);
+}
+
+/**
+ * kvs_pad_take_role() - make a handle the pad's only writer
+ * @handle: one that user space does not have yet
+ * @takeover: also when there is a writer, and without waiting for any operation
+ * @nowait: do not wait for other operations
+ *
+ * Return: 0, -EROFS, and without @takeover -EBUSY, -EAGAIN, -ERESTARTSYS.
+ */
+int kvs_pad_take_role(struct kvs_handle *handle, bool takeover, bool nowait)
+{
+	struct kvs_pad *pad = handle->pad;
+	bool revoked;
+
+	if (takeover) {
+		mutex_lock(&pad->lock);
+		if (pad->sealed) {
+			mutex_unlock(&pad->lock);
+			return -EROFS;
+		}
+	} else {
+		int err = kvs_begin(handle, false, nowait);
+
+		if (err)
+			return err;
+	}
+	revoked = pad->turn;
+	WRITE_ONCE(pad->turn, NULL);
+	kvs_start_epoch(pad, handle);
+	mutex_unlock(&pad->lock);
+	if (revoked)
+		wake_up_interruptible(&pad->turn_wait);
+	kvs_wake(pad);
+	return 0;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_take_role);
+
+/**
+ * kvs_pad_end_role() - a handle that goes is the writer no more
+ * @handle: any
+ */
+void kvs_pad_end_role(struct kvs_handle *handle)
+{
+	struct kvs_pad *pad = handle->pad;
+	bool ended;
+
+	if (!handle->writer)
+		return;
+	mutex_lock(&pad->lock);
+	ended = pad->writer == handle;
+	if (ended) {
+		WRITE_ONCE(pad->writer, NULL);
+		kvs_drop_staged(pad);
+		kvs_publish_role(pad);
+	}
+	mutex_unlock(&pad->lock);
+	if (ended)
+		kvs_wake(pad);
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_end_role);
+
+/*
+ * Reading, without a lock
+ */
+
+/* (A) in "Memory ordering". The page is memory that others see: its len counts clamped. */
+static u64 kvs_load_state(const struct kvs_pad *pad)
+{
+	u64 state = smp_load_acquire(&pad->status->state.word);
+
+	if (unlikely(kvs_state_len(state) > pad->max_seq_len))
+		state = kvs_state(kvs_state_generation(state), pad->max_seq_len);
+	return state;
+}
+
+/*
+ * Whether rows below @end, as they were read since *@state, are what was committed; *@state
+ * becomes the present one then.
+ */
+static bool kvs_rows_survived(const struct kvs_pad *pad, u64 *state, u64 end)
+{
+	u32 generation = kvs_state_generation(*state);
+	u64 now, trunc;
+
+	/* (C) in "Memory ordering", pairs with (D) */
+	smp_rmb();
+	now = kvs_load_state(pad);
+	if (unlikely(kvs_state_generation(now) != generation)) {
+		trunc = READ_ONCE(pad->status->trunc.word);
+		if (kvs_state_generation(now) != generation + 1 ||
+		    kvs_state_generation(trunc) != generation + 1 || kvs_state_len(trunc) < end)
+			return false;
+	}
+	*state = now;
+	return true;
+}
+
+/* The plane of which byte @at of a token is */
+static const struct kvs_plane *kvs_find_plane(const struct kvs_pad *pad, u32 at)
+{
+	u32 low = 0, high = pad->nr_planes;
+
+	while (high - low > 1) {
+		u32 middle = low + (high - low) / 2;
+
+		if (pad->planes[middle].record_offset <= at)
+			low = middle;
+		else
+			high = middle;
+	}
+	return &pad->planes[low];
+}
+
+/* Where byte @pos of the stream of tokens lies; *@bytes as for kvs_locate() */
+static const void *kvs_locate_stream(const struct kvs_pad *pad, u64 pos, size_t *bytes)
+{
+	u64 row = pos / pad->layout.row_bytes;
+	u32 at = pos % pad->layout.row_bytes;
+	const struct kvs_plane *plane = kvs_find_plane(pad, at);
+	const struct kvs_array *array = &plane->data;
+
+	at -= plane->record_offset;
+	if (at >= array->row_bytes) {
+		at -= array->row_bytes;
+		array = &plane->scales;
+	}
+	/* one array is the stream itself */
+	if (pad->nr_arrays > 1)
+		*bytes = min_t(size_t, *bytes, array->row_bytes - at);
+	return kvs_locate(array, row * array->row_bytes + at, bytes);
+}
+
+static size_t kvs_copy_out(const void *from, size_t bytes, struct iov_iter *to)
+{
+	size_t copied;
+
+	pagefault_disable();
+	/* a truncate and an append may overwrite it meanwhile */
+	copied = data_race(_copy_to_iter(from, bytes, to));
+	pagefault_enable();
+	return copied;
+}
+
+/**
+ * kvs_pad_read() - read committed tokens as a byte stream
+ * @pad: the pad
+ * @pos: where to begin, in bytes
+ * @to: receives the bytes
+ *
+ * Takes no lock. A page at a time is copied out of reach of page faults, and counts if its
+ * rows are still the committed ones then. A row that is not, is read again from where it,
+ * or this call, began: no row is handed out torn.
+ *
+ * Return: bytes read, 0 at or beyond the last row, -EFAULT, or, when nothing was read,
+ * -ERESTARTSYS.
+ */
+ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to)
+{
+	const u64 row_bytes = pad->layout.row_bytes, begin = pos;
+	u64 row_begin = pos, state = kvs_load_state(pad);
+	unsigned int rounds = 0;
+	int err = 0;
+
+	while (!err && iov_iter_count(to) && pos < kvs_state_len(state) * row_bytes) {
+		size_t bytes = min3(kvs_state_len(state) * row_bytes - pos,
+				    (u64)iov_iter_count(to), (u64)PAGE_SIZE);
+		const void *from = kvs_locate_stream(pad, pos, &bytes);
+		size_t copied = kvs_copy_out(from, bytes, to);
+
+		pos += copied;
+		if (likely(kvs_rows_survived(pad, &state, DIV_ROUND_UP_ULL(pos, row_bytes)))) {
+			row_begin = max(row_begin, pos / row_bytes * row_bytes);
+			err = fatal_signal_pending(current) ? -ERESTARTSYS : 0;
+		} else {
+			iov_iter_revert(to, pos - row_begin);
+			pos = row_begin;
+			state = kvs_load_state(pad);
+			err = signal_pending(current) ? -ERESTARTSYS : 0;
+		}
+		rounds = copied ? 0 : rounds + 1;
+		if (copied < bytes &&
+		    (fault_in_iov_iter_writeable(to, bytes - copied) == bytes - copied ||
+		     rounds > KVS_MAX_ROUNDS))
+			err = -EFAULT;
+		cond_resched();
+	}
+	return pos > begin ? pos - begin : err;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_read);
+
+/*
+ * Describing
+ */
+
+/* Generation, len and trunc of one moment */
+static void kvs_snapshot(const struct kvs_pad *pad, u32 *len, struct kvs_trunc *trunc)
+{
+	const struct kvs_trunc *kept;
 	u64 state;
 
-	spin_lock(&pad->trunc_lock);
-	/* appends go on under us; the generation does not */
-	state = smp_load_acquire(&pad->state);
-	info->generation = (u64)pad->generation_high << 32 | kvs_state_generation(state);
-	info->trunc_len = pad->trunc_len;
-	spin_unlock(&pad->trunc_lock);
+	do {
+		state = kvs_load_state(pad);
+		*len = kvs_state_len(state);
+		kept = &pad->truncs[kvs_state_generation(state) & 1];
+		trunc->generation = READ_ONCE(kept->generation);
+		trunc->len = READ_ONCE(kept->len);
+		/*
+		 * Pairs with (D): who sees the slot overwritten, by the generation after
+		 * the next, sees the state of the next.
+		 */
+		smp_rmb();
+	} while (kvs_state_generation(kvs_load_state(pad)) != kvs_state_generation(state));
+}
 
-	info->max_seq_len = layout->max_seq_len;
-	info->len = kvs_state_len(state);
-	info->dim = layout->dim;
-	info->dtype = layout->dtype;
-	info->input_dtype = layout->input_dtype;
-	info->frac_bits = layout->frac_bits;
+/**
+ * kvs_pad_info() - describe a pad
+ * @pad: the pad
+ * @info: receives it; @info->size is left to the caller
+ */
+void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info)
+{
+	/* pairs with kvs_publish_role(): a sealed pad has its final state below */
+	u64 role = smp_load_acquire(&pad->status->writer.word);
+	struct kvs_trunc trunc;
+	u32 len;
+
+	kvs_snapshot(pad, &len, &trunc);
+	info->flags = lower_32_bits(role);
+	info->epoch = upper_32_bits(role);
+	info->id = pad->id;
+	info->max_seq_len = pad->max_seq_len;
+	info->len = len;
+	info->generation = trunc.generation;
+	info->trunc_len = trunc.len;
+	info->mapping_bytes = pad->layout.status_offset + PAGE_SIZE;
+	info->status_offset = pad->layout.status_offset;
+	info->allocated_bytes = pad->allocated_bytes;
+	info->shared_bytes = 0;
 	info->saturated = READ_ONCE(pad->saturated);
-	info->row_bytes = layout->row_bytes;
-	info->input_row_bytes = layout->input_row_bytes;
-	info->data_bytes = layout->max_seq_len * layout->row_bytes;
-	info->status_offset = layout->status_offset;
-	info->nr_planes = layout->nr_planes;
-	memcpy(info->planes, layout->planes, sizeof(info->planes));
+	info->nr_planes = pad->nr_planes;
+	info->row_bytes = pad->layout.row_bytes;
+	info->input_row_bytes = pad->layout.input_row_bytes;
+	memcpy(info->tag, pad->tag, sizeof(info->tag));
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_info);
 
@@ -856,124 +1626,431 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_info);
  */
 void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m)
 {
-	struct kvscratch_info info = {};
+	const struct kvscratch_plane *first = &pad->planes[0].geometry;
+	struct kvscratch_pad_info info = {};
 
 	kvs_pad_info(pad, &info);
-	seq_printf(m, "pad:\tScratchpad(len=%llu, capacity=%llu, dim=%u)\n",
-		   info.len, info.max_seq_len, info.dim);
-	seq_printf(m, "dtype:\t%s\n", kvs_dtypes[info.dtype].name);
-	seq_printf(m, "input_dtype:\t%s\n", kvs_dtypes[info.input_dtype].name);
-	seq_printf(m, "frac_bits:\t%u\n", info.frac_bits);
-	seq_printf(m, "saturated:\t%llu\n", info.saturated);
-	seq_printf(m, "bytes:\t%llu\n", pad->layout.charged_bytes);
-	seq_printf(m, "generation:\t%llu\n", info.generation);
+	seq_printf(m, "kvscratch-id:\t%llu\n", info.id);
+	seq_printf(m, "kvscratch-len:\t%llu\n", info.len);
+	seq_printf(m, "kvscratch-max-seq-len:\t%llu\n", info.max_seq_len);
+	seq_printf(m, "kvscratch-generation:\t%llu\n", info.generation);
+	seq_printf(m, "kvscratch-planes:\t%u\n", info.nr_planes);
+	seq_printf(m, "kvscratch-dim:\t%u\n", first->dim);
+	seq_printf(m, "kvscratch-dtype:\t%s\n", kvs_dtype_names[first->dtype]);
+	seq_printf(m, "kvscratch-bytes:\t%llu\n", info.allocated_bytes);
+	seq_printf(m, "kvscratch-saturated:\t%llu\n", info.saturated);
+	seq_printf(m, "kvscratch-epoch:\t%u\n", info.epoch);
+	seq_printf(m, "kvscratch-writer:\t%u\n", !!(info.flags & KVSCRATCH_PAD_WRITER));
+	seq_printf(m, "kvscratch-sealed:\t%u\n", !!(info.flags & KVSCRATCH_PAD_SEALED));
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_show);
 
 /*
- * Handles
+ * Views
  */
 
-static struct kvs_pad *kvs_file_pad(struct file *file)
+/* Pins and unaligned views take a reference each: leave room for those fault handling adds. */
+static bool kvs_page_has_room(struct page *page)
 {
-	struct kvs_handle *handle = file->private_data;
-
-	/* pairs with cmpxchg_release() in kvs_bind() */
-	return smp_load_acquire(&handle->pad);
-}
-
-/* Takes over the caller's reference when it succeeds. */
-static int kvs_bind(struct file *file, struct kvs_pad *pad)
-{
-	struct kvs_handle *handle = file->private_data;
-
-	/* pairs with smp_load_acquire() in kvs_file_pad() */
-	return cmpxchg_release(&handle->pad, NULL, pad) ? -EBUSY : 0;
+	return page_ref_count(compound_head(page)) <= INT_MAX / 2;
 }
 
 /*
- * ioctls: the dispatcher has checked binding, struct and rights
+ * Where a view is aligned as the chunk is, the core maps all of a huge chunk by one entry:
+ * it lies at a multiple of its size in the mapping.
  */
-
-static int kvs_ioctl_create(struct file *file, void *arg)
+static vm_fault_t kvs_fault(struct vm_fault *vmf)
 {
-	struct kvscratch_create *create = arg;
-	struct kvs_pad *pad;
-	int err;
+	const struct kvs_pad *pad = vmf->vma->vm_private_data;
+	struct page *page = kvs_pad_page(pad, vmf->pgoff);
 
-	if (create->flags)
-		return -EINVAL;
-	pad = kvs_pad_create(create);
-	if (IS_ERR(pad))
-		return PTR_ERR(pad);
-	err = kvs_bind(file, pad);
-	if (err)
-		kvs_pad_put(pad);
-	return err;
-}
-
-static int kvs_ioctl_info(struct file *file, void *arg)
-{
-	struct kvscratch_info *info = arg;
-
-	/* everything behind size is an output or must be zero */
-	if (memchr_inv(&info->flags, 0, sizeof(*info) - offsetof(typeof(*info), flags)))
-		return -EINVAL;
-	kvs_pad_info(kvs_file_pad(file), info);
+	if (!page || !kvs_page_has_room(page))
+		return VM_FAULT_SIGBUS;
+	get_page(page);
+	vmf->page = page;
 	return 0;
 }
 
-static int kvs_ioctl_truncate(struct file *file, void *arg)
-{
-	struct kvscratch_truncate *truncate = arg;
+static const struct vm_operations_struct kvs_vm_ops = { .fault = kvs_fault };
 
-	if (truncate->flags & ~KVSCRATCH_TRUNCATE_ZERO)
-		return -EINVAL;
-	return kvs_pad_truncate(kvs_file_pad(file), truncate->len,
-				truncate->flags & KVSCRATCH_TRUNCATE_ZERO);
+static int kvs_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct kvs_handle *handle = file->private_data;
+	u64 nr_pages = (handle->pad->layout.status_offset >> PAGE_SHIFT) + 1;
+
+	/* do_mmap() drops VM_SHARED for files that are open for read only; VM_MAYSHARE tells */
+	if (vma->vm_flags & (VM_WRITE | VM_EXEC) || !(vma->vm_flags & VM_MAYSHARE))
+		return -EPERM;
+	if (vma->vm_pgoff >= nr_pages || vma_pages(vma) > nr_pages - vma->vm_pgoff)
+		return -ENXIO;
+	kvs_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
+	/* the file of the VMA holds the pad */
+	vma->vm_private_data = handle->pad;
+	vma->vm_ops = &kvs_vm_ops;
+	return 0;
 }
 
-static const struct file_operations kvs_fops;
+/*
+ * Handles and their constructor
+ */
 
-/* The caller holds @src, and so the pad that is returned without a reference. */
-static struct kvs_pad *kvs_attach_source(struct file *file, struct file *src)
+static int kvs_init_fs_context(struct fs_context *context)
 {
-	const fmode_t rights = FMODE_READ | FMODE_WRITE;
-	struct kvs_pad *pad;
+	return init_pseudo(context, KVSCRATCH_STATUS_MAGIC) ? 0 : -ENOMEM;
+}
 
-	if (src->f_op != &kvs_fops)
-		return ERR_PTR(-EINVAL);
-	pad = kvs_file_pad(src);
-	if (!pad)
-		return ERR_PTR(-EBADFD);
-	if (file->f_mode & rights & ~src->f_mode)
-		return ERR_PTR(-EACCES);
+/* A superblock holds its owner until it is gone, also when the last mntput() comes late. */
+static struct file_system_type kvs_fs_type = {
+	.name = "kvscratch",
+	.owner = THIS_MODULE,
+	.init_fs_context = kvs_init_fs_context,
+	.kill_sb = kill_anon_super,
+};
+
+/* Pinned once for each handle */
+static struct vfsmount *kvs_mount;
+static int kvs_mount_pins;
+
+/*
+ * The inode has no file type: a regular file could be truncated under its views. It does
+ * not end, for fault handling maps no huge entry across the end of a file.
+ */
+static int kvs_pad_make_inode(struct kvs_pad *pad)
+{
+	struct inode *inode = alloc_anon_inode(kvs_mount->mnt_sb);
+
+	if (IS_ERR(inode))
+		return PTR_ERR(inode);
+	i_size_write(inode, MAX_LFS_FILESIZE);
+	pad->inode = inode;
+	return 0;
+}
+
+static const struct file_operations kvs_pad_fops;
+
+/* The file system is pinned. The first handle of a pad makes its inode. */
+static struct file *kvs_handle_file(struct kvs_pad *pad, int flags)
+{
+	bool first = !pad->inode;
+	struct file *file;
+	char name[32];
+	int err;
+
+	err = first ? kvs_pad_make_inode(pad) : 0;
+	if (err)
+		return ERR_PTR(err);
+	snprintf(name, sizeof(name), "kvscratch:%llu", pad->id);
+	ihold(pad->inode);
+	file = alloc_file_pseudo(pad->inode, kvs_mount, name, flags, &kvs_pad_fops);
+	if (!IS_ERR(file))
+		return file;
+	iput(pad->inode);
+	if (first) {
+		/* not later: the file system may be gone then */
+		iput(pad->inode);
+		pad->inode = NULL;
+	}
+	return file;
+}
+
+/**
+ * kvs_handle_new() - the one constructor of handles
+ * @pad: the pad, which gets another reference
+ * @flags: O_RDONLY, O_WRONLY or O_RDWR
+ *
+ * Called through an open file of the module.
+ *
+ * Return: the open file, which kvs_release() ends, or an ERR_PTR.
+ */
+static struct file *kvs_handle_new(struct kvs_pad *pad, int flags)
+{
+	struct kvs_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL_ACCOUNT);
+	struct file *file;
+	int err;
+
+	if (!handle)
+		return ERR_PTR(-ENOMEM);
+	/* for the file: __fput() lets it go */
+	__module_get(THIS_MODULE);
+	err = simple_pin_fs(&kvs_fs_type, &kvs_mount, &kvs_mount_pins);
+	if (err)
+		goto err_put_module;
+	file = kvs_handle_file(pad, flags);
+	if (IS_ERR(file)) {
+		err = PTR_ERR(file);
+		goto err_release_fs;
+	}
+	handle->pad = kvs_pad_get(pad);
+	file->private_data = handle;
+	/*
+	 * io_uring appends inline instead of in a worker. pwrite() is ESPIPE: rows have no
+	 * other place than the end.
+	 */
+	file->f_mode |= FMODE_LSEEK | FMODE_PREAD | FMODE_NOWAIT;
+	kvs_file_set_nonotify(file);
+	return file;
+
+err_release_fs:
+	simple_release_fs(&kvs_mount, &kvs_mount_pins);
+err_put_module:
+	module_put(THIS_MODULE);
+	kfree(handle);
+	return ERR_PTR(err);
+}
+
+static int kvs_release(struct inode *inode, struct file *file)
+{
+	struct kvs_handle *handle = file->private_data;
+
+	kvs_pad_end_role(handle);
+	kvs_pad_put(handle->pad);
+	kfree(handle);
+	/* the file has a reference of its own until its dentry is gone */
+	simple_release_fs(&kvs_mount, &kvs_mount_pins);
+	return 0;
+}
+
+/*
+ * ioctls: the dispatcher has checked the kind of handle, the struct and rights
+ */
+
+static bool kvs_must_not_wait(const struct file *file)
+{
+	return file->f_flags & O_NONBLOCK;
+}
+
+/* What user space says of a plane, without what the kernel will say */
+static int kvs_check_plane(const struct kvscratch_plane *plane)
+{
+	const size_t outputs = offsetof(struct kvscratch_plane, offset);
+
+	if (!memchr(plane->label, 0, sizeof(plane->label)) ||
+	    memchr_inv(&plane->offset, 0, sizeof(*plane) - outputs))
+		return -EINVAL;
+	return 0;
+}
+
+static int kvs_check_plane_bytes(u32 plane_bytes)
+{
+	if (plane_bytes < offsetofend(struct kvscratch_plane, reserved) || plane_bytes % 8)
+		return -EINVAL;
+	return plane_bytes > PAGE_SIZE ? -E2BIG : 0;
+}
+
+static int kvs_copy_planes(struct kvscratch_plane *planes, const struct kvscratch_create *create)
+{
+	void __user *from = u64_to_user_ptr(create->planes);
+	u32 i;
+
+	for (i = 0; i < create->nr_planes; i++) {
+		int err = copy_struct_from_user(&planes[i], sizeof(planes[i]), from,
+						create->plane_bytes);
+
+		if (!err)
+			err = kvs_check_plane(&planes[i]);
+		if (err)
+			return err;
+		from += create->plane_bytes;
+	}
+	return 0;
+}
+
+/* An ERR_PTR, or a pad with one reference */
+static struct kvs_pad *kvs_create_from_user(const struct kvscratch_create *create)
+{
+	struct kvscratch_plane *planes;
+	struct kvs_pad *pad;
+	int err;
+
+	planes = kvmalloc_array(create->nr_planes, sizeof(*planes), KVS_GFP);
+	if (!planes)
+		return ERR_PTR(-ENOMEM);
+	err = kvs_copy_planes(planes, create);
+	pad = err ? ERR_PTR(err) : kvs_pad_create(create, planes);
+	kvfree(planes);
 	return pad;
 }
 
-static int kvs_ioctl_attach(struct file *file, void *arg)
+static long kvs_ioctl_create(struct file *node, void *arg)
 {
-	struct kvscratch_attach *attach = arg;
+	struct kvscratch_create *create = arg;
 	struct kvs_pad *pad;
-	struct file *src;
+	struct file *file;
+	int fd, err;
+
+	if (create->flags || !create->nr_planes || create->nr_planes > KVSCRATCH_MAX_PLANES)
+		return -EINVAL;
+	err = kvs_check_plane_bytes(create->plane_bytes);
+	if (err)
+		return err;
+	pad = kvs_create_from_user(create);
+	if (IS_ERR(pad))
+		return PTR_ERR(pad);
+	fd = get_unused_fd_flags(O_CLOEXEC);
+	file = fd < 0 ? ERR_PTR(fd) : kvs_handle_new(pad, O_RDWR);
+	/* the handle's alone from now on, or gone */
+	kvs_pad_put(pad);
+	if (!IS_ERR(file)) {
+		fd_install(fd, file);
+		return fd;
+	}
+	if (fd >= 0)
+		put_unused_fd(fd);
+	return PTR_ERR(file);
+}
+
+static int kvs_check_open(const struct kvscratch_open *open)
+{
+	const u32 both = KVSCRATCH_ACCESS_READ | KVSCRATCH_ACCESS_WRITE;
+
+	if (open->flags & ~(KVSCRATCH_OPEN_WRITER | KVSCRATCH_OPEN_TAKEOVER) || open->reserved ||
+	    !open->access || open->access & ~both)
+		return -EINVAL;
+	if (open->flags && (!(open->flags & KVSCRATCH_OPEN_WRITER) ||
+			    open->access != KVSCRATCH_ACCESS_WRITE))
+		return -EINVAL;
+	return 0;
+}
+
+/* The rights first, then the values, as of every call */
+static long kvs_ioctl_open(struct file *from, void *arg)
+{
+	struct kvs_handle *handle = from->private_data;
+	struct kvscratch_open *open = arg;
+	struct file *file;
+	int fd, err;
+
+	if ((open->access & KVSCRATCH_ACCESS_READ && !(from->f_mode & FMODE_READ)) ||
+	    (open->access & KVSCRATCH_ACCESS_WRITE && !(from->f_mode & FMODE_WRITE)))
+		return -EACCES;
+	err = kvs_check_open(open);
+	if (err)
+		return err;
+	fd = get_unused_fd_flags(O_CLOEXEC);
+	if (fd < 0)
+		return fd;
+	file = kvs_handle_new(handle->pad, open->access == KVSCRATCH_ACCESS_READ ? O_RDONLY :
+					   open->access == KVSCRATCH_ACCESS_WRITE ? O_WRONLY : O_RDWR);
+	if (IS_ERR(file)) {
+		err = PTR_ERR(file);
+		goto err_put_fd;
+	}
+	/* last: nothing can fail any more */
+	if (open->flags & KVSCRATCH_OPEN_WRITER)
+		err = kvs_pad_take_role(file->private_data, open->flags & KVSCRATCH_OPEN_TAKEOVER,
+					kvs_must_not_wait(from));
+	if (err)
+		goto err_put_file;
+	fd_install(fd, file);
+	return fd;
+
+err_put_file:
+	fput(file);
+err_put_fd:
+	put_unused_fd(fd);
+	return err;
+}
+
+static long kvs_ioctl_stage(struct file *file, void *arg)
+{
+	struct kvscratch_stage *stage = arg;
+	struct kvs_handle *handle = file->private_data;
+	struct kvs_pad *pad = handle->pad;
+	struct iov_iter from;
+	u64 bytes = 0;
+
+	if (stage->flags & ~KVSCRATCH_STAGE_KEEP || stage->reserved ||
+	    stage->plane >= pad->nr_planes ||
+	    (stage->flags & KVSCRATCH_STAGE_KEEP && stage->addr))
+		return -EINVAL;
+	/* rows that do not fit are refused before the source is looked at */
+	if (stage->rows <= pad->max_seq_len)
+		bytes = stage->rows *
+			pad->planes[array_index_nospec(stage->plane, pad->nr_planes)].geometry.input_row_bytes;
+	iov_iter_ubuf(&from, ITER_SOURCE, u64_to_user_ptr(stage->addr), bytes);
+	return kvs_pad_stage(handle, stage, &from, kvs_must_not_wait(file));
+}
+
+static long kvs_ioctl_commit(struct file *file, void *arg)
+{
+	struct kvscratch_commit *commit = arg;
+
+	if (commit->flags)
+		return -EINVAL;
+	return kvs_pad_commit(file->private_data, commit->len, kvs_must_not_wait(file));
+}
+
+static long kvs_ioctl_truncate(struct file *file, void *arg)
+{
+	struct kvscratch_truncate *truncate = arg;
+
+	if (truncate->flags & ~(KVSCRATCH_TRUNCATE_ZERO | KVSCRATCH_TRUNCATE_EXPECT))
+		return -EINVAL;
+	if (!(truncate->flags & KVSCRATCH_TRUNCATE_EXPECT) &&
+	    (truncate->expected_generation || truncate->expected_len))
+		return -EINVAL;
+	return kvs_pad_truncate(file->private_data, truncate, kvs_must_not_wait(file));
+}
+
+static long kvs_ioctl_seal(struct file *file, void *arg)
+{
+	struct kvscratch_seal *seal = arg;
+
+	return seal->flags ? -EINVAL : kvs_pad_seal(file->private_data, kvs_must_not_wait(file));
+}
+
+static long kvs_ioctl_seen(struct file *file, void *arg)
+{
+	struct kvs_handle *handle = file->private_data;
+	struct kvscratch_seen *seen = arg;
+
+	if (seen->flags || seen->len > handle->pad->max_seq_len)
+		return -EINVAL;
+	WRITE_ONCE(handle->seen, kvs_state(seen->generation, seen->len));
+	return 0;
+}
+
+static long kvs_ioctl_info(struct file *file, void *arg)
+{
+	struct kvs_handle *handle = file->private_data;
+
+	kvs_pad_info(handle->pad, arg);
+	return 0;
+}
+
+static int kvs_copy_plane_out(void __user *to, const struct kvscratch_plane *plane, u32 bytes)
+{
+	u32 known = min_t(u32, bytes, sizeof(*plane));
+
+	if (copy_to_user(to, plane, known) || clear_user(to + known, bytes - known))
+		return -EFAULT;
+	return 0;
+}
+
+static long kvs_ioctl_planes(struct file *file, void *arg)
+{
+	struct kvs_handle *handle = file->private_data;
+	struct kvscratch_planes *planes = arg;
+	struct kvs_pad *pad = handle->pad;
+	void __user *to = u64_to_user_ptr(planes->planes);
+	u32 i;
 	int err;
 
-	if (attach->flags || attach->reserved)
+	if (planes->first > pad->nr_planes)
 		return -EINVAL;
-	src = fget(attach->src_fd);
-	if (!src)
-		return -EBADF;
-	pad = kvs_attach_source(file, src);
-	if (IS_ERR(pad)) {
-		err = PTR_ERR(pad);
-		goto out_put_file;
-	}
-	err = kvs_bind(file, kvs_pad_get(pad));
+	err = kvs_check_plane_bytes(planes->plane_bytes);
 	if (err)
-		kvs_pad_put(pad);
-out_put_file:
-	fput(src);
-	return err;
+		return err;
+	planes->count = min(planes->count, pad->nr_planes - planes->first);
+	for (i = 0; i < planes->count; i++) {
+		u32 nr = array_index_nospec(planes->first + i, pad->nr_planes);
+
+		err = kvs_copy_plane_out(to, &pad->planes[nr].geometry, planes->plane_bytes);
+		if (err)
+			return err;
+		to += planes->plane_bytes;
+	}
+	return 0;
 }
 
 /**
@@ -981,8 +2058,8 @@ out_put_file:
  * @cmd: the whole number
  * @size: what this kernel knows of the argument
  * @min_size: the first version of the argument
- * @bound: whether the handle has to be bound, or has to be unbound
- * @output: whether the argument is copied back
+ * @node: whether it is of node handles or of pads
+ * @output: whether the argument is copied back, and what stands behind it does not matter
  * @rights: access mode that the handle must have
  * @handler: acts on the checked copy of the argument
  */
@@ -990,43 +2067,64 @@ struct kvs_ioctl {
 	unsigned int cmd;
 	u32 size;
 	u32 min_size;
-	bool bound;
+	bool node;
 	bool output;
 	fmode_t rights;
-	int (*handler)(struct file *file, void *arg);
+	long (*handler)(struct file *file, void *arg);
 };
 
 union kvs_ioctl_arg {
 	u32 size;
 	struct kvscratch_create create;
-	struct kvscratch_info info;
+	struct kvscratch_open open;
+	struct kvscratch_stage stage;
+	struct kvscratch_commit commit;
 	struct kvscratch_truncate truncate;
-	struct kvscratch_attach attach;
+	struct kvscratch_seal seal;
+	struct kvscratch_seen seen;
+	struct kvscratch_pad_info info;
+	struct kvscratch_planes planes;
 };
 
 #define KVS_IOCTL(_cmd, _name, _last) \
 	.cmd = _cmd, \
-	.size = sizeof(struct kvscratch_##_name), \
-	.min_size = offsetofend(struct kvscratch_##_name, _last), \
+	.size = sizeof_field(union kvs_ioctl_arg, _name), \
+	.min_size = offsetofend(union kvs_ioctl_arg, _name._last), \
 	.handler = kvs_ioctl_##_name
 
 static const struct kvs_ioctl kvs_ioctls[] = {
 	[_IOC_NR(KVSCRATCH_IOC_CREATE)] = {
-		KVS_IOCTL(KVSCRATCH_IOC_CREATE, create, dtype),
+		KVS_IOCTL(KVSCRATCH_IOC_CREATE, create, tag),
+		.node = true,
 		.rights = FMODE_WRITE,
 	},
-	[_IOC_NR(KVSCRATCH_IOC_INFO)] = {
-		KVS_IOCTL(KVSCRATCH_IOC_INFO, info, planes),
-		.bound = true,
-		.output = true,
+	[_IOC_NR(KVSCRATCH_IOC_OPEN)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_OPEN, open, reserved),
+	},
+	[_IOC_NR(KVSCRATCH_IOC_STAGE)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_STAGE, stage, addr),
+	},
+	[_IOC_NR(KVSCRATCH_IOC_COMMIT)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_COMMIT, commit, len),
 	},
 	[_IOC_NR(KVSCRATCH_IOC_TRUNCATE)] = {
-		KVS_IOCTL(KVSCRATCH_IOC_TRUNCATE, truncate, len),
-		.bound = true,
+		KVS_IOCTL(KVSCRATCH_IOC_TRUNCATE, truncate, expected_len),
 		.rights = FMODE_WRITE,
 	},
-	[_IOC_NR(KVSCRATCH_IOC_ATTACH)] = {
-		KVS_IOCTL(KVSCRATCH_IOC_ATTACH, attach, reserved),
+	[_IOC_NR(KVSCRATCH_IOC_SEAL)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_SEAL, seal, flags),
+		.rights = FMODE_WRITE,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_SEEN)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_SEEN, seen, len),
+	},
+	[_IOC_NR(KVSCRATCH_IOC_INFO)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_INFO, info, tag),
+		.output = true,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_PLANES)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_PLANES, planes, planes),
+		.output = true,
 	},
 };
 
@@ -1042,7 +2140,10 @@ static int kvs_ioctl_copy_in(const struct kvs_ioctl *op, union kvs_ioctl_arg *ar
 		return -EINVAL;
 	if (size > PAGE_SIZE)
 		return -E2BIG;
-	err = copy_struct_from_user(arg, op->size, argp, size);
+	if (op->output)
+		err = copy_from_user(arg, argp, min(size, op->size)) ? -EFAULT : 0;
+	else
+		err = copy_struct_from_user(arg, op->size, argp, size);
 	if (err)
 		return err;
 	/* the caller's memory may have changed since size was checked */
@@ -1053,124 +2154,67 @@ static int kvs_ioctl_copy_in(const struct kvs_ioctl *op, union kvs_ioctl_arg *ar
 static int kvs_ioctl_copy_out(const struct kvs_ioctl *op, union kvs_ioctl_arg *arg,
 			      void __user *argp)
 {
-	arg->size = min(arg->size, op->size);
-	return copy_to_user(argp, arg, arg->size) ? -EFAULT : 0;
+	u32 size = arg->size;
+	u32 filled = min(size, op->size);
+
+	arg->size = filled;
+	if (copy_to_user(argp, arg, filled) || clear_user(argp + filled, size - filled))
+		return -EFAULT;
+	return 0;
 }
 
-static long kvs_unlocked_ioctl(struct file *file, unsigned int cmd, unsigned long user_arg)
+static long kvs_dispatch(struct file *file, unsigned int cmd, unsigned long user_arg, bool node)
 {
 	void __user *argp = (void __user *)user_arg;
 	unsigned int nr = _IOC_NR(cmd);
 	union kvs_ioctl_arg arg = {};
 	const struct kvs_ioctl *op;
-	int err;
+	long ret;
 
 	if (nr >= ARRAY_SIZE(kvs_ioctls))
 		return -ENOIOCTLCMD;
 	op = &kvs_ioctls[array_index_nospec(nr, ARRAY_SIZE(kvs_ioctls))];
-	if (op->cmd != cmd)
+	if (!op->handler || op->cmd != cmd || op->node != node)
 		return -ENOIOCTLCMD;
-	if (op->bound != !!kvs_file_pad(file))
-		return op->bound ? -EBADFD : -EBUSY;
-	err = kvs_ioctl_copy_in(op, &arg, argp);
-	if (err)
-		return err;
+	ret = kvs_ioctl_copy_in(op, &arg, argp);
+	if (ret)
+		return ret;
 	if (op->rights & ~file->f_mode)
 		return -EACCES;
-	err = op->handler(file, &arg);
-	if (err || !op->output)
-		return err;
+	ret = op->handler(file, &arg);
+	if (ret || !op->output)
+		return ret;
 	return kvs_ioctl_copy_out(op, &arg, argp);
+}
+
+static long kvs_node_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return kvs_dispatch(file, cmd, arg, true);
+}
+
+static long kvs_pad_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return kvs_dispatch(file, cmd, arg, false);
 }
 
 /*
  * File operations
  */
 
-static int kvs_open(struct inode *inode, struct file *file)
-{
-	struct kvs_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL_ACCOUNT);
-
-	if (!handle)
-		return -ENOMEM;
-	file->private_data = handle;
-	/* io_uring appends inline instead of in a worker */
-	file->f_mode |= FMODE_NOWAIT;
-	/* pwrite() is ESPIPE: rows have no other place than the end */
-	file->f_mode &= ~FMODE_PWRITE;
-	kvs_file_set_nonotify(file);
-	return 0;
-}
-
-static int kvs_release(struct inode *inode, struct file *file)
-{
-	struct kvs_handle *handle = file->private_data;
-
-	if (handle->pad)
-		kvs_pad_put(handle->pad);
-	kfree(handle);
-	return 0;
-}
-
-/* How many appends got EAGAIN and may come again, see kvs_poll() */
-static noinline void kvs_count_refusal(struct kvs_handle *handle, ssize_t appended)
-{
-	if (appended == -EAGAIN)
-		atomic_inc(&handle->refused);
-	else if (appended > 0 || appended == -ENOSPC || appended == -EFAULT || appended == -EDOM)
-		atomic_dec_if_positive(&handle->refused);
-}
-
 /* An append has one place: the position is neither looked at nor moved. */
 static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
 {
-	struct kvs_handle *handle = iocb->ki_filp->private_data;
-	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
-	ssize_t appended;
+	struct file *file = iocb->ki_filp;
 
-	if (!pad)
-		return -EBADFD;
-	appended = kvs_pad_append(pad, from, iocb->ki_flags & IOCB_NOWAIT);
-	if (unlikely(appended == -EAGAIN || atomic_read(&handle->refused)))
-		kvs_count_refusal(handle, appended);
-	return appended;
-}
-
-static noinline ssize_t kvs_write_planes(struct kvs_pad *pad, const char __user *rows,
-					 size_t bytes)
-{
-	struct iov_iter from;
-
-	iov_iter_ubuf(&from, ITER_SOURCE, (void __user *)rows, bytes);
-	return kvs_pad_append(pad, &from, false);
-}
-
-/* Beside write_iter: what write() does most often needs neither kiocb nor iov_iter. */
-static ssize_t kvs_write(struct file *file, const char __user *rows, size_t bytes, loff_t *pos)
-{
-	struct kvs_handle *handle = file->private_data;
-	struct kvs_pad *pad = kvs_file_pad(file);
-	ssize_t appended;
-
-	if (!pad)
-		return -EBADFD;
-	if (likely(pad->layout.stored_as_is))
-		appended = kvs_append(pad, (struct kvs_source) { .user = rows }, bytes, false);
-	else
-		appended = kvs_write_planes(pad, rows, bytes);
-	if (unlikely(atomic_read(&handle->refused)))
-		kvs_count_refusal(handle, appended);
-	return appended;
+	return kvs_pad_append(file->private_data, from,
+			      iocb->ki_flags & IOCB_NOWAIT || kvs_must_not_wait(file));
 }
 
 static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
-	struct kvs_pad *pad = kvs_file_pad(iocb->ki_filp);
-	ssize_t copied;
+	struct kvs_handle *handle = iocb->ki_filp->private_data;
+	ssize_t copied = kvs_pad_read(handle->pad, iocb->ki_pos, to);
 
-	if (!pad)
-		return -EBADFD;
-	copied = kvs_pad_read(pad, iocb->ki_pos, to, iocb->ki_flags & IOCB_NOWAIT);
 	if (copied > 0)
 		iocb->ki_pos += copied;
 	return copied;
@@ -1179,145 +2223,116 @@ static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
 static loff_t kvs_llseek(struct file *file, loff_t offset, int whence)
 {
 	struct kvs_handle *handle = file->private_data;
-	struct kvs_pad *pad = kvs_file_pad(file);
-	u64 state, end;
-	loff_t pos;
+	struct kvs_pad *pad = handle->pad;
+	u64 row_bytes = pad->layout.row_bytes;
 
-	if (!pad)
-		return -EBADFD;
 	if (whence != SEEK_SET && whence != SEEK_CUR && whence != SEEK_END)
 		return -EINVAL;
-	/* What is acknowledged here the status page shows already. */
-	spin_lock(&pad->trunc_lock);
-	state = READ_ONCE(pad->state);
-	spin_unlock(&pad->trunc_lock);
-	end = (u64)kvs_state_len(state) * pad->layout.row_bytes;
-	/* f_pos is not locked for devices; of two lseeks at once either stays */
-	pos = data_race(generic_file_llseek_size(file, offset, whence,
-						 pad->layout.max_seq_len * pad->layout.row_bytes,
-						 end));
-	if (whence == SEEK_SET && pos >= 0)
-		WRITE_ONCE(handle->seen_generation, kvs_state_generation(state));
-	return pos;
+	/* f_pos is not locked for such files; of two lseeks at once either stays */
+	return data_race(generic_file_llseek_size(file, offset, whence,
+						  pad->max_seq_len * row_bytes,
+						  kvs_state_len(kvs_load_state(pad)) * row_bytes));
+}
+
+/* Whether a write through @handle would neither wait nor be -EBUSY */
+static bool kvs_is_writable(const struct kvs_handle *handle)
+{
+	const struct kvs_pad *pad = handle->pad;
+	const struct kvs_handle *writer = READ_ONCE(pad->writer);
+
+	if (READ_ONCE(pad->sealed) || (handle->writer && writer != handle))
+		return true;
+	return (!writer || writer == handle) && !READ_ONCE(pad->turn);
 }
 
 static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 {
 	struct kvs_handle *handle = file->private_data;
-	struct kvs_pad *pad = kvs_file_pad(file);
+	struct kvs_pad *pad = handle->pad;
 	__poll_t events = 0;
-	u64 state, pos;
 
-	/* There is no wait queue yet; to say nothing would be to sleep for ever. */
-	if (!pad)
-		return EPOLLERR;
 	poll_wait(file, &pad->wait, table);
-	/* queue, then look; pairs with wq_has_sleeper() in kvs_publish() */
+	/* queue, then look; pairs with wq_has_sleeper() in kvs_wake() */
 	smp_mb();
-	/* (A) in "Memory ordering" */
-	state = smp_load_acquire(&pad->state);
-	/* f_pos is not locked for devices; a poll beside an lseek sees either */
-	pos = data_race(READ_ONCE(file->f_pos));
-
-	if (pos < (u64)kvs_state_len(state) * pad->layout.row_bytes)
+	if (kvs_load_state(pad) != READ_ONCE(handle->seen))
 		events |= EPOLLIN | EPOLLRDNORM;
-	/*
-	 * io_uring meets EAGAIN by polling for room. If the append that was in
-	 * its way took the last row, it has to come again to find ENOSPC.
-	 */
-	if (kvs_state_len(state) < pad->layout.max_seq_len || atomic_read(&handle->refused))
+	if (file->f_mode & FMODE_WRITE && kvs_is_writable(handle))
 		events |= EPOLLOUT | EPOLLWRNORM;
-	if (kvs_state_generation(state) != READ_ONCE(handle->seen_generation))
-		events |= EPOLLPRI;
+	if (READ_ONCE(pad->sealed))
+		events |= EPOLLRDHUP;
 	return events;
-}
-
-static int kvs_map_pages(struct vm_area_struct *vma, struct page **pages)
-{
-	unsigned long addr = vma->vm_start;
-	unsigned long left = vma_pages(vma);
-
-	while (left) {
-		unsigned long batch = min_t(unsigned long, left, KVS_MAP_BATCH_PAGES);
-		unsigned long remaining = batch;
-		int err = vm_insert_pages(vma, addr, pages, &remaining);
-
-		/* -EFAULT: there was no memory for the upper page tables */
-		if (err)
-			return err == -EFAULT ? -ENOMEM : err;
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
-		pages += batch;
-		addr += batch << PAGE_SHIFT;
-		left -= batch;
-	}
-	return 0;
-}
-
-/* Runs under mmap_lock: takes no lock, see "Locks". On error the core unmaps. */
-static int kvs_mmap(struct file *file, struct vm_area_struct *vma)
-{
-	struct kvs_pad *pad = kvs_file_pad(file);
-	u64 nr_pages;
-
-	if (!pad)
-		return -EBADFD;
-	/* do_mmap() drops VM_SHARED for O_RDONLY files; VM_MAYSHARE tells */
-	if (vma->vm_flags & (VM_WRITE | VM_EXEC) || !(vma->vm_flags & VM_MAYSHARE))
-		return -EPERM;
-	nr_pages = pad->layout.nr_pages;
-	if (vma->vm_pgoff >= nr_pages || vma_pages(vma) > nr_pages - vma->vm_pgoff)
-		return -ENXIO;
-	kvs_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
-	return kvs_map_pages(vma, pad->pages + array_index_nospec(vma->vm_pgoff, nr_pages));
 }
 
 static void kvs_show_fdinfo(struct seq_file *m, struct file *file)
 {
-	struct kvs_pad *pad = kvs_file_pad(file);
+	struct kvs_handle *handle = file->private_data;
 
-	if (pad)
-		kvs_pad_show(pad, m);
+	kvs_pad_show(handle->pad, m);
 }
 
-static const struct file_operations kvs_fops = {
+static const struct file_operations kvs_pad_fops = {
 	.owner = THIS_MODULE,
-	.open = kvs_open,
 	.release = kvs_release,
 	.llseek = kvs_llseek,
 	.read_iter = kvs_read_iter,
-	.write = kvs_write,
 	.write_iter = kvs_write_iter,
 	.poll = kvs_poll,
 	.mmap = kvs_mmap,
-	.unlocked_ioctl = kvs_unlocked_ioctl,
+	.get_unmapped_area = thp_get_unmapped_area,
+	.unlocked_ioctl = kvs_pad_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.show_fdinfo = kvs_show_fdinfo,
+};
+
+static const struct file_operations kvs_node_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = kvs_node_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
 };
 
 static struct miscdevice kvs_misc = {
 	.minor = MISC_DYNAMIC_MINOR,
 	.name = "kvscratch",
-	.fops = &kvs_fops,
+	.fops = &kvs_node_fops,
 	.mode = 0600,
 };
 
+/*
+ * Module
+ */
+
+static void __init kvs_set_defaults(void)
+{
+	u64 ram = (u64)totalram_pages() << PAGE_SHIFT;
+
+	if (max_bytes_per_pad == KVS_DEFAULT)
+		max_bytes_per_pad = ram / 2;
+	if (max_bytes_total == KVS_DEFAULT)
+		max_bytes_total = ram / 2;
+	if (min_available_bytes == KVS_DEFAULT)
+		min_available_bytes = clamp_t(u64, ram / 32, SZ_32M, SZ_1G);
+}
+
 static int __init kvs_init(void)
 {
-	u64 half_of_ram = ((u64)totalram_pages() << PAGE_SHIFT) / 2;
+	int err;
 
-	if (!max_bytes_per_pad)
-		max_bytes_per_pad = half_of_ram;
-	if (!max_bytes_total)
-		max_bytes_total = half_of_ram;
-	return misc_register(&kvs_misc);
+	kvs_set_defaults();
+	/* unbound: a waker that walks many pollers stays off the CPU of a writer */
+	kvs_wakers = alloc_workqueue("kvscratch", WQ_UNBOUND, 0);
+	if (!kvs_wakers)
+		return -ENOMEM;
+	err = misc_register(&kvs_misc);
+	if (err)
+		destroy_workqueue(kvs_wakers);
+	return err;
 }
 module_init(kvs_init);
 
 static void __exit kvs_exit(void)
 {
 	misc_deregister(&kvs_misc);
+	destroy_workqueue(kvs_wakers);
 }
 module_exit(kvs_exit);
 

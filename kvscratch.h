@@ -11,88 +11,153 @@
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/refcount.h>
-#include <linux/spinlock.h>
 #include <linux/types.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 #include <linux/version.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 
 #include "uapi/linux/kvscratch.h"
+#include "kvscratch_layout.h"
 
 struct seq_file;
 
+#define KVS_CHUNK_PAGES	(KVSCRATCH_CHUNK_BYTES >> PAGE_SHIFT)
+
 /**
- * struct kvs_layout - shape of a pad and of its mapping
- * @max_seq_len: capacity in rows
- * @dim: elements per row
- * @dtype: one of &enum kvscratch_dtype
- * @input_dtype: what an append takes; @dtype where it is stored as it comes
- * @frac_bits: fraction bits of an integer element
- * @row_bytes: bytes per stored row, over all planes
- * @input_row_bytes: bytes per row of an append
- * @stored_as_is: what an append takes is what lies in the one plane
- * @nr_planes: entries of @planes in use
- * @planes: the dense arrays, in mapping order
- * @status_offset: mapping offset of the status page, which ends the mapping
- * @nr_pages: pages of the whole mapping
- * @charged_bytes: what the pad takes from the module's limits: the mapping, the
- *	array of its pages, and the staging buffer
+ * struct kvs_chunk - the memory of KVSCRATCH_CHUNK_BYTES of an array, or of its end
+ * @huge: one compound page that is all of it, or NULL
+ * @nr_pages: entries of @pages, where there is no @huge
+ * @pages: single pages
  */
-struct kvs_layout {
-	u64 max_seq_len;
-	u32 dim;
-	u32 dtype;
-	u32 input_dtype;
-	u32 frac_bits;
-	u32 row_bytes;
-	u32 input_row_bytes;
-	bool stored_as_is;
-	u32 nr_planes;
-	struct kvscratch_plane planes[KVSCRATCH_MAX_PLANES];
-	u64 status_offset;
-	u64 nr_pages;
-	u64 charged_bytes;
+struct kvs_chunk {
+	struct page *huge;
+	u32 nr_pages;
+	struct page *pages[];
 };
 
 /**
- * struct kvs_pad - one pad, shared by all handles bound to it
+ * struct kvs_array - the elements or the scales of a plane
+ * @offset: where it begins in the mapping
+ * @bytes: capacity
+ * @nr_chunks: entries of @chunks
+ * @chunks: its memory, in order; constant while the pad lives
+ * @row_bytes: bytes per row; 0 where there are no scales
+ */
+struct kvs_array {
+	u64 offset;
+	u64 bytes;
+	u64 nr_chunks;
+	struct kvs_chunk **chunks;
+	u32 row_bytes;
+};
+
+/**
+ * struct kvs_plane - one plane of a pad
+ * @data: elements
+ * @scales: scales of MXINT8
+ * @record_offset: where a row of it begins in a stored token
+ * @staged: protected by the pad's lock: end of the rows that COMMIT may publish
+ * @whole: protected by the pad's lock: end of the rows that were last stored
+ *	completely in this epoch, for KEEP
+ * @touched: protected by the pad's lock: end of the rows that were ever touched since
+ *	they were last known to be zero
+ * @geometry: as user space made it
+ */
+struct kvs_plane {
+	struct kvs_array data;
+	struct kvs_array scales;
+	u32 record_offset;
+	u32 staged;
+	u32 whole;
+	u32 touched;
+	struct kvscratch_plane geometry;
+};
+
+/**
+ * struct kvs_trunc - a generation and the rows that its truncate kept
+ * @generation: in full
+ * @len: rows
+ */
+struct kvs_trunc {
+	u64 generation;
+	u32 len;
+};
+
+struct kvs_op;
+
+/**
+ * struct kvs_handle - what one open file of a pad owns
+ * @pad: a reference
+ * @writer: made by OPEN with WRITER; constant once user space has the file
+ * @seen: the state that SEEN acknowledged last
+ */
+struct kvs_handle {
+	struct kvs_pad *pad;
+	bool writer;
+	u64 seen;
+};
+
+/**
+ * struct kvs_pad - one pad, shared by all its handles
+ * @id: no other pad has it
+ * @max_seq_len: capacity in rows
  * @layout: fixed when the pad is created
- * @base: kernel address of the whole mapping
- * @pages: the pages behind @base
- * @status: the status page, written only
- * @refs: one reference per bound handle
- * @wait: pollers; lives as long as the handles that poll
- * @lock: orders appends and truncates, see "Locks" in kvscratch.c
- * @state: generation << 32 | len, the truth of both; written under @lock,
- *	loaded with acquire by everyone else
- * @staging: protected by @lock: a piece of input on its way to be converted, or
- *	NULL where rows are stored as they come
+ * @nr_planes: entries of @planes
+ * @planes: in the order of a token
+ * @nr_arrays: entries of @arrays
+ * @arrays: elements and scales of all planes, in mapping order
+ * @status: the status page, written only, but for its words
+ * @allocated_bytes: what the pad has taken from the module's limits
+ * @tag: user space's
+ * @inode: of all its handles; its mapping is what views are of
+ * @refs: one per handle
+ * @wait: pollers
+ * @wake: wakes them, outside of @lock and of the task that has something to tell
+ * @turn_wait: who waits for the end of a turn; no poller joins
+ * @lock: see "Locks" in kvscratch.c
+ * @turn: protected by @lock: the operation that dropped @lock before its end, or NULL
+ * @writer: protected by @lock: the handle that is the only writer, or NULL
+ * @epoch: protected by @lock: how often a handle became the writer
+ * @sealed: protected by @lock: nothing changes any more
+ * @scrub_owed: protected by @lock: a TRUNCATE with ZERO has not finished its scrub
+ * @len: protected by @lock: committed rows
+ * @generation: protected by @lock: truncates so far
+ * @truncs: those of the two latest generations, by the generation's lowest bit; see
+ *	kvs_snapshot()
+ * @staging: belongs to the holder of @lock, and across a drop of it to @turn: a
+ *	piece of input on its way to be converted; NULL where no plane converts
  * @saturated: elements clamped so far; written under @lock
- * @dirty_rows: protected by @lock: end of the rows ever touched since they
- *	were last known to be zero
- * @trunc_lock: makes a truncate's changes to @state, @generation_high, @trunc_len
- *	and the status page one change for kvs_pad_info() and lseek()
- * @generation_high: protected by @trunc_lock: upper half of the generation
- * @trunc_len: protected by @trunc_lock: rows that the latest truncate kept
  */
 struct kvs_pad {
+	u64 id;
+	u64 max_seq_len;
 	struct kvs_layout layout;
-	void *base;
-	struct page **pages;
+	u32 nr_planes;
+	u32 nr_arrays;
+	struct kvs_plane *planes;
+	struct kvs_array **arrays;
 	struct kvscratch_status *status;
+	u64 allocated_bytes;
+	u8 tag[KVSCRATCH_TAG_BYTES];
+	struct inode *inode;
 	refcount_t refs;
 	wait_queue_head_t wait;
+	struct work_struct wake;
+	wait_queue_head_t turn_wait;
 
-	struct mutex lock;	/* state, dirty_rows, staging, saturated */
-	u64 state;
-	u32 dirty_rows;
+	struct mutex lock;	/* everything from here on, and the cursors of planes */
+	struct kvs_op *turn;
+	struct kvs_handle *writer;
+	u32 epoch;
+	bool sealed;
+	bool scrub_owed;
+	u32 len;
+	u64 generation;
+	struct kvs_trunc truncs[2];
 	void *staging;
 	u64 saturated;
-
-	spinlock_t trunc_lock;	/* generation_high, trunc_len */
-	u32 generation_high;
-	u32 trunc_len;
 };
 
 static inline u32 kvs_state_len(u64 state)
@@ -105,23 +170,33 @@ static inline u32 kvs_state_generation(u64 state)
 	return upper_32_bits(state);
 }
 
-static inline u64 kvs_state(u32 generation, u32 len)
+static inline u64 kvs_state(u64 generation, u32 len)
 {
-	return (u64)generation << 32 | len;
+	return generation << 32 | len;
 }
 
-int kvs_layout_init(struct kvs_layout *layout, const struct kvscratch_create *create);
 int kvs_reserve(u64 bytes, u64 max_per_pad, u64 max_total);
 void kvs_unreserve(u64 bytes);
 u64 kvs_reserved(void);
 
-struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create);
+struct page *kvs_array_page(const struct kvs_array *array, u64 index);
+struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index);
+
+struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
+			       struct kvscratch_plane *planes);
 struct kvs_pad *kvs_pad_get(struct kvs_pad *pad);
 void kvs_pad_put(struct kvs_pad *pad);
-ssize_t kvs_pad_append(struct kvs_pad *pad, struct iov_iter *from, bool nowait);
-ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to, bool nowait);
-int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero);
-void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info);
+ssize_t kvs_pad_append(struct kvs_handle *handle, struct iov_iter *from, bool nowait);
+ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to);
+int kvs_pad_stage(struct kvs_handle *handle, const struct kvscratch_stage *stage,
+		  struct iov_iter *from, bool nowait);
+int kvs_pad_commit(struct kvs_handle *handle, u64 len, bool nowait);
+int kvs_pad_truncate(struct kvs_handle *handle, const struct kvscratch_truncate *truncate,
+		     bool nowait);
+int kvs_pad_seal(struct kvs_handle *handle, bool nowait);
+int kvs_pad_take_role(struct kvs_handle *handle, bool takeover, bool nowait);
+void kvs_pad_end_role(struct kvs_handle *handle);
+void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info);
 void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m);
 
 /* What differs between the supported kernels, 6.1 to 7.2 */
@@ -146,25 +221,14 @@ static inline void kvs_file_set_nonotify(struct file *file)
 #endif
 }
 
-/* As copy_from_user(), without its look at the kernel address */
-static inline unsigned long kvs_copy_from_user(void *to, const void __user *from, size_t bytes)
-{
-	/* in between, the function is there only where it is not inline */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0) && defined(INLINE_COPY_FROM_USER)
-	return _inline_copy_from_user(to, from, bytes);
-#else
-	return _copy_from_user(to, from, bytes);
-#endif
-}
-
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
 #define KVS_KUNIT_NAMESPACE "KVSCRATCH_KUNIT"
 #else
 #define KVS_KUNIT_NAMESPACE KVSCRATCH_KUNIT
 #endif
 
-/* The pad core is for the KUnit suite only, where there is one. */
-#if IS_ENABLED(CONFIG_KUNIT)
+/* The pad core is for the KUnit suite only: builds for it say so, see Kbuild. */
+#ifdef KVSCRATCH_KUNIT_EXPORTS
 #define EXPORT_SYMBOL_FOR_KUNIT(symbol) EXPORT_SYMBOL_NS_GPL(symbol, KVS_KUNIT_NAMESPACE)
 #else
 #define EXPORT_SYMBOL_FOR_KUNIT(symbol)

@@ -60,29 +60,34 @@ static inline size_t page_bytes(void)
 	return sysconf(_SC_PAGESIZE);
 }
 
-/* What a pad takes from the module's limits; the kernel's pointers have 8 bytes. */
+/*
+ * What a pad of one plane takes from the module's limits where memory is not fragmented: data,
+ * a pointer and a struct of two words for each chunk, a pointer for each single page, a page
+ * for the planes and the status page. The kernel's pointers have 8 bytes.
+ */
 static inline uint64_t charged_bytes(uint64_t max_seq_len, uint32_t row_bytes)
 {
-	uint64_t page = page_bytes();
-	uint64_t pages = (max_seq_len * row_bytes + page - 1) / page + 1;
+	const uint64_t page = page_bytes();
+	uint64_t bytes = max_seq_len * row_bytes;
+	uint64_t charged = 2 * page;
 
-	return (pages + (pages * 8 + page - 1) / page) * page;
+	while (bytes) {
+		uint64_t chunk = bytes < KVSCRATCH_CHUNK_BYTES ? bytes : KVSCRATCH_CHUNK_BYTES;
+		uint64_t pages = (chunk + page - 1) / page;
+
+		/* a huge page is there as a whole; where page tables map more, there is none */
+		charged += 8 + 16;
+		charged += page == 4096 && chunk > KVSCRATCH_CHUNK_BYTES / 2 ?
+			   KVSCRATCH_CHUNK_BYTES : pages * (page + 8);
+		bytes -= chunk;
+	}
+	return charged;
 }
 
-/* An open handle with a new pad of rows of @row_bytes opaque bytes, or -errno */
+/* A handle on a new pad of rows of @row_bytes opaque bytes, or -errno */
 static inline int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {
-	int fd = device_open(O_RDWR);
-	int err;
-
-	if (fd < 0)
-		return fd;
-	err = device_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
-	if (err) {
-		close(fd);
-		return err;
-	}
-	return fd;
+	return device_create(max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
 }
 
 static inline uint64_t len_of(int fd)

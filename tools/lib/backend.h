@@ -77,4 +77,14 @@ int fail_room(uint64_t len, uint64_t rows, uint64_t max_seq_len);
  */
 int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geometry);
 
+/**
+ * map_view() - map a pad and have its pages there
+ * @view: info counts; receives the rest
+ * @fd: a handle of either backend, open for read
+ *
+ * Returns a negative errno: EOVERFLOW beyond the addresses of a 32-bit program, and those of
+ * mmap() and madvise().
+ */
+int map_view(struct kvscratch_view *view, int fd);
+
 #endif

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
+#include "backend.h"
 #include "device.h"
 
 #include <errno.h>
@@ -17,62 +18,132 @@ int device_open(int access)
 
 static int device_ioctl(int fd, unsigned int cmd, void *arg)
 {
-	return ioctl(fd, cmd, arg) < 0 ? -errno : 0;
+	int ret = ioctl(fd, cmd, arg);
+
+	return ret < 0 ? -errno : ret;
 }
 
-int device_create(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
-{
-	return device_create_scaled(fd, max_seq_len, dim, dtype, 0, 0);
-}
-
-int device_create_scaled(int fd, uint64_t max_seq_len, uint32_t dim, uint32_t dtype,
-			    uint32_t input_dtype, uint32_t frac_bits)
+int device_create_on(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
+		     uint32_t nr_planes)
 {
 	struct kvscratch_create create = {
 		.size = sizeof(create),
 		.max_seq_len = max_seq_len,
+		.planes = (uintptr_t)planes,
+		.nr_planes = nr_planes,
+		.plane_bytes = sizeof(*planes),
+	};
+
+	return device_ioctl(node, KVSCRATCH_IOC_CREATE, &create);
+}
+
+int device_create_planes(uint64_t max_seq_len, const struct kvscratch_plane *planes,
+			 uint32_t nr_planes)
+{
+	int node = device_open(O_WRONLY);
+	int fd;
+
+	if (node < 0)
+		return node;
+	fd = device_create_on(node, max_seq_len, planes, nr_planes);
+	close(node);
+	return fd;
+}
+
+int device_create(uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
+{
+	return device_create_scaled(max_seq_len, dim, dtype, 0, 0);
+}
+
+int device_create_scaled(uint64_t max_seq_len, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
+			 uint32_t frac_bits)
+{
+	const struct kvscratch_plane plane = {
 		.dim = dim,
 		.dtype = dtype,
 		.input_dtype = input_dtype,
 		.frac_bits = frac_bits,
 	};
 
-	return device_ioctl(fd, KVSCRATCH_IOC_CREATE, &create);
+	return device_create_planes(max_seq_len, &plane, 1);
 }
 
-int device_attach(int fd, int src_fd)
+static int open_handle(int fd, uint32_t access, uint32_t flags)
 {
-	struct kvscratch_attach attach = { .size = sizeof(attach), .src_fd = src_fd };
+	struct kvscratch_open open = { .size = sizeof(open), .flags = flags, .access = access };
 
-	return device_ioctl(fd, KVSCRATCH_IOC_ATTACH, &attach);
+	return device_ioctl(fd, KVSCRATCH_IOC_OPEN, &open);
 }
 
-int device_open_reader(int src_fd)
+int device_reopen(int fd, int access)
 {
-	int fd = device_open(O_RDONLY);
-	int err;
+	return open_handle(fd, (access == O_WRONLY ? 0 : KVSCRATCH_ACCESS_READ) |
+			       (access == O_RDONLY ? 0 : KVSCRATCH_ACCESS_WRITE), 0);
+}
 
-	if (fd < 0)
-		return fd;
-	err = device_attach(fd, src_fd);
-	if (err) {
-		close(fd);
-		return err;
-	}
-	return fd;
+int device_open_reader(int fd)
+{
+	return device_reopen(fd, O_RDONLY);
+}
+
+int device_open_writer(int fd, uint32_t flags)
+{
+	return open_handle(fd, KVSCRATCH_ACCESS_WRITE, KVSCRATCH_OPEN_WRITER | flags);
+}
+
+int device_pad_info(int fd, struct kvscratch_pad_info *info)
+{
+	info->size = sizeof(*info);
+	return device_ioctl(fd, KVSCRATCH_IOC_INFO, info);
+}
+
+int device_planes(int fd, uint32_t first, struct kvscratch_plane *planes, uint32_t count)
+{
+	struct kvscratch_planes request = {
+		.size = sizeof(request),
+		.first = first,
+		.count = count,
+		.plane_bytes = sizeof(*planes),
+		.planes = (uintptr_t)planes,
+	};
+	int err = device_ioctl(fd, KVSCRATCH_IOC_PLANES, &request);
+
+	return err ? err : (int)request.count;
 }
 
 int device_info(int fd, struct kvscratch_info *info)
 {
-	int err;
+	struct kvscratch_pad_info pad;
+	struct kvscratch_plane plane;
+	int err = device_pad_info(fd, &pad);
+	int nr_planes = err ? err : device_planes(fd, 0, &plane, 1);
 
-	memset(info, 0, sizeof(*info));
-	info->size = sizeof(*info);
-	err = device_ioctl(fd, KVSCRATCH_IOC_INFO, info);
-	/* a module that knows no conversion */
-	if (!err && info->size < offsetof(struct kvscratch_info, frac_bits))
-		info->input_dtype = info->dtype;
-	return err;
+	if (nr_planes < 0)
+		return nr_planes;
+	if (pad.nr_planes != 1)
+		return -EOPNOTSUPP;
+	*info = (struct kvscratch_info){
+		.size = sizeof(*info),
+		.max_seq_len = pad.max_seq_len,
+		.len = pad.len,
+		.dim = plane.dim,
+		.dtype = plane.dtype,
+		.row_bytes = pad.row_bytes,
+		.input_row_bytes = pad.input_row_bytes,
+		.generation = pad.generation,
+		.trunc_len = pad.trunc_len,
+		.data_bytes = pad.max_seq_len * pad.row_bytes,
+		.status_offset = pad.status_offset,
+		.nr_planes = plane.scales_row_bytes ? 2 : 1,
+		.planes = {
+			{ .offset = plane.offset, .row_bytes = plane.row_bytes },
+			{ .offset = plane.scales_offset, .row_bytes = plane.scales_row_bytes },
+		},
+		.input_dtype = plane.input_dtype,
+		.frac_bits = plane.frac_bits,
+		.saturated = pad.saturated,
+	};
+	return 0;
 }
 
 int device_truncate(int fd, uint64_t len, uint32_t flags)
@@ -96,22 +167,61 @@ int device_append(int fd, const void *rows, size_t bytes)
 	return (size_t)written == bytes ? 0 : -EIO;
 }
 
+static int stage(int fd, uint32_t plane, uint64_t row, const void *rows, uint64_t nr_rows,
+		 uint32_t flags)
+{
+	struct kvscratch_stage stage = {
+		.size = sizeof(stage),
+		.flags = flags,
+		.plane = plane,
+		.row = row,
+		.rows = nr_rows,
+		.addr = (uintptr_t)rows,
+	};
+
+	return device_ioctl(fd, KVSCRATCH_IOC_STAGE, &stage);
+}
+
+int device_stage(int fd, uint32_t plane, uint64_t row, const void *rows, uint64_t nr_rows)
+{
+	return stage(fd, plane, row, rows, nr_rows, 0);
+}
+
+int device_keep(int fd, uint32_t plane, uint64_t row, uint64_t nr_rows)
+{
+	return stage(fd, plane, row, NULL, nr_rows, KVSCRATCH_STAGE_KEEP);
+}
+
+int device_commit(int fd, uint64_t len)
+{
+	struct kvscratch_commit commit = { .size = sizeof(commit), .len = len };
+
+	return device_ioctl(fd, KVSCRATCH_IOC_COMMIT, &commit);
+}
+
+int device_seal(int fd)
+{
+	struct kvscratch_seal seal = { .size = sizeof(seal) };
+
+	return device_ioctl(fd, KVSCRATCH_IOC_SEAL, &seal);
+}
+
+int device_seen(int fd, uint64_t state)
+{
+	struct kvscratch_seen seen = {
+		.size = sizeof(seen),
+		.generation = kvscratch_state_generation(state),
+		.len = kvscratch_state_len(state),
+	};
+
+	return device_ioctl(fd, KVSCRATCH_IOC_SEEN, &seen);
+}
+
 int device_map(int fd, struct kvscratch_view *view)
 {
-	void *data;
 	int err = device_info(fd, &view->info);
 
-	if (err)
-		return err;
-	if (view->info.status_offset > SIZE_MAX / 2)
-		return -EOVERFLOW;
-	view->mapped_bytes = view->info.status_offset + sizeof(struct kvscratch_status);
-	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED, fd, 0);
-	if (data == MAP_FAILED)
-		return -errno;
-	view->data = data;
-	view->status = (const void *)((const char *)data + view->info.status_offset);
-	return 0;
+	return err ? err : map_view(view, fd);
 }
 
 void device_unmap(struct kvscratch_view *view)

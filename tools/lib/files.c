@@ -339,7 +339,7 @@ static void add_pad(struct saving *saving, unsigned int i)
 {
 	const struct kvscratch_named_pad *pad = &saving->pads[i];
 	const struct kvscratch_tensor *moment = &saving->moments[i];
-	const struct kvscratch_plane *planes = pad->pad->info.planes;
+	const struct kvscratch_array *planes = pad->pad->info.planes;
 
 	if (moment->dtype != KVSCRATCH_DTYPE_MXINT8) {
 		add_tensor(saving, pad->name, moment->dtype, moment->len, planes[0].row_bytes,
@@ -512,7 +512,7 @@ int kvscratch_save(const char *path, const struct kvscratch_named_pad *pads, uns
 
 /* Where the rows of a pad are in a file, plane by plane */
 struct place {
-	uint64_t planes[KVSCRATCH_MAX_PLANES];
+	uint64_t planes[2];
 };
 
 /**

@@ -24,41 +24,31 @@ static int open_device(int access)
 	return fd < 0 ? cannot("open " KVSCRATCH_DEVICE, fd) : fd;
 }
 
-static int bind_new(int fd, const struct kvscratch_geometry *geometry)
-{
-	int err = device_create_scaled(fd, geometry->max_seq_len, geometry->dim, geometry->dtype,
-				       geometry->input_dtype, geometry->frac_bits);
-
-	return err ? set_error(err, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
-			       geometry->max_seq_len, geometry->dim,
-			       kvscratch_dtype_name(geometry->dtype), kvscratch_strerror(err)) : 0;
-}
-
 static int kernel_create(int *fd, const struct kvscratch_geometry *geometry)
 {
-	int err;
+	const struct kvscratch_plane plane = {
+		.dim = geometry->dim,
+		.dtype = geometry->dtype,
+		.input_dtype = geometry->input_dtype,
+		.frac_bits = geometry->frac_bits,
+	};
+	int node = open_device(O_WRONLY);
 
-	*fd = open_device(O_RDWR);
-	if (*fd < 0)
-		return *fd;
-	err = bind_new(*fd, geometry);
-	if (err)
-		close(*fd);
-	return err;
+	if (node < 0)
+		return node;
+	*fd = device_create_on(node, geometry->max_seq_len, &plane, 1);
+	close(node);
+	if (*fd >= 0)
+		return 0;
+	return set_error(*fd, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
+			 geometry->max_seq_len, geometry->dim,
+			 kvscratch_dtype_name(geometry->dtype), kvscratch_strerror(*fd));
 }
 
 static int kernel_reopen(int *fd, int src_fd, int access)
 {
-	int err;
-
-	*fd = open_device(access);
-	if (*fd < 0)
-		return *fd;
-	err = device_attach(*fd, src_fd);
-	if (!err)
-		return 0;
-	close(*fd);
-	return cannot("attach to the pad", err);
+	*fd = device_reopen(src_fd, access);
+	return *fd < 0 ? cannot("open another handle on the pad", *fd) : 0;
 }
 
 static int kernel_adopt(struct kvscratch *pad)
@@ -115,22 +105,15 @@ static int64_t now_ms(void)
 	return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
-/*
- * @fd has a position that nobody else moves: neither another waiter nor a write(), which puts
- * it back when it returns.
- */
 static int wait_on(const struct kvscratch *pad, int fd, uint64_t state, int timeout_ms)
 {
-	struct pollfd polled = { .fd = fd, .events = POLLIN | POLLPRI };
+	struct pollfd polled = { .fd = fd, .events = POLLIN };
 	const int64_t end = now_ms() + timeout_ms;
 
 	for (;;) {
 		int64_t left = timeout_ms < 0 ? -1 : end - now_ms();
-		off_t seen = (off_t)kvscratch_state_len(state) * pad->info.row_bytes;
 		int ready;
 
-		/* acknowledge, then look, then sleep: see struct kvscratch_status */
-		lseek(fd, seen, SEEK_SET);
 		if (kvscratch_view_state(pad->view) != state)
 			return 0;
 		if (timeout_ms >= 0 && left < 0)
@@ -143,17 +126,19 @@ static int wait_on(const struct kvscratch *pad, int fd, uint64_t state, int time
 	}
 }
 
+/* What one open file has seen is one state: who waits has a handle of its own. */
 static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 {
 	int own, err;
 
 	if (kvscratch_view_state(pad->view) != state)
 		return 0;
-	/* where the device cannot be opened, the handle itself has to do */
 	own = device_open_reader(pad->fd);
-	err = wait_on(pad, own < 0 ? pad->fd : own, state, timeout_ms);
-	if (own >= 0)
-		close(own);
+	if (own < 0)
+		return cannot("wait", own);
+	err = device_seen(own, state);
+	err = err ? cannot("wait", err) : wait_on(pad, own, state, timeout_ms);
+	close(own);
 	return err;
 }
 
@@ -168,20 +153,3 @@ const struct backend kernel_backend = {
 	.truncate = kernel_truncate,
 	.wait = kernel_wait,
 };
-
-int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry)
-{
-	struct kvscratch_info unused;
-	int err = lay_out(&unused, geometry);
-
-	if (!err)
-		err = bind_new(fd, geometry);
-	return err ? err : kvscratch_from_fd(pad, fd);
-}
-
-int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd)
-{
-	int err = device_attach(fd, src_fd);
-
-	return err ? cannot("attach to the pad", err) : kvscratch_from_fd(pad, fd);
-}

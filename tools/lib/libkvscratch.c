@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
+#include "../../kvscratch_layout.h"
 #include "backend.h"
 
 #include <errno.h>
@@ -56,30 +57,18 @@ const char *kvscratch_version(void)
 
 /* Geometry */
 
-static bool is_float(uint32_t dtype)
-{
-	return dtype == KVSCRATCH_DTYPE_F64 || dtype == KVSCRATCH_DTYPE_F32 ||
-	       dtype == KVSCRATCH_DTYPE_F16 || dtype == KVSCRATCH_DTYPE_BF16;
-}
-
-static bool may_have_frac_bits(uint32_t dtype)
-{
-	return dtype == KVSCRATCH_DTYPE_I64 || dtype == KVSCRATCH_DTYPE_I32 ||
-	       dtype == KVSCRATCH_DTYPE_I16 || dtype == KVSCRATCH_DTYPE_I8;
-}
-
 static int check_dtypes(const struct kvscratch_geometry *geometry, uint32_t input_dtype)
 {
 	const char *stored = kvscratch_dtype_name(geometry->dtype);
 	const char *input = kvscratch_dtype_name(input_dtype);
 	bool mx = geometry->dtype == KVSCRATCH_DTYPE_MXINT8;
-	bool integer = may_have_frac_bits(geometry->dtype);
+	bool integer = kvs_dtype_is_integer(geometry->dtype);
 
 	if (!stored || !input)
 		return set_error(-EINVAL, "dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 "
 				 "u8 and mxint8, got number %" PRIu32,
 				 stored ? input_dtype : geometry->dtype);
-	if (input_dtype != geometry->dtype && !(is_float(input_dtype) && (mx || integer)))
+	if (!kvs_dtype_takes(geometry->dtype, input_dtype))
 		return set_error(-EINVAL, "input dtype: expected %s%s for a dtype of %s, got %s",
 				 stored, mx || integer ? " f64 f32 f16 or bf16" : "", stored,
 				 input);
@@ -109,40 +98,37 @@ static int check_geometry(const struct kvscratch_geometry *geometry, uint32_t in
 
 int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geometry)
 {
-	uint32_t input_dtype = geometry->input_dtype ? geometry->input_dtype : geometry->dtype;
-	const uint64_t page = sysconf(_SC_PAGESIZE);
-	uint64_t elements, scales, input, end = 0;
-	int err = check_geometry(geometry, input_dtype);
+	struct kvscratch_plane plane = {
+		.dim = geometry->dim,
+		.dtype = geometry->dtype,
+		.input_dtype = geometry->input_dtype ? geometry->input_dtype : geometry->dtype,
+		.frac_bits = geometry->frac_bits,
+	};
+	struct kvs_layout layout;
+	int err = check_geometry(geometry, plane.input_dtype);
 
 	if (err)
 		return err;
-	elements = (uint64_t)geometry->dim * kvscratch_dtype_size(geometry->dtype);
-	scales = geometry->dtype == KVSCRATCH_DTYPE_MXINT8 ? geometry->dim / KVSCRATCH_MX_BLOCK : 0;
-	input = input_dtype == geometry->dtype ? elements + scales :
-		(uint64_t)geometry->dim * kvscratch_dtype_size(input_dtype);
-	if (elements + scales > KVSCRATCH_MAX_ROW_BYTES || input > KVSCRATCH_MAX_ROW_BYTES)
-		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu64,
-				 KVSCRATCH_MAX_ROW_BYTES,
-				 elements + scales > input ? elements + scales : input);
+	if (!kvs_layout_init(&layout, &plane, 1, geometry->max_seq_len, sysconf(_SC_PAGESIZE)))
+		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu64
+				 " elements", KVSCRATCH_MAX_ROW_BYTES, (uint64_t)geometry->dim);
 	*info = (struct kvscratch_info){
 		.size = sizeof(*info),
 		.max_seq_len = geometry->max_seq_len,
 		.dim = geometry->dim,
 		.dtype = geometry->dtype,
-		.row_bytes = elements + scales,
-		.input_row_bytes = input,
-		.data_bytes = geometry->max_seq_len * (elements + scales),
-		.nr_planes = scales ? 2 : 1,
-		.planes = { { .row_bytes = elements }, { .row_bytes = scales } },
-		.input_dtype = input_dtype,
+		.row_bytes = layout.row_bytes,
+		.input_row_bytes = layout.input_row_bytes,
+		.data_bytes = geometry->max_seq_len * layout.row_bytes,
+		.status_offset = layout.status_offset,
+		.nr_planes = plane.scales_row_bytes ? 2 : 1,
+		.planes = {
+			{ .offset = plane.offset, .row_bytes = plane.row_bytes },
+			{ .offset = plane.scales_offset, .row_bytes = plane.scales_row_bytes },
+		},
+		.input_dtype = plane.input_dtype,
 		.frac_bits = geometry->frac_bits,
 	};
-	for (uint32_t i = 0; i < info->nr_planes; i++) {
-		info->planes[i].offset = end;
-		end += geometry->max_seq_len * info->planes[i].row_bytes;
-		end = (end + page - 1) / page * page;
-	}
-	info->status_offset = end;
 	return 0;
 }
 
@@ -241,7 +227,6 @@ static int access_of(int fd)
 	return flags & O_ACCMODE;
 }
 
-/* EBADFD where it is known whose handle it is, and that it has no pad */
 static int find_backend(struct kvscratch **pad, int fd, int access)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(backends); i++) {
@@ -467,28 +452,57 @@ int kvscratch_display(struct kvscratch *pad, char *text, size_t size)
 			")", len, (uint64_t)pad->info.max_seq_len, (uint32_t)pad->info.dim);
 }
 
-static int map_pad(struct kvscratch *pad, struct kvscratch_view *view)
+static int populate(const struct kvscratch_view *view, uint64_t offset, uint64_t bytes)
+{
+	return madvise((char *)view->data + offset, bytes, MADV_POPULATE_READ) ? -errno : 0;
+}
+
+/* Array by array, for there may be nothing between them */
+static int populate_all(const struct kvscratch_view *view)
+{
+	const struct kvscratch_info *info = &view->info;
+	int err = populate(view, info->status_offset, sizeof(struct kvscratch_status));
+
+	for (uint32_t i = 0; !err && i < info->nr_planes; i++)
+		err = populate(view, info->planes[i].offset,
+			       info->max_seq_len * info->planes[i].row_bytes);
+	return err;
+}
+
+int map_view(struct kvscratch_view *view, int fd)
 {
 	void *data;
+	int err;
+
+	if (view->info.status_offset > SIZE_MAX / 2)
+		return -EOVERFLOW;
+	view->mapped_bytes = view->info.status_offset + sysconf(_SC_PAGESIZE);
+	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED, fd, 0);
+	if (data == MAP_FAILED)
+		return -errno;
+	view->data = data;
+	view->status = (const void *)((const char *)data + view->info.status_offset);
+	err = populate_all(view);
+	if (err)
+		munmap(data, view->mapped_bytes);
+	return err;
+}
+
+static int map_pad(struct kvscratch *pad, struct kvscratch_view *view)
+{
 	int err = kvscratch_info(pad, &view->info);
 
 	if (err)
 		return err;
-	if (view->info.status_offset > SIZE_MAX / 2)
-		return set_error(-EOVERFLOW, "cannot map %" PRIu64 " bytes: this program has "
-				 "32-bit addresses", (uint64_t)view->info.status_offset);
-	view->mapped_bytes = view->info.status_offset + sysconf(_SC_PAGESIZE);
-	/* populated, for what has no pages by itself: the module maps all of them anyway */
-	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, pad->fd, 0);
-	if (data == MAP_FAILED)
-		return cannot("map the pad", -errno);
-	view->data = data;
-	view->status = (const void *)((const char *)data + view->info.status_offset);
-	return 0;
+	err = map_view(view, pad->fd);
+	if (err == -EOVERFLOW)
+		return set_error(err, "cannot map %" PRIu64 " bytes: this program has 32-bit "
+				 "addresses", (uint64_t)view->info.status_offset);
+	return err ? cannot("map the pad", err) : 0;
 }
 
 /* Without a lock, which a fork() in another thread would leave locked in the child */
-static int map_view(struct kvscratch *pad)
+static int make_view(struct kvscratch *pad)
 {
 	struct kvscratch_view *view;
 	const struct kvscratch_view *none = NULL;
@@ -510,7 +524,7 @@ static int map_view(struct kvscratch *pad)
 
 const struct kvscratch_view *kvscratch_view(struct kvscratch *pad)
 {
-	int err = mapped_view(pad) ? 0 : map_view(pad);
+	int err = mapped_view(pad) ? 0 : make_view(pad);
 
 	if (err)
 		errno = -err;
@@ -548,7 +562,7 @@ static void copy_records(const struct kvscratch_view *view, uint64_t first, uint
 
 	for (uint64_t row = first; row < first + count; row += at_once) {
 		for (uint32_t i = 0; i < view->info.nr_planes; i++) {
-			const struct kvscratch_plane *plane = &view->info.planes[i];
+			const struct kvscratch_array *plane = &view->info.planes[i];
 			size_t bytes = at_once * plane->row_bytes;
 
 			memcpy(to, (const char *)view->data + plane->offset +

@@ -64,7 +64,7 @@ struct kvscratch;
  * @input_dtype: what is appended; 0 is @dtype
  * @frac_bits: fraction bits of an integer, else 0
  *
- * See struct kvscratch_create in <linux/kvscratch.h> for what goes together.
+ * See struct kvscratch_plane in <linux/kvscratch.h> for what goes together.
  */
 struct kvscratch_geometry {
 	uint64_t max_seq_len;
@@ -97,30 +97,17 @@ int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, ui
 int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry);
 
 /*
- * The same on @fd, an open, unbound handle of the device (EBUSY when it has a pad). The
- * pad object takes over @fd; after a failure it is still the caller's.
- */
-int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry);
-
-/*
  * Make a handle of its own on the pad of @fd, whose rights have to include @access
- * (EACCES). @fd stays the caller's. It takes permission for the device node or, for a
- * memfd, /proc. The Rust model's clone(), but for copy-on-write: both share the pad.
+ * (EACCES). @fd stays the caller's. For a memfd it takes /proc. The Rust model's clone(),
+ * but for copy-on-write: both share the pad.
  */
 int kvscratch_attach(struct kvscratch **pad, int fd, int access);
 
 /*
- * Bind @fd, an open, unbound handle of the device, to the pad of @src_fd, whose rights have
- * to include those of @fd. The pad object takes over @fd.
- */
-int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd);
-
-/*
  * Use @fd, a handle that was inherited or received, as it is: with its rights, and
  * with a file position that all share who have this open file. The pad object takes
- * over @fd. Fails with EBADFD when it is an unbound handle, with ENOTTY when it is
- * no handle at all, with EPROTO when it is a memfd that somebody made up; @fd is then
- * still the caller's.
+ * over @fd. Fails with ENOTTY when it is no handle, with EPROTO when it is a memfd that
+ * somebody made up; @fd is then still the caller's.
  */
 int kvscratch_from_fd(struct kvscratch **pad, int fd);
 
@@ -138,8 +125,7 @@ int kvscratch_access(const struct kvscratch *pad);
 
 /*
  * Open a read-only handle of its own on the pad, to be passed to a reader; returns the
- * descriptor. Each reader gets one: who shares it shares the file position, which
- * kvscratch_wait() uses.
+ * descriptor. Each reader gets one: who shares it shares the file position.
  */
 int kvscratch_open_reader(const struct kvscratch *pad);
 
@@ -192,6 +178,63 @@ int kvscratch_is_empty(struct kvscratch *pad);
 uint64_t kvscratch_capacity(const struct kvscratch *pad);
 uint32_t kvscratch_dim(const struct kvscratch *pad);
 void kvscratch_geometry(const struct kvscratch *pad, struct kvscratch_geometry *geometry);
+
+/**
+ * struct kvscratch_array - one dense array of a pad's mapping
+ * @offset: where it begins in the mapping; row n begins at @offset + n * @row_bytes
+ * @row_bytes: bytes per row
+ * @reserved: 0
+ */
+struct kvscratch_array {
+	__aligned_u64 offset;
+	__u32 row_bytes;
+	__u32 reserved;
+};
+
+/**
+ * struct kvscratch_info - a pad
+ * @size: sizeof(struct kvscratch_info)
+ * @flags: 0
+ * @max_seq_len: capacity in rows
+ * @len: committed rows
+ * @dim: elements per row
+ * @dtype: one of enum kvscratch_dtype
+ * @row_bytes: bytes per stored row, scales included
+ * @input_row_bytes: bytes per row of an append
+ * @generation: truncates so far, in full; the status page has the low half
+ * @trunc_len: rows that the latest truncate kept, 0 before the first
+ * @data_bytes: max_seq_len * row_bytes
+ * @status_offset: mapping offset of struct kvscratch_status
+ * @nr_planes: how many entries of @planes are in use
+ * @reserved: 0
+ * @planes: elements, and the scales of MXINT8
+ * @input_dtype: what is appended
+ * @frac_bits: fraction bits of an element
+ * @saturated: elements that were clamped by appends so far, those that a
+ *	truncate dropped included
+ *
+ * len, generation and trunc_len are of one moment.
+ */
+struct kvscratch_info {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 max_seq_len;
+	__aligned_u64 len;
+	__u32 dim;
+	__u32 dtype;
+	__u32 row_bytes;
+	__u32 input_row_bytes;
+	__aligned_u64 generation;
+	__aligned_u64 trunc_len;
+	__aligned_u64 data_bytes;
+	__aligned_u64 status_offset;
+	__u32 nr_planes;
+	__u32 reserved;
+	struct kvscratch_array planes[2];
+	__u32 input_dtype;
+	__u32 frac_bits;
+	__aligned_u64 saturated;
+};
 
 /*
  * Everything there is to know: the first @size bytes of a struct kvscratch_info, whose size
@@ -267,9 +310,7 @@ int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, v
 /*
  * Sleep until the state (see kvscratch_view_state()) is another than @state; no sleep when
  * it is already. A negative @timeout_ms waits without end, 0 only looks. Errors: ETIMEDOUT,
- * EINTR. A pad of the kernel is watched through a handle of its own; where the device cannot
- * be opened the handle itself is, and of all who share its open file one at a time may
- * wait, and none append meanwhile.
+ * EINTR.
  */
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 

@@ -43,7 +43,7 @@
 #endif
 
 #define MEMFD_MAGIC	0x4d56564bU	/* "KVVM" */
-#define MEMFD_VERSION	1
+#define MEMFD_VERSION	2
 #define MEMFD_SEALS	(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 /**
@@ -51,7 +51,9 @@
  * @status: what readers know; here @status.state is the truth as well
  * @magic: MEMFD_MAGIC
  * @version: MEMFD_VERSION
- * @input_dtype: as in struct kvscratch_info
+ * @dim: as in struct kvscratch_info
+ * @dtype: likewise
+ * @input_dtype: likewise
  * @frac_bits: likewise
  * @generation_high: upper half of the full generation, whose lower half is in
  *	@status.state
@@ -64,6 +66,8 @@ struct memfd_page {
 	__u32 reserved[12];
 	__u32 magic;
 	__u32 version;
+	__u32 dim;
+	__u32 dtype;
 	__u32 input_dtype;
 	__u32 frac_bits;
 	__aligned_u64 saturated;
@@ -72,8 +76,8 @@ struct memfd_page {
 	__u32 changes;
 };
 
-_Static_assert(offsetof(struct memfd_page, magic) == 128, "one layout for 32 and 64 bit");
-_Static_assert(offsetof(struct memfd_page, changes) == 164, "one layout for 32 and 64 bit");
+_Static_assert(offsetof(struct memfd_page, magic) == 192, "one layout for 32 and 64 bit");
+_Static_assert(offsetof(struct memfd_page, changes) == 236, "one layout for 32 and 64 bit");
 
 static size_t page_size(void)
 {
@@ -123,12 +127,13 @@ static int write_page(int fd, const struct kvscratch_info *info)
 			.magic = KVSCRATCH_STATUS_MAGIC,
 			.version = KVSCRATCH_STATUS_VERSION,
 			.max_seq_len = info->max_seq_len,
-			.dim = info->dim,
-			.dtype = info->dtype,
+			.nr_planes = 1,
 			.row_bytes = info->row_bytes,
 		},
 		.magic = MEMFD_MAGIC,
 		.version = MEMFD_VERSION,
+		.dim = info->dim,
+		.dtype = info->dtype,
 		.input_dtype = info->input_dtype,
 		.frac_bits = info->frac_bits,
 	};
@@ -181,8 +186,8 @@ static int check_page(struct kvscratch *pad, const struct memfd_page *page,
 	const uint64_t bytes = status->st_size;
 	const struct kvscratch_geometry geometry = {
 		.max_seq_len = page->status.max_seq_len,
-		.dim = page->status.dim,
-		.dtype = page->status.dtype,
+		.dim = page->dim,
+		.dtype = page->dtype,
 		.input_dtype = page->input_dtype,
 		.frac_bits = page->frac_bits,
 	};
@@ -381,7 +386,7 @@ static int write_stored(const struct kvscratch *pad, const char *rows, uint64_t 
 		uint32_t skip = 0;
 
 		for (uint32_t p = 0; p < info->nr_planes; p++) {
-			const struct kvscratch_plane *plane = &info->planes[p];
+			const struct kvscratch_array *plane = &info->planes[p];
 			int err;
 
 			for (uint64_t i = 0; i < count; i++)

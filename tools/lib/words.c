@@ -53,10 +53,10 @@ const char *kvscratch_strerror(int err)
 		return "the module is too old for what was asked";
 	case EBADF:
 		return "not open, or not for this";
-	case EBADFD:
-		return "the handle is not bound to a pad yet";
 	case EBUSY:
-		return "the handle is bound to a pad already";
+		return "another handle is the pad's writer";
+	case EROFS:
+		return "the pad is sealed";
 	case EDQUOT:
 		return "larger than the module's limits allow";
 	case EINVAL:
