@@ -9,7 +9,6 @@
 #include <kunit/test.h>
 #include <linux/module.h>
 #include <linux/seq_file.h>
-#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include "../kvscratch.h"
@@ -18,10 +17,11 @@
 static ssize_t append(struct kvs_pad *pad, const void *rows, size_t bytes)
 {
 	struct kvec vec = { .iov_base = (void *)rows, .iov_len = bytes };
+	struct kvs_handle handle = { .pad = pad };
 	struct iov_iter iter;
 
 	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, bytes);
-	return kvs_pad_append(pad, &iter, false);
+	return kvs_pad_append(&handle, &iter, false);
 }
 
 static ssize_t read_at(struct kvs_pad *pad, u64 pos, void *to, size_t bytes)
@@ -30,12 +30,57 @@ static ssize_t read_at(struct kvs_pad *pad, u64 pos, void *to, size_t bytes)
 	struct iov_iter iter;
 
 	iov_iter_kvec(&iter, ITER_DEST, &vec, 1, bytes);
-	return kvs_pad_read(pad, pos, &iter, false);
+	return kvs_pad_read(pad, pos, &iter);
 }
 
-static struct kvscratch_info info_of(struct kvs_pad *pad)
+static int truncate(struct kvs_pad *pad, u64 len, u32 flags)
 {
-	struct kvscratch_info info = {};
+	struct kvscratch_truncate truncate = { .len = len, .flags = flags };
+	struct kvs_handle handle = { .pad = pad };
+
+	return kvs_pad_truncate(&handle, &truncate, false);
+}
+
+/* Byte @at of an array, and how many follow it in its page */
+static void *array_at(const struct kvs_array *array, u64 at, size_t *bytes)
+{
+	*bytes = min_t(size_t, *bytes, PAGE_SIZE - offset_in_page(at));
+	return page_address(kvs_array_page(array, at >> PAGE_SHIFT)) + offset_in_page(at);
+}
+
+/* The beginning of one, up to the end of its first page */
+static void *start_of(const struct kvs_array *array)
+{
+	size_t bytes = 1;
+
+	return array_at(array, 0, &bytes);
+}
+
+static void *data_of(const struct kvs_pad *pad)
+{
+	return start_of(&pad->planes[0].data);
+}
+
+/* Whether @bytes of an array are those expected, or with NULL zero */
+static bool array_is(const struct kvs_array *array, u64 at, const void *expected, size_t bytes)
+{
+	while (bytes) {
+		size_t piece = bytes;
+		const void *got = array_at(array, at, &piece);
+
+		if (expected ? memcmp(got, expected, piece) : !!memchr_inv(got, 0, piece))
+			return false;
+		if (expected)
+			expected += piece;
+		at += piece;
+		bytes -= piece;
+	}
+	return true;
+}
+
+static struct kvscratch_pad_info info_of(struct kvs_pad *pad)
+{
+	struct kvscratch_pad_info info = {};
 
 	kvs_pad_info(pad, &info);
 	return info;
@@ -79,24 +124,17 @@ struct fixture {
 
 static struct kvs_pad *new_pad(u64 max_seq_len, u32 dim, u32 dtype)
 {
-	struct kvscratch_create create = {
-		.max_seq_len = max_seq_len,
-		.dim = dim,
-		.dtype = dtype,
-	};
+	struct kvscratch_create create = { .max_seq_len = max_seq_len, .nr_planes = 1 };
+	struct kvscratch_plane plane = { .dim = dim, .dtype = dtype };
 
-	return kvs_pad_create(&create);
+	return kvs_pad_create(&create, &plane);
 }
 
-static int init_layout(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype)
+static bool init_layout(struct kvs_layout *layout, u64 max_seq_len, u32 dim, u32 dtype)
 {
-	struct kvscratch_create create = {
-		.max_seq_len = max_seq_len,
-		.dim = dim,
-		.dtype = dtype,
-	};
+	struct kvscratch_plane plane = { .dim = dim, .dtype = dtype };
 
-	return kvs_layout_init(layout, &create);
+	return kvs_layout_init(layout, &plane, 1, max_seq_len, PAGE_SIZE);
 }
 
 static int kvs_test_init(struct kunit *test)
@@ -129,21 +167,19 @@ static void kvs_test_exit(struct kunit *test)
 static void model_new(struct kunit *test)
 {
 	struct fixture *f = test->priv;
-	struct kvscratch_info info = info_of(f->pad);
+	struct kvscratch_pad_info info = info_of(f->pad);
 
 	KUNIT_EXPECT_EQ(test, info.len, 0);
 	KUNIT_EXPECT_EQ(test, info.max_seq_len, FIXTURE_ROWS);
-	KUNIT_EXPECT_EQ(test, info.dim, FIXTURE_DIM);
-	KUNIT_EXPECT_EQ(test, info.dtype, KVSCRATCH_DTYPE_F32);
 	KUNIT_EXPECT_EQ(test, info.row_bytes, FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, info.input_row_bytes, FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, info.generation, 0);
-	KUNIT_EXPECT_EQ(test, info.data_bytes, FIXTURE_ROWS * FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, info.status_offset, PAGE_SIZE);
+	KUNIT_EXPECT_EQ(test, info.mapping_bytes, 2 * PAGE_SIZE);
 	KUNIT_EXPECT_EQ(test, info.nr_planes, 1);
-	KUNIT_EXPECT_EQ(test, info.planes[0].offset, 0);
-	KUNIT_EXPECT_EQ(test, info.planes[0].row_bytes, FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_NULL(test, memchr_inv(f->pad->base, 0, info.status_offset));
+	KUNIT_EXPECT_EQ(test, info.flags, 0);
+	KUNIT_EXPECT_EQ(test, info.epoch, 0);
+	KUNIT_EXPECT_NULL(test, memchr_inv(data_of(f->pad), 0, PAGE_SIZE));
 }
 
 static void model_append(struct kunit *test)
@@ -152,7 +188,7 @@ static void model_append(struct kunit *test)
 
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
-	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 1, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 1, FIXTURE_ROW_BYTES));
 }
 
 static void model_append_tensor(struct kunit *test)
@@ -163,20 +199,19 @@ static void model_append_tensor(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + FIXTURE_ROW_BYTES, 3 * FIXTURE_ROW_BYTES),
 			3 * FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
-	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 4, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 4, FIXTURE_ROW_BYTES));
 }
 
-/* What a view maps are these very pages, in this order. */
+/* What a view maps are these very pages, in this order, and nothing behind them. */
 static void model_as_tensor(struct kunit *test)
 {
 	struct fixture *f = test->priv;
-	u64 i;
 
-	KUNIT_EXPECT_EQ(test, f->pad->layout.nr_pages, 2);
-	for (i = 0; i < f->pad->layout.nr_pages; i++)
-		KUNIT_EXPECT_PTR_EQ(test, f->pad->pages[i],
-				    vmalloc_to_page(f->pad->base + i * PAGE_SIZE));
-	KUNIT_EXPECT_PTR_EQ(test, (void *)f->pad->status, f->pad->base + PAGE_SIZE);
+	KUNIT_EXPECT_PTR_EQ(test, page_address(kvs_pad_page(f->pad, 0)), data_of(f->pad));
+	KUNIT_EXPECT_PTR_EQ(test, page_address(kvs_pad_page(f->pad, 1)), (void *)f->pad->status);
+	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(f->pad, 2), (struct page *)NULL);
+	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(f->pad, U64_MAX >> PAGE_SHIFT),
+			    (struct page *)NULL);
 }
 
 static void model_status_page(struct kunit *test)
@@ -187,8 +222,7 @@ static void model_status_page(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, status->magic, KVSCRATCH_STATUS_MAGIC);
 	KUNIT_EXPECT_EQ(test, status->version, KVSCRATCH_STATUS_VERSION);
 	KUNIT_EXPECT_EQ(test, status->max_seq_len, FIXTURE_ROWS);
-	KUNIT_EXPECT_EQ(test, status->dim, FIXTURE_DIM);
-	KUNIT_EXPECT_EQ(test, status->dtype, KVSCRATCH_DTYPE_F32);
+	KUNIT_EXPECT_EQ(test, status->nr_planes, 1);
 	KUNIT_EXPECT_EQ(test, status->row_bytes, FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, status->state.word, 0);
 	KUNIT_EXPECT_EQ(test, status->trunc.word, 0);
@@ -196,13 +230,15 @@ static void model_status_page(struct kunit *test)
 			5 * FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(0, 5));
 	KUNIT_EXPECT_EQ(test, status->state.half[KVSCRATCH_WORD_LEN], 5);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 2, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 2, 0), 0);
 	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(1, 2));
 	KUNIT_EXPECT_EQ(test, status->state.half[KVSCRATCH_WORD_GENERATION], 1);
 	KUNIT_EXPECT_EQ(test, status->trunc.word, kvs_state(1, 2));
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_EQ(test, status->state.word, kvs_state(1, 3));
 	KUNIT_EXPECT_EQ(test, status->trunc.word, kvs_state(1, 2));
+	KUNIT_EXPECT_EQ(test, status->generation, 1);
+	KUNIT_EXPECT_EQ(test, status->writer.word, 0);
 	/* nothing else is on the page */
 	KUNIT_EXPECT_NULL(test, memchr_inv(status + 1, 0, PAGE_SIZE - sizeof(*status)));
 }
@@ -227,12 +263,12 @@ static void model_clear(struct kunit *test)
 	struct fixture *f = test->priv;
 
 	append(f->pad, f->rows, FIXTURE_ROWS * FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 0, 0), 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).max_seq_len, FIXTURE_ROWS);
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES),
 			FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 1, 1, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 1, 1, FIXTURE_ROW_BYTES));
 }
 
 static void model_truncate(struct kunit *test)
@@ -240,17 +276,17 @@ static void model_truncate(struct kunit *test)
 	struct fixture *f = test->priv;
 
 	append(f->pad, f->rows, 6 * FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 7, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 7, 0), -EINVAL);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 0);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, BIT_ULL(32), false), -EINVAL);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 4, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, BIT_ULL(32), 0), -EINVAL);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 4, 0), 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).trunc_len, 4);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 1);
 	/* dropping nothing is a generation too */
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 4, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 4, 0), 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 2);
-	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 4, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 4, FIXTURE_ROW_BYTES));
 }
 
 static void model_clone_shares(struct kunit *test)
@@ -269,20 +305,20 @@ static void model_clone_shares(struct kunit *test)
 static void model_display(struct kunit *test)
 {
 	struct fixture *f = test->priv;
-	char text[256] = "";
+	char text[512] = "";
 	struct seq_file m = { .buf = text, .size = sizeof(text) };
 
 	append(f->pad, f->rows, 3 * FIXTURE_ROW_BYTES);
 	kvs_pad_show(f->pad, &m);
-	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "Scratchpad(len=3, capacity=10, dim=4)\n"));
-	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "dtype:\tf32\n"));
-	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "generation:\t0\n"));
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "kvscratch-len:\t3\n"));
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "kvscratch-dtype:\tf32\n"));
+	KUNIT_EXPECT_NOT_NULL(test, strstr(text, "kvscratch-generation:\t0\n"));
 }
 
 /* Failures */
 
 struct snapshot {
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 	struct kvscratch_status status;
 	u8 data[FIXTURE_ROWS * FIXTURE_ROW_BYTES];
 };
@@ -292,7 +328,7 @@ static void take_snapshot(struct kvs_pad *pad, struct snapshot *snapshot)
 	memset(snapshot, 0, sizeof(*snapshot));
 	kvs_pad_info(pad, &snapshot->info);
 	snapshot->status = *pad->status;
-	memcpy(snapshot->data, pad->base, sizeof(snapshot->data));
+	memcpy(snapshot->data, data_of(pad), sizeof(snapshot->data));
 }
 
 static void failures_change_nothing(struct kunit *test)
@@ -301,6 +337,7 @@ static void failures_change_nothing(struct kunit *test)
 	struct iovec bad = { .iov_base = (void __user *)-4096L, .iov_len = FIXTURE_ROW_BYTES };
 	struct fixture *f = test->priv;
 	struct snapshot *snapshots = kunit_kzalloc(test, 2 * sizeof(*snapshots), GFP_KERNEL);
+	struct kvs_handle handle = { .pad = f->pad };
 	struct iov_iter iter;
 
 	KUNIT_ASSERT_NOT_NULL(test, snapshots);
@@ -315,18 +352,18 @@ static void failures_change_nothing(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, MAX_RW_COUNT), -EINVAL);
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, MAX_RW_COUNT - FIXTURE_ROW_BYTES), -ENOSPC);
 	iov_iter_init(&iter, ITER_SOURCE, &bad, 1, bad.iov_len);
-	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, false), -EFAULT);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(&handle, &iter, false), -EFAULT);
 	KUNIT_EXPECT_EQ(test, iov_iter_count(&iter), FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 10, true), -EINVAL);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 10, KVSCRATCH_TRUNCATE_ZERO), -EINVAL);
 	iov_iter_init(&iter, ITER_DEST, &bad, 1, bad.iov_len);
-	KUNIT_EXPECT_EQ(test, kvs_pad_read(f->pad, 0, &iter, false), -EFAULT);
+	KUNIT_EXPECT_EQ(test, kvs_pad_read(f->pad, 0, &iter), -EFAULT);
 
 	take_snapshot(f->pad, &snapshots[1]);
 	KUNIT_EXPECT_EQ(test, memcmp(&snapshots[0], &snapshots[1], sizeof(*snapshots)), 0);
 	/* and the pad goes on working */
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows + 9 * FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES),
 			FIXTURE_ROW_BYTES);
-	KUNIT_EXPECT_TRUE(test, rows_are(f->pad->base, 0, 10, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 10, FIXTURE_ROW_BYTES));
 	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), -ENOSPC);
 }
 
@@ -334,34 +371,43 @@ static void nowait_does_not_wait(struct kunit *test)
 {
 	struct fixture *f = test->priv;
 	struct kvec vec = { .iov_base = f->rows, .iov_len = FIXTURE_ROW_BYTES };
+	struct kvs_handle handle = { .pad = f->pad };
+	/* somebody's operation: only its address counts */
+	struct kvs_op *turn = (void *)&vec;
 	struct iov_iter iter;
 
 	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, FIXTURE_ROW_BYTES);
 	mutex_lock(&f->pad->lock);
-	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, true), -EAGAIN);
+	f->pad->turn = turn;
+	mutex_unlock(&f->pad->lock);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(&handle, &iter, true), -EAGAIN);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&handle, true), -EAGAIN);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&handle, false, true), -EAGAIN);
 	/* readers are not concerned */
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 0);
 	KUNIT_EXPECT_EQ(test, read_at(f->pad, 0, f->rows, 1), 0);
+	mutex_lock(&f->pad->lock);
+	f->pad->turn = NULL;
 	mutex_unlock(&f->pad->lock);
-	KUNIT_EXPECT_EQ(test, kvs_pad_append(f->pad, &iter, true), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, kvs_pad_append(&handle, &iter, true), FIXTURE_ROW_BYTES);
 }
 
 static void zero_scrubs_dropped_rows(struct kunit *test)
 {
 	struct fixture *f = test->priv;
-	const void *base = f->pad->base;
+	const void *base = data_of(f->pad);
 
 	append(f->pad, f->rows, 8 * FIXTURE_ROW_BYTES);
 	/* dropped without ZERO: a later ZERO still knows how far rows reached */
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 2, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 2, 0), 0);
 	append(f->pad, f->rows + 2 * FIXTURE_ROW_BYTES, FIXTURE_ROW_BYTES);
 	KUNIT_EXPECT_NOT_NULL(test, memchr_inv(base + 3 * FIXTURE_ROW_BYTES, 0,
 					       PAGE_SIZE - 3 * FIXTURE_ROW_BYTES));
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 3, true), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 3, KVSCRATCH_TRUNCATE_ZERO), 0);
 	KUNIT_EXPECT_TRUE(test, rows_are(base, 0, 3, FIXTURE_ROW_BYTES));
 	KUNIT_EXPECT_NULL(test, memchr_inv(base + 3 * FIXTURE_ROW_BYTES, 0,
 					   PAGE_SIZE - 3 * FIXTURE_ROW_BYTES));
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 0, true), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 0, KVSCRATCH_TRUNCATE_ZERO), 0);
 	KUNIT_EXPECT_NULL(test, memchr_inv(base, 0, PAGE_SIZE));
 }
 
@@ -371,13 +417,144 @@ static void generation_wraps_into_the_high_half(struct kunit *test)
 
 	append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
 	mutex_lock(&f->pad->lock);
-	f->pad->state = kvs_state(U32_MAX, 2);
+	f->pad->generation = U32_MAX - 1;
 	mutex_unlock(&f->pad->lock);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 2, 0), 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, U32_MAX);
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(f->pad, 1, false), 0);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 1, 0), 0);
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, BIT_ULL(32));
 	KUNIT_EXPECT_EQ(test, f->pad->status->state.word, kvs_state(0, 1));
+	KUNIT_EXPECT_EQ(test, f->pad->status->generation, BIT_ULL(32));
 	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 1);
+}
+
+/* The role of the writer, and what it stages */
+
+static int stage(struct kvs_handle *handle, u64 row, const void *rows, u64 nr_rows, u32 flags)
+{
+	struct kvscratch_stage stage = { .row = row, .rows = nr_rows, .flags = flags };
+	struct kvec vec = {
+		.iov_base = (void *)rows,
+		.iov_len = nr_rows * FIXTURE_ROW_BYTES,
+	};
+	struct iov_iter iter;
+
+	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, vec.iov_len);
+	return kvs_pad_stage(handle, &stage, &iter, false);
+}
+
+#define KEEP KVSCRATCH_STAGE_KEEP
+
+static void only_the_writer_changes_the_pad(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	struct kvs_handle writer = { .pad = f->pad }, other = writer, successor = writer;
+
+	KUNIT_EXPECT_EQ(test, stage(&writer, 0, f->rows, 1, 0), -ENOLCK);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 0, false), -ENOLCK);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&writer, false, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).flags, KVSCRATCH_PAD_WRITER);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).epoch, 1);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&other, false, false), -EBUSY);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), -EBUSY);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 0, 0), -EBUSY);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&other, false), -EBUSY);
+	KUNIT_EXPECT_EQ(test, stage(&other, 0, f->rows, 1, 0), -ENOLCK);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&successor, true, false), 0);
+	KUNIT_EXPECT_EQ(test, f->pad->status->writer.word, kvs_state(2, KVSCRATCH_PAD_WRITER));
+	KUNIT_EXPECT_EQ(test, stage(&writer, 0, f->rows, 1, 0), -ESTALE);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 0, false), -ESTALE);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&writer, false), -ESTALE);
+	/* the end of a handle that is the writer no more ends nothing */
+	kvs_pad_end_role(&writer);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), -EBUSY);
+	kvs_pad_end_role(&successor);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).flags, 0);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
+}
+
+static void staged_rows_are_committed(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	struct kvs_handle writer = { .pad = f->pad };
+
+	append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
+	KUNIT_ASSERT_EQ(test, kvs_pad_take_role(&writer, false, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 1, f->rows, 1, 0), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 3, f->rows, 1, 0), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, f->rows, 9, 0), -ENOSPC);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, f->rows + 2 * FIXTURE_ROW_BYTES, 4, 0), 0);
+	/* there for whoever looks, and not committed */
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 6, FIXTURE_ROW_BYTES));
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 2);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 7, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 1, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, BIT_ULL(32) + 3, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 4, false), 0);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 0);
+	/* what was staged beyond is dropped, but lies there */
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 5, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 4, NULL, 3, KEEP), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 4, NULL, 2, KEEP), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 6, false), 0);
+	KUNIT_EXPECT_TRUE(test, rows_are(data_of(f->pad), 0, 6, FIXTURE_ROW_BYTES));
+	kvs_pad_end_role(&writer);
+}
+
+/* What a failed copy, ZERO and a new role leave for KEEP */
+static void whole_is_lowered(struct kunit *test)
+{
+	struct iovec bad = { .iov_base = (void __user *)-4096L, .iov_len = FIXTURE_ROW_BYTES };
+	struct kvscratch_stage third = { .row = 2, .rows = 1 };
+	struct fixture *f = test->priv;
+	struct kvs_handle writer = { .pad = f->pad }, successor = writer;
+	struct iov_iter iter;
+
+	KUNIT_ASSERT_EQ(test, kvs_pad_take_role(&writer, false, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 0, f->rows, 6, 0), 0);
+	iov_iter_init(&iter, ITER_SOURCE, &bad, 1, bad.iov_len);
+	KUNIT_EXPECT_EQ(test, kvs_pad_stage(&writer, &third, &iter, false), -EFAULT);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 3, false), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, NULL, 1, KEEP), -EINVAL);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 2, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, f->rows, 2, 0), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 2, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, NULL, 2, KEEP), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&successor, true, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&successor, 2, NULL, 1, KEEP), -EINVAL);
+	KUNIT_EXPECT_EQ(test, stage(&successor, 2, f->rows, 2, 0), 0);
+	kvs_pad_end_role(&successor);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 1, KVSCRATCH_TRUNCATE_ZERO), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&successor, false, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&successor, 1, NULL, 1, KEEP), -EINVAL);
+	KUNIT_EXPECT_NULL(test, memchr_inv(data_of(f->pad) + FIXTURE_ROW_BYTES, 0,
+					   PAGE_SIZE - FIXTURE_ROW_BYTES));
+	kvs_pad_end_role(&successor);
+}
+
+static void a_sealed_pad_is_final(struct kunit *test)
+{
+	struct kvscratch_truncate expected = { .flags = KVSCRATCH_TRUNCATE_EXPECT };
+	struct fixture *f = test->priv;
+	struct kvs_handle handle = { .pad = f->pad }, writer = handle;
+
+	append(f->pad, f->rows, 2 * FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(&handle, &expected, false), -ECANCELED);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).generation, 0);
+	KUNIT_ASSERT_EQ(test, kvs_pad_take_role(&writer, false, false), 0);
+	KUNIT_EXPECT_EQ(test, stage(&writer, 2, f->rows, 2, 0), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&writer, false), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&writer, false), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_seal(&handle, false), 0);
+	KUNIT_EXPECT_EQ(test, kvs_pad_commit(&writer, 3, false), -EROFS);
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), -EROFS);
+	KUNIT_EXPECT_EQ(test, truncate(f->pad, 0, 0), -EROFS);
+	KUNIT_EXPECT_EQ(test, kvs_pad_take_role(&handle, true, false), -EROFS);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 2);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).flags, KVSCRATCH_PAD_SEALED | KVSCRATCH_PAD_WRITER);
+	kvs_pad_end_role(&writer);
+	KUNIT_EXPECT_EQ(test, f->pad->status->writer.word, kvs_state(1, KVSCRATCH_PAD_SEALED));
 }
 
 /* Geometries whose rows do and do not divide a page */
@@ -414,6 +591,7 @@ static void every_boundary(struct kunit *test)
 {
 	const struct geometry *g = test->param_value;
 	size_t capacity = g->max_seq_len * g->row_bytes;
+	const struct kvs_array *data;
 	struct kvs_pad *pad;
 	u8 *rows, *back;
 	u64 i;
@@ -425,6 +603,7 @@ static void every_boundary(struct kunit *test)
 		KUNIT_FAIL(test, "out of memory");
 		goto out;
 	}
+	data = &pad->planes[0].data;
 	fill_rows(rows, 0, g->max_seq_len + 1, g->row_bytes);
 	KUNIT_EXPECT_EQ(test, info_of(pad).row_bytes, g->row_bytes);
 
@@ -434,15 +613,15 @@ static void every_boundary(struct kunit *test)
 				g->row_bytes);
 	KUNIT_EXPECT_EQ(test, append(pad, rows, g->row_bytes), -ENOSPC);
 	KUNIT_EXPECT_EQ(test, info_of(pad).len, g->max_seq_len);
-	KUNIT_EXPECT_EQ(test, memcmp(pad->base, rows, capacity), 0);
+	KUNIT_EXPECT_TRUE(test, array_is(data, 0, rows, capacity));
 
 	/* one batch that fills it, after one that is a row too long */
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(pad, 0, true), 0);
+	KUNIT_EXPECT_EQ(test, truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO), 0);
 	KUNIT_EXPECT_EQ(test, append(pad, rows, capacity + g->row_bytes), -ENOSPC);
 	KUNIT_EXPECT_EQ(test, info_of(pad).len, 0);
-	KUNIT_EXPECT_NULL(test, memchr_inv(pad->base, 0, capacity));
+	KUNIT_EXPECT_TRUE(test, array_is(data, 0, NULL, capacity));
 	KUNIT_EXPECT_EQ(test, append(pad, rows, capacity), capacity);
-	KUNIT_EXPECT_EQ(test, memcmp(pad->base, rows, capacity), 0);
+	KUNIT_EXPECT_TRUE(test, array_is(data, 0, rows, capacity));
 
 	/* the byte stream ends exactly with the last row */
 	KUNIT_EXPECT_EQ(test, read_at(pad, 0, back, capacity + 1), capacity);
@@ -453,8 +632,7 @@ static void every_boundary(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, read_at(pad, U64_MAX, back, 1), 0);
 
 	/* what is behind the data stays untouched */
-	KUNIT_EXPECT_NULL(test, memchr_inv(pad->base + capacity, 0,
-					   pad->layout.status_offset - capacity));
+	KUNIT_EXPECT_TRUE(test, array_is(data, capacity, NULL, PAGE_ALIGN(capacity) - capacity));
 	KUNIT_EXPECT_EQ(test, pad->status->magic, KVSCRATCH_STATUS_MAGIC);
 out:
 	if (!IS_ERR_OR_NULL(pad))
@@ -469,23 +647,27 @@ static void layout_refuses(struct kunit *test)
 {
 	struct kvs_layout layout;
 
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 0, 1, KVSCRATCH_DTYPE_U8), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 0, KVSCRATCH_DTYPE_U8), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, 0), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, KVSCRATCH_DTYPE_MXINT8 + 1), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1, U32_MAX), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, BIT_ULL(32), 1, KVSCRATCH_DTYPE_U8),
-			-EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, BIT_ULL(60), 1, KVSCRATCH_DTYPE_U8),
-			-EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, U64_MAX, U32_MAX, KVSCRATCH_DTYPE_F64),
-			-EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, KVSCRATCH_MAX_ROW_BYTES + 1,
-					  KVSCRATCH_DTYPE_U8), -EINVAL);
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, 0, KVSCRATCH_DTYPE_U8));
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, 1, 0));
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, 1, KVSCRATCH_DTYPE_MXINT8 + 1));
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, 1, U32_MAX));
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, KVSCRATCH_MAX_ROW_BYTES + 1,
+					     KVSCRATCH_DTYPE_U8));
 	/* dim * 8 is 2^32 and more: a 32-bit product would be 0 and 8 */
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, 1U << 29, KVSCRATCH_DTYPE_F64), -EINVAL);
-	KUNIT_EXPECT_EQ(test, init_layout(&layout, 1, (1U << 29) + 1, KVSCRATCH_DTYPE_F64),
-			-EINVAL);
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, 1U << 29, KVSCRATCH_DTYPE_F64));
+	KUNIT_EXPECT_FALSE(test, init_layout(&layout, 1, (1U << 29) + 1, KVSCRATCH_DTYPE_F64));
+}
+
+static void create_refuses(struct kunit *test)
+{
+	static const u64 capacities[] = { 0, BIT_ULL(32), BIT_ULL(60), U64_MAX };
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(capacities); i++)
+		KUNIT_EXPECT_PTR_EQ(test, new_pad(capacities[i], 1, KVSCRATCH_DTYPE_U8),
+				    (struct kvs_pad *)ERR_PTR(-EINVAL));
+	KUNIT_EXPECT_PTR_EQ(test, new_pad(1, 0, KVSCRATCH_DTYPE_U8),
+			    (struct kvs_pad *)ERR_PTR(-EINVAL));
 }
 
 static void layout_is_exact(struct kunit *test)
@@ -499,19 +681,93 @@ static void layout_is_exact(struct kunit *test)
 	for (i = 0; i < ARRAY_SIZE(row_counts); i++) {
 		u64 data = row_counts[i] * KVSCRATCH_MAX_ROW_BYTES;
 
-		KUNIT_ASSERT_EQ(test, init_layout(&layout, row_counts[i],
+		KUNIT_ASSERT_TRUE(test, init_layout(&layout, row_counts[i],
 						  KVSCRATCH_MAX_ROW_BYTES / 8,
-						  KVSCRATCH_DTYPE_F64), 0);
+						  KVSCRATCH_DTYPE_F64));
 		KUNIT_EXPECT_EQ(test, layout.status_offset, data);
-		KUNIT_EXPECT_EQ(test, layout.nr_pages, data / PAGE_SIZE + 1);
-		KUNIT_EXPECT_EQ(test, layout.charged_bytes,
-				data + PAGE_SIZE + PAGE_ALIGN((data / PAGE_SIZE + 1) * 8));
+		KUNIT_EXPECT_EQ(test, layout.row_bytes, KVSCRATCH_MAX_ROW_BYTES);
 	}
 	/* 2^32 and 2^32 + 1 bytes of data */
-	KUNIT_ASSERT_EQ(test, init_layout(&layout, BIT_ULL(31), 2, KVSCRATCH_DTYPE_U8), 0);
+	KUNIT_ASSERT_TRUE(test, init_layout(&layout, BIT_ULL(31), 2, KVSCRATCH_DTYPE_U8));
 	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32));
-	KUNIT_ASSERT_EQ(test, init_layout(&layout, 641, 6700417, KVSCRATCH_DTYPE_U8), 0);
-	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32) + PAGE_SIZE);
+	KUNIT_ASSERT_TRUE(test, init_layout(&layout, 641, 6700417, KVSCRATCH_DTYPE_U8));
+	KUNIT_EXPECT_EQ(test, layout.status_offset, BIT_ULL(32) + KVSCRATCH_CHUNK_BYTES);
+	/* up to half a chunk is packed by pages */
+	KUNIT_ASSERT_TRUE(test, init_layout(&layout, KVSCRATCH_CHUNK_BYTES / 2, 1,
+					    KVSCRATCH_DTYPE_U8));
+	KUNIT_EXPECT_EQ(test, layout.status_offset, KVSCRATCH_CHUNK_BYTES / 2);
+	KUNIT_ASSERT_TRUE(test, init_layout(&layout, KVSCRATCH_CHUNK_BYTES / 2 + 1, 1,
+					    KVSCRATCH_DTYPE_U8));
+	KUNIT_EXPECT_EQ(test, layout.status_offset, KVSCRATCH_CHUNK_BYTES);
+}
+
+/* Large arrays first, each on a chunk of its own, then the others by pages */
+static void layout_of_many_planes(struct kunit *test)
+{
+	struct kvscratch_plane planes[] = {
+		{ .dim = 100, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 2100, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 64, .dtype = KVSCRATCH_DTYPE_MXINT8, .input_dtype = KVSCRATCH_DTYPE_F32 },
+		{ .dim = 1100, .dtype = KVSCRATCH_DTYPE_U8 },
+	};
+	u64 small = 4 * (u64)KVSCRATCH_CHUNK_BYTES - KVSCRATCH_CHUNK_BYTES;
+	struct kvs_layout layout;
+
+	KUNIT_ASSERT_TRUE(test, kvs_layout_init(&layout, planes, 4, 1000, PAGE_SIZE));
+	KUNIT_EXPECT_EQ(test, planes[1].offset, 0);
+	KUNIT_EXPECT_EQ(test, planes[3].offset, 2 * KVSCRATCH_CHUNK_BYTES);
+	KUNIT_EXPECT_EQ(test, planes[0].offset, small);
+	small += PAGE_ALIGN(100000);
+	KUNIT_EXPECT_EQ(test, planes[2].offset, small);
+	small += PAGE_ALIGN(64000);
+	KUNIT_EXPECT_EQ(test, planes[2].scales_offset, small);
+	KUNIT_EXPECT_EQ(test, layout.status_offset, small + PAGE_ALIGN(2000));
+	KUNIT_EXPECT_EQ(test, layout.row_bytes, 100 + 2100 + 66 + 1100);
+	KUNIT_EXPECT_EQ(test, layout.input_row_bytes, 100 + 2100 + 256 + 1100);
+	planes[1].dim = KVSCRATCH_MAX_ROW_BYTES - 100 - 66 - 1100;
+	KUNIT_EXPECT_FALSE(test, kvs_layout_init(&layout, planes, 4, 1000, PAGE_SIZE));
+	planes[2].input_dtype = 0;
+	KUNIT_EXPECT_TRUE(test, kvs_layout_init(&layout, planes, 4, 1000, PAGE_SIZE));
+	planes[1].dim++;
+	KUNIT_EXPECT_FALSE(test, kvs_layout_init(&layout, planes, 4, 1000, PAGE_SIZE));
+}
+
+#define CHUNK KVSCRATCH_CHUNK_BYTES
+
+/* Each page of the mapping is that of the plane it lies in, and there is none between */
+static void mapping_has_its_pages(struct kunit *test)
+{
+	struct kvscratch_plane planes[] = {
+		{ .dim = 4 * PAGE_SIZE / 10, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 16 * PAGE_SIZE / 10, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 6 * PAGE_SIZE / 10, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = PAGE_SIZE + 8, .dtype = KVSCRATCH_DTYPE_U8 },
+	};
+	struct kvscratch_create create = {
+		.max_seq_len = CHUNK / PAGE_SIZE,
+		.nr_planes = ARRAY_SIZE(planes),
+	};
+	struct kvs_pad *pad = kvs_pad_create(&create, planes);
+	u64 end, at;
+	size_t i;
+
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	for (i = 0; i < ARRAY_SIZE(planes); i++) {
+		const struct kvs_array *array = &pad->planes[i].data;
+
+		end = array->bytes;
+		for (at = 0; at < end; at += PAGE_SIZE)
+			KUNIT_ASSERT_PTR_EQ(test, kvs_pad_page(pad, (array->offset + at) >> PAGE_SHIFT),
+					    kvs_array_page(array, at >> PAGE_SHIFT));
+	}
+	/* the last one has a table of one page in its second chunk, and owns the rest of it */
+	at = pad->planes[3].data.offset + CHUNK;
+	KUNIT_EXPECT_NOT_NULL(test, kvs_pad_page(pad, at >> PAGE_SHIFT));
+	for (end = at + CHUNK; (at += PAGE_SIZE) < end;)
+		KUNIT_EXPECT_NULL(test, kvs_pad_page(pad, at >> PAGE_SHIFT));
+	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(pad, pad->layout.status_offset >> PAGE_SHIFT),
+			    virt_to_page(pad->status));
+	kvs_pad_put(pad);
 }
 
 static void limits_do_not_overflow(struct kunit *test)
@@ -568,6 +824,10 @@ static struct kunit_case kvs_pad_cases[] = {
 	KUNIT_CASE(nowait_does_not_wait),
 	KUNIT_CASE(zero_scrubs_dropped_rows),
 	KUNIT_CASE(generation_wraps_into_the_high_half),
+	KUNIT_CASE(only_the_writer_changes_the_pad),
+	KUNIT_CASE(staged_rows_are_committed),
+	KUNIT_CASE(whole_is_lowered),
+	KUNIT_CASE(a_sealed_pad_is_final),
 	{}
 };
 
@@ -587,15 +847,15 @@ static struct kunit_suite kvs_pad_suite = {
 static struct kvs_pad *new_scaled_pad(u64 max_seq_len, u32 dim, u32 dtype, u32 input_dtype,
 				      u32 frac_bits)
 {
-	struct kvscratch_create create = {
-		.max_seq_len = max_seq_len,
+	struct kvscratch_create create = { .max_seq_len = max_seq_len, .nr_planes = 1 };
+	struct kvscratch_plane plane = {
 		.dim = dim,
 		.dtype = dtype,
 		.input_dtype = input_dtype,
 		.frac_bits = frac_bits,
 	};
 
-	return kvs_pad_create(&create);
+	return kvs_pad_create(&create, &plane);
 }
 
 /* Bits of f32: 1, -127/64, 2^-60, the largest below 2, the largest of all, a NaN */
@@ -622,8 +882,8 @@ static void mxint8_is_stored_in_two_planes(struct kunit *test)
 	rows[1][32] = F32_MAX;
 	pad = new_scaled_pad(MX_ROWS, MX_DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
 	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
-	elements = pad->base;
-	scales = pad->base + pad->layout.planes[1].offset;
+	elements = data_of(pad);
+	scales = start_of(&pad->planes[0].scales);
 
 	KUNIT_EXPECT_EQ(test, append(pad, rows, sizeof(rows)), sizeof(rows));
 	KUNIT_EXPECT_EQ(test, info_of(pad).len, 2);
@@ -651,7 +911,7 @@ static void mxint8_is_stored_in_two_planes(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, record[1], elements[MX_DIM]);
 
 	/* both planes are scrubbed */
-	KUNIT_EXPECT_EQ(test, kvs_pad_truncate(pad, 1, true), 0);
+	KUNIT_EXPECT_EQ(test, truncate(pad, 1, KVSCRATCH_TRUNCATE_ZERO), 0);
 	KUNIT_EXPECT_NULL(test, memchr_inv(elements + MX_DIM, 0, MX_DIM));
 	KUNIT_EXPECT_NULL(test, memchr_inv(scales + 2, 0, 2));
 	KUNIT_EXPECT_EQ(test, scales[1], 127 - 60);
@@ -677,35 +937,32 @@ static void what_is_not_finite_is_refused(struct kunit *test)
 }
 
 /* Far beyond what can be allocated, and the longest row */
-static void layout_of_two_planes(struct kunit *test)
+static void layout_of_scales(struct kunit *test)
 {
-	struct kvscratch_create create = {
-		.max_seq_len = U32_MAX,
+	struct kvscratch_plane plane = {
 		.dim = 96,
 		.dtype = KVSCRATCH_DTYPE_MXINT8,
 		.input_dtype = KVSCRATCH_DTYPE_F32,
 	};
-	u64 data = PAGE_ALIGN(U32_MAX * 96ULL), scales = PAGE_ALIGN(U32_MAX * 3ULL);
-	u64 pages = (data + scales) / PAGE_SIZE + 1;
+	u64 data = ALIGN(U32_MAX * 96ULL, CHUNK), scales = ALIGN(U32_MAX * 3ULL, CHUNK);
 	struct kvs_layout layout;
 
-	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, &create), 0);
-	KUNIT_EXPECT_EQ(test, layout.planes[1].offset, data);
+	KUNIT_ASSERT_TRUE(test, kvs_layout_init(&layout, &plane, 1, U32_MAX, PAGE_SIZE));
+	KUNIT_EXPECT_EQ(test, plane.offset, 0);
+	KUNIT_EXPECT_EQ(test, plane.scales_offset, data);
 	KUNIT_EXPECT_EQ(test, layout.status_offset, data + scales);
-	KUNIT_EXPECT_EQ(test, layout.nr_pages, pages);
-	KUNIT_EXPECT_EQ(test, layout.charged_bytes,
-			pages * PAGE_SIZE + PAGE_ALIGN(pages * 8) + SZ_16K);
-	/* as it comes: no buffer */
-	create.input_dtype = 0;
-	KUNIT_ASSERT_EQ(test, kvs_layout_init(&layout, &create), 0);
-	KUNIT_EXPECT_EQ(test, layout.charged_bytes, pages * PAGE_SIZE + PAGE_ALIGN(pages * 8));
+	KUNIT_EXPECT_EQ(test, plane.input_row_bytes, 384);
 
 	/* 33 bytes for each 32 elements */
-	create.max_seq_len = 1;
-	create.dim = KVSCRATCH_MAX_ROW_BYTES / 33 * 32;
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, &create), 0);
-	create.dim += 32;
-	KUNIT_EXPECT_EQ(test, kvs_layout_init(&layout, &create), -EINVAL);
+	plane = (struct kvscratch_plane) {
+		.dim = KVSCRATCH_MAX_ROW_BYTES / 33 * 32,
+		.dtype = KVSCRATCH_DTYPE_MXINT8,
+	};
+	KUNIT_EXPECT_TRUE(test, kvs_layout_init(&layout, &plane, 1, 1, PAGE_SIZE));
+	plane.dim += 32;
+	KUNIT_EXPECT_FALSE(test, kvs_layout_init(&layout, &plane, 1, 1, PAGE_SIZE));
+	plane.dim = 33;
+	KUNIT_EXPECT_FALSE(test, kvs_layout_init(&layout, &plane, 1, 1, PAGE_SIZE));
 }
 
 static void fixed_point_is_clamped(struct kunit *test)
@@ -721,7 +978,7 @@ static void fixed_point_is_clamped(struct kunit *test)
 	pad = new_scaled_pad(1, 4, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F64, 8);
 	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
 	KUNIT_EXPECT_EQ(test, append(pad, row, sizeof(row)), sizeof(row));
-	KUNIT_EXPECT_EQ(test, memcmp(pad->base, expected, sizeof(expected)), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(data_of(pad), expected, sizeof(expected)), 0);
 	KUNIT_EXPECT_EQ(test, info_of(pad).saturated, 1);
 	kvs_pad_put(pad);
 }
@@ -753,10 +1010,10 @@ static void golden_mxint8(struct kunit *test)
 		KUNIT_EXPECT_EQ_MSG(test, append(pad, row, bytes),
 				    g->saturated < 0 ? -EDOM : (ssize_t)bytes, "block %zu", i);
 		for (j = 0; g->saturated >= 0 && j < KVSCRATCH_MX_BLOCK; j++)
-			KUNIT_EXPECT_EQ_MSG(test, ((s8 *)pad->base)[j],
+			KUNIT_EXPECT_EQ_MSG(test, ((s8 *)data_of(pad))[j],
 					    g->elements[j % SCALE_GOLDEN_PATTERN], "block %zu", i);
 		if (g->saturated >= 0) {
-			KUNIT_EXPECT_EQ_MSG(test, *(u8 *)(pad->base + pad->layout.planes[1].offset),
+			KUNIT_EXPECT_EQ_MSG(test, *(u8 *)start_of(&pad->planes[0].scales),
 					    g->scale, "block %zu", i);
 			KUNIT_EXPECT_EQ_MSG(test, info_of(pad).saturated, g->saturated,
 					    "block %zu", i);
@@ -786,7 +1043,7 @@ static void golden_fixed(struct kunit *test)
 		KUNIT_EXPECT_EQ_MSG(test, append(pad, &row, bytes),
 				    g->saturated < 0 ? -EDOM : (ssize_t)bytes, "element %zu", i);
 		if (g->saturated >= 0) {
-			KUNIT_EXPECT_EQ_MSG(test, memcmp(pad->base, &g->element, g->bytes), 0,
+			KUNIT_EXPECT_EQ_MSG(test, memcmp(data_of(pad), &g->element, g->bytes), 0,
 					    "element %zu", i);
 			KUNIT_EXPECT_EQ_MSG(test, info_of(pad).saturated, g->saturated,
 					    "element %zu", i);
@@ -807,14 +1064,14 @@ static void records_are_taken_as_they_come(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, append(pad, records + MX_RECORD, 2 * MX_RECORD), 2 * MX_RECORD);
 	KUNIT_EXPECT_EQ(test, read_at(pad, 0, back, sizeof(back)), sizeof(back));
 	KUNIT_EXPECT_EQ(test, memcmp(back, records, sizeof(back)), 0);
-	KUNIT_EXPECT_EQ(test, memcmp(pad->base + MX_DIM, records + MX_RECORD, MX_DIM), 0);
+	KUNIT_EXPECT_EQ(test, memcmp(data_of(pad) + MX_DIM, records + MX_RECORD, MX_DIM), 0);
 	kvs_pad_put(pad);
 }
 
 static struct kunit_case kvs_scaled_cases[] = {
 	KUNIT_CASE(mxint8_is_stored_in_two_planes),
 	KUNIT_CASE(what_is_not_finite_is_refused),
-	KUNIT_CASE(layout_of_two_planes),
+	KUNIT_CASE(layout_of_scales),
 	KUNIT_CASE(fixed_point_is_clamped),
 	KUNIT_CASE(golden_mxint8),
 	KUNIT_CASE(golden_fixed),
@@ -831,6 +1088,9 @@ static struct kunit_case kvs_bounds_cases[] = {
 	KUNIT_CASE_PARAM(every_boundary, geometry_gen_params),
 	KUNIT_CASE(layout_refuses),
 	KUNIT_CASE(layout_is_exact),
+	KUNIT_CASE(layout_of_many_planes),
+	KUNIT_CASE(create_refuses),
+	KUNIT_CASE(mapping_has_its_pages),
 	KUNIT_CASE(limits_do_not_overflow),
 	KUNIT_CASE(create_respects_the_total),
 	{}
