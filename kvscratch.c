@@ -885,6 +885,8 @@ static __always_inline int kvs_store_bytes(struct kvs_pad *pad, struct kvs_op *o
 /*
  * Convert @count elements of the staging buffer to what begins with element
  * @first of the plane. Returns how many were clamped, or -EDOM.
+ *
+ * Pages and chunks end with a whole element and a whole block.
  */
 static long kvs_convert(struct kvs_pad *pad, const struct kvs_plane *plane, u64 first,
 			size_t count)
@@ -907,6 +909,8 @@ static long kvs_convert(struct kvs_pad *pad, const struct kvs_plane *plane, u64 
 			scales = kvs_locate(&plane->scales, first / KVSCRATCH_MX_BLOCK, &blocks);
 			piece = blocks * KVSCRATCH_MX_BLOCK;
 		}
+		if (!to || (blocks && !scales))
+			return -EFAULT;
 		clamped = scales ? kvs_scale_mxint8(geometry->input_dtype, from, blocks, to, scales) :
 			  kvs_scale_fixed(geometry->input_dtype, from, piece,
 					  geometry->frac_bits, size, to);
@@ -1244,6 +1248,8 @@ static int kvs_scrub_array(struct kvs_pad *pad, struct kvs_op *op, const struct 
 		void *to = kvs_locate(array, at, &piece);
 		int err;
 
+		if (!to)
+			return -EFAULT;
 		memset(to, 0, piece);
 		at += piece;
 		op->budget -= piece;
@@ -1509,6 +1515,8 @@ static size_t kvs_copy_out(const void *from, size_t bytes, struct iov_iter *to)
 {
 	size_t copied;
 
+	if (!from)
+		return 0;
 	pagefault_disable();
 	/* a truncate and an append may overwrite it meanwhile */
 	copied = data_race(_copy_to_iter(from, bytes, to));

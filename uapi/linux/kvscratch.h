@@ -356,8 +356,9 @@ struct kvscratch_commit {
  * Drop rows @len and up and start a new generation, also when nothing is
  * dropped. With KVSCRATCH_TRUNCATE_ZERO the bytes of all rows from @len on,
  * those of failed appends included, are zero when the call returns; readers
- * learn of the truncate before the first byte changes. When a fatal signal ends
- * such a call the rows are dropped, and the next one finishes its scrub.
+ * learn of the truncate before the first byte changes. When a fatal signal or a
+ * takeover ends such a call the rows are dropped, and the next one finishes its
+ * scrub.
  *
  * Errors: EINVAL, E2BIG, EFAULT, EACCES, EROFS, EBUSY, ESTALE, EAGAIN,
  * ECANCELED, EINTR.
