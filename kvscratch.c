@@ -505,8 +505,8 @@ static void kvs_wake_pollers(struct work_struct *work)
 {
 	struct kvs_pad *pad = container_of(work, struct kvs_pad, wake);
 
-	wake_up_interruptible_poll(&pad->wait, EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM |
-				   EPOLLRDHUP);
+	/* without a key: io_uring believes what it says, and does not look itself then */
+	wake_up_interruptible(&pad->wait);
 }
 
 /* Frees also what kvs_pad_alloc() made half of. */
