@@ -17,7 +17,8 @@ def make_tree(tree, edits):
     """Copy what a guest needs below tree; each old text of edits becomes the new one."""
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
-    for part in ("Kbuild", "kvscratch.c", "kvscratch.h", "kvscratch_scale.h", "uapi", "tests"):
+    for part in ("Kbuild", "kvscratch.c", "kvscratch.h", "kvscratch_layout.h", "kvscratch_scale.h", "uapi",
+                 "tests"):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tree / part)
     source = tree / "kvscratch.c"

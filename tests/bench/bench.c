@@ -73,17 +73,7 @@ bool module_loaded(void)
 
 int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {
-	int fd = device_open(O_RDWR);
-	int err;
-
-	if (fd < 0)
-		return fd;
-	err = device_create(fd, max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
-	if (err) {
-		close(fd);
-		return err;
-	}
-	return fd;
+	return device_create(max_seq_len, row_bytes, KVSCRATCH_DTYPE_U8);
 }
 
 /* Samples and records */

@@ -71,7 +71,7 @@ enum place {
 	IN_FAULTING_WRITE,
 	IN_TRUNCATE,
 	IN_CREATE,
-	IN_ATTACH,
+	IN_OPEN,
 	IN_PASS,
 	IN_MMAP,
 	IN_READ,
@@ -88,7 +88,7 @@ static const char *const place_names[NR_PLACES] = {
 	[IN_FAULTING_WRITE] = "a write that faults",
 	[IN_TRUNCATE] = "TRUNCATE",
 	[IN_CREATE] = "CREATE",
-	[IN_ATTACH] = "open and ATTACH",
+	[IN_OPEN] = "OPEN",
 	[IN_PASS] = "passing a handle",
 	[IN_MMAP] = "mmap",
 	[IN_READ] = "read",
@@ -104,7 +104,7 @@ enum count {
 	ZERO_TRUNCATES,
 	ZERO_CHECKS,
 	CREATES,
-	ATTACHES,
+	OPENS,
 	PASSES,
 	MAPS,
 	READS,
@@ -412,7 +412,7 @@ static void scan_view(const struct pad *pad)
 static void check_zero_from(const struct pad *pad, uint32_t row)
 {
 	for (uint32_t plane = 0; plane < pad->view.info.nr_planes; plane++) {
-		const struct kvscratch_plane *p = &pad->view.info.planes[plane];
+		const struct kvscratch_array *p = &pad->view.info.planes[plane];
 		const uint8_t *at = (const uint8_t *)pad->view.data + p->offset;
 		size_t end = (size_t)pad->shape->rows * p->row_bytes;
 
@@ -439,15 +439,14 @@ static void map_pad(struct pad *pad)
 	leave(MAPS);
 }
 
-static void attach_anew(struct pad *pad)
+static void open_anew(struct pad *pad)
 {
 	int fd;
 
-	enter(IN_ATTACH);
-	fd = device_open(pad->access);
+	enter(IN_OPEN);
+	fd = device_reopen(pad->fd, pad->access);
 	MUST(fd);
-	MUST(device_attach(fd, pad->fd));
-	leave(ATTACHES);
+	leave(OPENS);
 	close(pad->fd);
 	pad->fd = fd;
 }
@@ -487,7 +486,7 @@ static void change_handle(struct pad *pad)
 {
 	switch (below(3)) {
 	case 0:
-		attach_anew(pad);
+		open_anew(pad);
 		break;
 	case 1:
 		pass_to_myself(pad);
@@ -754,19 +753,14 @@ static void read_rows(struct pad *pad, uint8_t *buffer)
 	}
 }
 
-/* Acknowledge, look, sleep, as the uapi header tells. */
+/* Acknowledge what was gone through, and sleep until there is anything else. */
 static void wait_for_news(struct pad *pad)
 {
-	struct pollfd news = { .fd = pad->fd, .events = POLLIN | POLLPRI };
-	uint64_t state;
+	struct pollfd news = { .fd = pad->fd, .events = POLLIN };
 
 	if (me->seen_len == UINT32_MAX)
 		return;
-	MUST(lseek(pad->fd, (off_t)me->seen_len * stored_row_bytes(pad->shape), SEEK_SET));
-	state = kvscratch_view_state(&pad->view);
-	if (kvscratch_state_len(state) != me->seen_len ||
-	    kvscratch_state_generation(state) != me->seen_generation)
-		return;
+	MUST(device_seen(pad->fd, (uint64_t)me->seen_generation << 32 | me->seen_len));
 	enter(IN_POLL);
 	MUST(poll(&news, 1, -1));
 	leave(POLLS);
@@ -824,13 +818,13 @@ static void read_and_get_stuck(struct pad *pad, int line)
 static void make_another(void)
 {
 	uint32_t rows = 1 + below(STRAY_PAGES);
-	int fd = device_open(O_RDWR);
 	struct kvscratch_view view;
 	uint32_t row;
+	int fd;
 
-	MUST(fd);
 	enter(IN_CREATE);
-	MUST(device_create(fd, rows, page_bytes(), KVSCRATCH_DTYPE_U8));
+	fd = device_create(rows, page_bytes(), KVSCRATCH_DTYPE_U8);
+	MUST(fd);
 	leave(CREATES);
 	enter(IN_MMAP);
 	MUST(device_map(fd, &view));
@@ -954,7 +948,7 @@ static void equip(struct pad *pad, int line, int access, bool passed)
 		close(pad->fd);
 		pad->fd = receive_handle(line);
 	} else {
-		attach_anew(pad);
+		open_anew(pad);
 	}
 	/* a fork has copied the director's view: as good as another */
 	if (one_in(2)) {
@@ -1006,9 +1000,8 @@ static void start(struct pad *pad, uint32_t actor, enum role role)
 	}
 	children[actor] = child;
 	if (passed) {
-		handle = device_open(access_of(role));
+		handle = device_reopen(pad->fd, access_of(role));
 		MUST(handle);
-		MUST(device_attach(handle, pad->fd));
 		send_handle(child.line, handle);
 		close(handle);
 	}
@@ -1333,14 +1326,12 @@ static void make_pad(struct pad *pad)
 		.shape = shape,
 		.cut = shape->rows / (1 + below(4)) - below(3),
 		.lone = one_in(2),
-		.fd = device_open(O_RDWR),
 		.access = O_RDWR,
 		.words = calloc(shape->words, sizeof(uint64_t)),
 	};
-	MUST(pad->fd);
 	enter(IN_CREATE);
-	MUST(device_create_scaled(pad->fd, shape->rows, shape->dim, shape->dtype,
-				     shape->input_dtype, 0));
+	pad->fd = device_create_scaled(shape->rows, shape->dim, shape->dtype, shape->input_dtype, 0);
+	MUST(pad->fd);
 	leave(CREATES);
 	map_pad(pad);
 	ledger.len = 0;
@@ -1447,12 +1438,12 @@ static void finish(void)
 		ksft_print_msg("%lu killed in: %s\n", kills_in[place], place_names[place]);
 	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; "
 		       "%lu pads, %lu appends of %lu rows, %lu rows verified, %lu truncates, %lu with ZERO, "
-		       "%lu times all found zero, %lu pads created, %lu attached, %lu passed, "
+		       "%lu times all found zero, %lu pads created, %lu opened, %lu passed, "
 		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n",
 		       (unsigned long long)seed, kills,
 		       kills_in[IN_FAULTING_WRITE], pads, total(APPENDS), total(ROWS_APPENDED),
 		       total(ROWS_VERIFIED), total(TRUNCATES) + total(ZERO_TRUNCATES),
-		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(ATTACHES),
+		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(OPENS),
 		       total(PASSES), total(MAPS), total(READS), total(POLLS), cgroup_bytes() >> 10,
 		       cgroup_before >> 10);
 	for (uint32_t check = 0; check < NR_CHECKS; check++)

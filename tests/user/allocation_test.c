@@ -53,7 +53,8 @@ FIXTURE(faults) {
 	uint64_t saved_total;
 	int fail_nth;
 	int make_it_fail;
-	/* a pad with room, and what the sweep works on */
+	/* what makes pads, a pad with room, and what the sweep makes */
+	int node;
 	int pad;
 	int handle;
 	uint32_t rows;
@@ -89,6 +90,8 @@ FIXTURE_SETUP(faults) {
 	/* room for the pad and one of the sweep's */
 	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
 			    charged_bytes(SWEEP_ROWS, FAULT_ROW_BYTES));
+	self->node = device_open(O_RDWR);
+	ASSERT_LE(0, self->node);
 	self->pad = new_pad(FAULT_ROWS, FAULT_ROW_BYTES);
 	ASSERT_LE(0, self->pad);
 	self->rows = SWEEP_ROWS;
@@ -102,6 +105,7 @@ FIXTURE_TEARDOWN(faults) {
 	if (pwrite(self->fail_nth, "0", 1, 0) != 1 || pwrite(self->make_it_fail, "0", 1, 0) != 1)
 		abort();
 	close(self->pad);
+	close(self->node);
 	/* probability off before the filter, in reverse */
 	for (size_t i = ARRAY_SIZE(fault_settings); i--;)
 		write_file(fault_settings[i].path, self->saved[i]);
@@ -192,74 +196,130 @@ static int after_open(FIXTURE_DATA(faults) *self, int err)
 TEST_F_TIMEOUT(faults, in_open, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
-	/* one of them is the module's */
-	EXPECT_LE(2, sweep(_metadata, self, sweep_open, after_open));
+	/* today none of them is the module's; the kernel has its own */
+	EXPECT_LE(1, sweep(_metadata, self, sweep_open, after_open));
+}
+
+static int keep_handle(FIXTURE_DATA(faults) *self, int handle)
+{
+	self->handle = handle;
+	return handle < 0 ? handle : 0;
 }
 
 static int sweep_create(FIXTURE_DATA(faults) *self)
 {
-	return device_create(self->handle, self->rows, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_U8);
+	const struct kvscratch_plane plane = { .dim = FAULT_ROW_BYTES, .dtype = KVSCRATCH_DTYPE_U8 };
+
+	return keep_handle(self, device_create_on(self->node, self->rows, &plane, 1));
 }
 
-/* A handle whose CREATE failed is as good as new, and so are the limits. */
+/* After a CREATE that failed the node and the limits are as good as new. */
 static int after_create(FIXTURE_DATA(faults) *self, int err)
 {
 	err = err ? sweep_create(self) : 0;
-	if (!err && len_of(self->handle))
+	if (err)
+		return err;
+	if (len_of(self->handle))
 		err = -EIO;
 	close(self->handle);
-	self->handle = device_open(O_RDWR);
 	return err;
 }
 
 TEST_F_TIMEOUT(faults, in_create, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
-	self->handle = device_open(O_RDWR);
-	ASSERT_LE(0, self->handle);
-	/* a page each, the pad, its array, the kernel's bookkeeping */
-	EXPECT_LE(SWEEP_ROWS + 1, sweep(_metadata, self, sweep_create, after_create));
-	close(self->handle);
+	/* a page each, the pad, its tables, inode and handle, the kernel's bookkeeping */
+	EXPECT_LE(SWEEP_ROWS + 6, sweep(_metadata, self, sweep_create, after_create));
 }
 
-/* The array of the pages is larger than a page, and has a second way to be had. */
+/* The first pad that there is brings the file system of the handles along. */
+TEST_F_TIMEOUT(faults, in_create_of_the_first_pad, TEST_SECONDS)
+{
+	unsigned int others;
+
+	NEED_FAULT_INJECTION();
+	others = sweep(_metadata, self, sweep_create, after_create);
+	close(self->pad);
+	EXPECT_LT(others, sweep(_metadata, self, sweep_create, after_create));
+	self->pad = new_pad(1, 1);
+}
+
+/* The table of the pages is larger than a page, and has a second way to be had. */
 TEST_F_TIMEOUT(faults, in_create_of_many_pages, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
+	/* a chunk by one page or, where that fails, by many, and a tail */
 	self->rows = 600;
 	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
-			    charged_bytes(self->rows, FAULT_ROW_BYTES));
-	self->handle = device_open(O_RDWR);
-	ASSERT_LE(0, self->handle);
-	EXPECT_LE(self->rows + 1, sweep(_metadata, self, sweep_create, after_create));
-	close(self->handle);
+			    charged_bytes(self->rows, FAULT_ROW_BYTES) + 2 * page_bytes());
+	EXPECT_LE(600 - KVSCRATCH_CHUNK_BYTES / FAULT_ROW_BYTES + 6,
+		  sweep(_metadata, self, sweep_create, after_create));
 }
 
-/* A pad that converts has a buffer, and one more plane. */
-static int sweep_create_scaled(FIXTURE_DATA(faults) *self)
+/* Order 9 is what fails, each time: all that it was to be is single pages. */
+TEST_F_TIMEOUT(faults, in_create_without_huge_pages, TEST_SECONDS)
 {
-	return device_create_scaled(self->handle, SWEEP_ROWS, FAULT_ROW_BYTES,
-				       KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	NEED_FAULT_INJECTION();
+	self->rows = 3 * KVSCRATCH_CHUNK_BYTES / FAULT_ROW_BYTES;
+	/* a table has a pointer for each page */
+	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
+			    charged_bytes(self->rows, FAULT_ROW_BYTES) + 8 * self->rows);
+	write_file(FAIL_PAGE_ALLOC "min-order", "9");
+	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
+	/* the slab fails only when it is told to */
+	write_file(FAILSLAB "probability", "0");
+	EXPECT_EQ(0, sweep_create(self));
+	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
+	write_file(FAILSLAB "probability", "100");
+	write_file(FAIL_PAGE_ALLOC "min-order", "0");
+	if (self->handle >= 0) {
+		struct kvscratch_pad_info info;
+
+		ASSERT_EQ(0, device_pad_info(self->handle, &info));
+		EXPECT_EQ(charged_bytes(self->rows, FAULT_ROW_BYTES) +
+			  (page_bytes() == 4096 ? 8 * self->rows : 0), info.allocated_bytes);
+		close(self->handle);
+	}
 }
 
-static int after_create_scaled(FIXTURE_DATA(faults) *self, int err)
+/* A pad of many planes, of which one converts: it has a buffer */
+#define SWEEP_PLANES 64
+
+static int sweep_create_planes(FIXTURE_DATA(faults) *self)
 {
-	err = err ? sweep_create_scaled(self) : 0;
-	close(self->handle);
-	self->handle = device_open(O_RDWR);
+	struct kvscratch_plane planes[SWEEP_PLANES];
+
+	for (int i = 0; i < SWEEP_PLANES; i++)
+		planes[i] = (struct kvscratch_plane) {
+			.dim = 64,
+			.dtype = i % 2 ? KVSCRATCH_DTYPE_U8 : KVSCRATCH_DTYPE_MXINT8,
+			.input_dtype = i ? 0 : KVSCRATCH_DTYPE_F32,
+		};
+	return keep_handle(self, device_create_on(self->node, SWEEP_ROWS, planes, SWEEP_PLANES));
+}
+
+static int after_create_planes(FIXTURE_DATA(faults) *self, int err)
+{
+	err = err ? sweep_create_planes(self) : 0;
+	if (!err)
+		close(self->handle);
 	return err;
 }
 
-TEST_F_TIMEOUT(faults, in_create_scaled, TEST_SECONDS)
+TEST_F_TIMEOUT(faults, in_create_of_planes, TEST_SECONDS)
 {
+	struct kvscratch_pad_info info;
+
 	NEED_FAULT_INJECTION();
-	/* room for one, as in the other sweeps */
-	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
-			    charged_bytes(SWEEP_ROWS + 1, FAULT_ROW_BYTES) + (16 << 10));
-	self->handle = device_open(O_RDWR);
-	ASSERT_LE(0, self->handle);
-	EXPECT_LE(SWEEP_ROWS + 3, sweep(_metadata, self, sweep_create_scaled, after_create_scaled));
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_EQ(0, sweep_create_planes(self));
+	ASSERT_EQ(0, device_pad_info(self->handle, &info));
 	close(self->handle);
+	/* room for one, as in the other sweeps */
+	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) + info.allocated_bytes);
+	/* of each plane the pointers, the table and the page, half of them twice */
+	EXPECT_LE(3 * SWEEP_PLANES * 3 / 2,
+		  sweep(_metadata, self, sweep_create_planes, after_create_planes));
 }
 
 static int sweep_map(FIXTURE_DATA(faults) *self)
@@ -291,11 +351,6 @@ TEST_F_TIMEOUT(faults, in_mmap, TEST_SECONDS)
 	EXPECT_LE(5, sweep(_metadata, self, sweep_map, after_map));
 }
 
-static int sweep_attach(FIXTURE_DATA(faults) *self)
-{
-	return device_attach(self->handle, self->pad);
-}
-
 /* Far from everything else: the upper page tables are missing, too. */
 #define FAR_ADDRESS ((void *)(sizeof(long) == 8 ? 1ul << 45 : 3ul << 29))
 
@@ -320,24 +375,55 @@ TEST_F_TIMEOUT(faults, in_mmap_far_away, TEST_SECONDS)
 	EXPECT_LE(sizeof(long) == 8 ? 4 : 2, sweep(_metadata, self, sweep_map_far, after_map_far));
 }
 
-static int after_attach(FIXTURE_DATA(faults) *self, int err)
+static int sweep_reopen(FIXTURE_DATA(faults) *self)
 {
-	err = err ? sweep_attach(self) : 0;
-	if (!err && len_of(self->handle) != len_of(self->pad))
+	return keep_handle(self, device_open_reader(self->pad));
+}
+
+static int after_reopen(FIXTURE_DATA(faults) *self, int err)
+{
+	err = err ? sweep_reopen(self) : 0;
+	if (err)
+		return err;
+	if (len_of(self->handle) != len_of(self->pad))
 		err = -EIO;
 	close(self->handle);
-	self->handle = device_open(O_RDONLY);
 	return err;
 }
 
-TEST_F_TIMEOUT(faults, in_attach, TEST_SECONDS)
+TEST_F_TIMEOUT(faults, in_open_of_a_handle, TEST_SECONDS)
 {
 	NEED_FAULT_INJECTION();
-	self->handle = device_open(O_RDONLY);
-	ASSERT_LE(0, self->handle);
-	/* today it allocates nothing; what it may do is ENOMEM */
-	sweep(_metadata, self, sweep_attach, after_attach);
-	close(self->handle);
+	/* the handle, a dentry and a file */
+	EXPECT_LE(3, sweep(_metadata, self, sweep_reopen, after_reopen));
+}
+
+static int sweep_take_over(FIXTURE_DATA(faults) *self)
+{
+	return keep_handle(self, device_open_writer(self->pad, KVSCRATCH_OPEN_TAKEOVER));
+}
+
+/* Who could not be the writer has taken nothing from the one that is. */
+static int after_take_over(FIXTURE_DATA(faults) *self, int err)
+{
+	struct kvscratch_pad_info info;
+	int writer = err ? device_open_writer(self->pad, 0) : self->handle;
+
+	if (writer < 0)
+		return writer;
+	if (device_pad_info(writer, &info) || !(info.flags & KVSCRATCH_PAD_WRITER) ||
+	    device_commit(writer, info.len))
+		err = -EIO;
+	else
+		err = 0;
+	close(writer);
+	return err;
+}
+
+TEST_F_TIMEOUT(faults, in_open_of_a_writer, TEST_SECONDS)
+{
+	NEED_FAULT_INJECTION();
+	EXPECT_LE(3, sweep(_metadata, self, sweep_take_over, after_take_over));
 }
 
 /*
@@ -580,7 +666,7 @@ static void sleep_for_rows(int line, int pad, int how)
 	struct epoll_event event = { .events = EPOLLIN | EPOLLPRI };
 	struct pollfd poll_fd = { .fd = reader, .events = POLLIN | POLLPRI };
 	struct kvscratch_view view;
-	uint32_t len = 0;
+	uint64_t state = 0;
 
 	if (how == 1)
 		event.events |= EPOLLET;
@@ -588,13 +674,14 @@ static void sleep_for_rows(int line, int pad, int how)
 	CHILD_CHECK(!device_map(reader, &view));
 	CHILD_CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
 	do {
-		CHILD_CHECK(lseek(reader, len * FAULT_ROW_BYTES, SEEK_SET) >= 0);
+		CHILD_CHECK(!device_seen(reader, state));
 		if (how == 0)
 			CHILD_CHECK(poll(&poll_fd, 1, -1) == 1);
 		else
 			CHILD_CHECK(epoll_wait(epoll, &event, 1, -1) == 1);
-		len = kvscratch_state_len(kvscratch_view_state(&view));
-		CHILD_CHECK(!len || row_is(view.data, FAULT_ROW_BYTES, 1));
+		state = kvscratch_view_state(&view);
+		CHILD_CHECK(!kvscratch_state_len(state) ||
+			    row_is(view.data, FAULT_ROW_BYTES, 1));
 	} while (say(line));
 	_exit(0);
 }
@@ -662,12 +749,9 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	arm(self, 1);
 	EXPECT_EQ(-ENOMEM, new_pad(1, 1));
 	EXPECT_EQ(0, disarm(self));
-	self->handle = device_open(O_RDWR);
-	ASSERT_LE(0, self->handle);
 	arm(self, 1);
-	EXPECT_EQ(-ENOMEM, device_create(self->handle, 1, 1, KVSCRATCH_DTYPE_U8));
+	EXPECT_EQ(-ENOMEM, sweep_create(self));
 	EXPECT_EQ(0, disarm(self));
-	close(self->handle);
 
 	for (int i = 0; i < 10; i++) {
 		EXPECT_NO_ALLOCATION(0, device_append(self->pad, rows, FAULT_ROW_BYTES));
@@ -717,6 +801,61 @@ TEST_F_TIMEOUT(faults, appends_reach_no_allocation, TEST_SECONDS)
 	munmap(rows, bytes);
 }
 
+/* What a writer does besides appending, and what ends it */
+TEST_F_TIMEOUT(faults, calls_of_a_writer_reach_no_allocation, TEST_SECONDS)
+{
+	const size_t bytes = 8 * FAULT_ROW_BYTES;
+	uint8_t *rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	struct pollfd poll_fd = { .events = POLLIN | POLLOUT };
+	struct kvscratch_plane planes[SWEEP_PLANES];
+	struct kvscratch_pad_info info;
+	struct watchers watchers;
+	int writer, taken_over;
+
+	NEED_FAULT_INJECTION();
+	ASSERT_NE(MAP_FAILED, (void *)rows);
+	ASSERT_EQ(0, mlock(rows, bytes));
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_EQ(0, sweep_create_planes(self));
+	ASSERT_TRUE(watch(&watchers, self->handle));
+	taken_over = device_open_writer(self->handle, 0);
+	ASSERT_LE(0, taken_over);
+	EXPECT_NO_ALLOCATION(0, device_stage(taken_over, 1, 0, rows, 2));
+	writer = device_open_writer(self->handle, KVSCRATCH_OPEN_TAKEOVER);
+	ASSERT_LE(0, writer);
+	EXPECT_NO_ALLOCATION(-ESTALE, device_stage(taken_over, 1, 0, rows, 2));
+	EXPECT_NO_ALLOCATION(-EBUSY, device_append(self->handle, rows, 64 * 4 + 66 * 31 + 64 * 32));
+	for (uint32_t round = 0; round < 4; round++) {
+		for (uint32_t plane = 0; plane < SWEEP_PLANES; plane++) {
+			EXPECT_NO_ALLOCATION(0, device_stage(writer, plane, round, rows, 3));
+			EXPECT_NO_ALLOCATION(0, device_keep(writer, plane, round + 1, 2));
+		}
+		EXPECT_NO_ALLOCATION(-EFAULT, device_stage(writer, 1, round + 2, NULL, 1));
+		EXPECT_NO_ALLOCATION(-EINVAL, device_commit(writer, round + 3));
+		EXPECT_NO_ALLOCATION(0, device_commit(writer, round + 1));
+	}
+	EXPECT_NO_ALLOCATION(64 * 4 + 66 * 31 + 64 * 32,
+			     write(writer, rows, 64 * 4 + 66 * 31 + 64 * 32));
+	EXPECT_NO_ALLOCATION(0, device_seen(self->handle, 3));
+	poll_fd.fd = self->handle;
+	EXPECT_NO_ALLOCATION(1, poll(&poll_fd, 1, 0));
+	EXPECT_NO_ALLOCATION(0, device_pad_info(self->handle, &info));
+	EXPECT_EQ(5, info.len);
+	EXPECT_NO_ALLOCATION(SWEEP_PLANES, device_planes(self->handle, 0, planes, SWEEP_PLANES));
+	EXPECT_NO_ALLOCATION(5 * (66 * 32 + 64 * 32), pread(self->handle, rows, bytes, 0));
+	EXPECT_NO_ALLOCATION(0, device_truncate(writer, 4, 0));
+	EXPECT_NO_ALLOCATION(0, device_truncate(writer, 2, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_NO_ALLOCATION(0, device_seal(writer));
+	EXPECT_NO_ALLOCATION(0, device_seal(writer));
+	EXPECT_NO_ALLOCATION(-EROFS, device_commit(writer, 2));
+	unwatch(&watchers);
+	close(taken_over);
+	close(writer);
+	close(self->handle);
+	munmap(rows, bytes);
+}
+
 TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
 {
 	const size_t bytes = 8 * FAULT_ROW_BYTES * sizeof(float);
@@ -727,9 +866,9 @@ TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
 	ASSERT_NE(MAP_FAILED, (void *)rows);
 	ASSERT_EQ(0, mlock(rows, bytes));
 	set_limits(1 << 30, 1 << 30);
-	self->handle = device_open(O_RDWR);
+	self->handle = device_create_scaled(SWEEP_ROWS, FAULT_ROW_BYTES, KVSCRATCH_DTYPE_MXINT8,
+					    KVSCRATCH_DTYPE_F32, 0);
 	ASSERT_LE(0, self->handle);
-	ASSERT_EQ(0, sweep_create_scaled(self));
 	EXPECT_NO_ALLOCATION(0, device_append(self->handle, rows, bytes));
 	EXPECT_NO_ALLOCATION(FAULT_ROW_BYTES, read(self->handle, rows, FAULT_ROW_BYTES));
 	rows[FAULT_ROW_BYTES - 1] = __builtin_nanf("");
@@ -748,7 +887,7 @@ TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)
 TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 {
 	unsigned int appended = 0, truncated = 0, truncates = 0;
-	int created[2], opened[2];
+	int created[2], opened[2], reopened[2];
 	struct source source;
 	uint64_t len = 0;
 	int pad;
@@ -758,12 +897,11 @@ TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 	ASSERT_TRUE(make_source(&source, 64 * STORM_ROW_BYTES));
 	pad = new_pad(STORM_ROWS, STORM_ROW_BYTES);
 	ASSERT_LE(0, pad);
-	self->handle = device_open(O_RDWR);
-	ASSERT_LE(0, self->handle);
 
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
 	created[0] = sweep_create(self);
 	opened[0] = device_open(O_RDWR);
+	reopened[0] = device_open_reader(pad);
 	for (unsigned int i = 0; i < STORM_APPENDS; i++) {
 		uint64_t rows = i % 50 ? 1 : 64;
 
@@ -779,17 +917,18 @@ TEST_F_TIMEOUT(faults, storm_of_appends, TEST_SECONDS)
 	}
 	created[1] = sweep_create(self);
 	opened[1] = device_open(O_RDWR);
+	reopened[1] = device_open_reader(pad);
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
 
 	for (int i = 0; i < 2; i++) {
 		EXPECT_EQ(-ENOMEM, created[i]);
 		EXPECT_EQ(-ENOMEM, opened[i]);
+		EXPECT_EQ(-ENOMEM, reopened[i]);
 	}
 	EXPECT_EQ(STORM_APPENDS, appended);
 	EXPECT_EQ(truncates, truncated);
 	EXPECT_EQ(len, len_of(pad));
 	TH_LOG("%u appends and %u truncates while every allocation failed", appended, truncated);
-	close(self->handle);
 	close(pad);
 	drop_source(&source);
 }
@@ -837,24 +976,24 @@ static int append_and_truncate(struct source *source, int pad, int converting)
 TEST_F_TIMEOUT(events, appends_allocate_nothing, TEST_SECONDS)
 {
 	uint64_t fewest = UINT64_MAX, before[REQUIRED_EVENTS];
-	int handle = device_open(O_RDWR);
-	int converting = device_open(O_RDWR);
+	int converting = device_create_scaled(100, EVENT_ROW_BYTES / sizeof(float),
+					      KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
 	int pad = new_pad(1000, EVENT_ROW_BYTES);
+	int handle;
 	struct watchers watchers;
 	struct source source;
 	struct kvscratch_view view;
 
-	ASSERT_LE(0, handle);
+	ASSERT_LE(0, converting);
 	ASSERT_LE(0, pad);
 	ASSERT_EQ(0, mlockall(MCL_CURRENT));
 	ASSERT_TRUE(make_source(&source, 1001 * EVENT_ROW_BYTES));
-	ASSERT_EQ(0, device_create_scaled(converting, 100, EVENT_ROW_BYTES / sizeof(float),
-					     KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0));
 
 	/* each meter works: the pad, the kernel's bookkeeping, the pages */
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++)
 		before[i] = count_event(self->meter.fds[i]);
-	ASSERT_EQ(0, device_create(handle, 64, 4096, KVSCRATCH_DTYPE_U8));
+	handle = new_pad(64, 4096);
+	ASSERT_LE(0, handle);
 	for (size_t i = 0; i < REQUIRED_EVENTS; i++) {
 		EXPECT_LT(before[i], count_event(self->meter.fds[i]))
 			TH_LOG("%s", allocation_events[i]);

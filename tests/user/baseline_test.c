@@ -158,21 +158,6 @@ static const struct kind memfd = {
 	.truncate = memfd_truncate,
 };
 
-static int pad_reopen(int fd, int access)
-{
-	int other = device_open(access);
-	int err;
-
-	if (other < 0)
-		return other;
-	err = device_attach(other, fd);
-	if (err) {
-		close(other);
-		return err;
-	}
-	return other;
-}
-
 static int pad_create_store(struct store *store)
 {
 	int fd = new_pad(ROWS, ROW_BYTES);
@@ -180,8 +165,8 @@ static int pad_create_store(struct store *store)
 	if (fd < 0)
 		return fd;
 	store->creator = fd;
-	store->producer = pad_reopen(fd, O_WRONLY);
-	store->reader = pad_reopen(fd, O_RDONLY);
+	store->producer = device_reopen(fd, O_WRONLY);
+	store->reader = device_reopen(fd, O_RDONLY);
 	return store->producer < 0 || store->reader < 0 ? -EBADF : 0;
 }
 
@@ -209,7 +194,7 @@ static const struct kind kvscratch = {
 	.name = "kvscratch",
 	.create = pad_create_store,
 	.create_writable = pad_create_writable,
-	.reopen = pad_reopen,
+	.reopen = device_reopen,
 	.map = pad_map,
 	.bytes = pad_bytes,
 	.truncate = pad_truncate,

@@ -48,10 +48,8 @@ FIXTURE_SETUP(race)
 {
 	over = mmap(NULL, sizeof(*over), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, (void *)over);
-	self->pad = device_open(O_RDWR);
+	self->pad = device_create_scaled(ROWS, DIM, variant->dtype, variant->input_dtype, 0);
 	ASSERT_LE(0, self->pad);
-	ASSERT_EQ(0, device_create_scaled(self->pad, ROWS, DIM, variant->dtype,
-					     variant->input_dtype, 0));
 }
 
 FIXTURE_TEARDOWN(race)
@@ -69,29 +67,79 @@ static int describe(int fd, struct kvscratch_info *info)
 	return err;
 }
 
+union batch {
+	uint8_t bytes[BATCH_ROWS * DIM];
+	float floats[BATCH_ROWS * DIM];
+};
+
+static void fill_batch(union batch *batch, uint32_t input_dtype, uint32_t round)
+{
+	for (uint32_t i = 0; i < BATCH_ROWS * DIM; i++) {
+		uint32_t value = (round + i / DIM) % 200 + 1;
+
+		if (input_dtype == KVSCRATCH_DTYPE_F32)
+			batch->floats[i] = value;	/* some are too large for an i8 */
+		else
+			batch->bytes[i] = value;
+	}
+}
+
 static void keep_appending(int fd)
 {
-	union {
-		uint8_t bytes[BATCH_ROWS * DIM];
-		float floats[BATCH_ROWS * DIM];
-	} rows;
 	struct kvscratch_info info;
+	union batch batch;
 
 	CHILD_CHECK(!describe(fd, &info));
 	for (uint32_t round = 0; !is_over(); round++) {
 		int err;
 
-		for (uint32_t i = 0; i < BATCH_ROWS * DIM; i++) {
-			uint32_t value = (round + i / DIM) % 200 + 1;
-
-			if (info.input_dtype == KVSCRATCH_DTYPE_F32)
-				rows.floats[i] = value;	/* some are too large for an i8 */
-			else
-				rows.bytes[i] = value;
-		}
-		err = device_append(fd, &rows, BATCH_ROWS * info.input_row_bytes);
-		CHILD_CHECK(!err || err == -ENOSPC);
+		fill_batch(&batch, info.input_dtype, round);
+		err = device_append(fd, &batch, BATCH_ROWS * info.input_row_bytes);
+		/* or there is a writer */
+		CHILD_CHECK(!err || err == -ENOSPC || err == -EBUSY);
 		if (err)
+			sched_yield();
+	}
+}
+
+/* Stage and commit through @fd until it was taken over. */
+static void write_as_writer(int fd, uint32_t input_dtype, uint32_t rounds)
+{
+	union batch batch;
+	int err = 0;
+
+	for (uint32_t round = 0; !err && round < rounds; round++) {
+		uint64_t len = len_of(fd);
+
+		fill_batch(&batch, input_dtype, round);
+		err = device_stage(fd, 0, len, &batch, BATCH_ROWS);
+		if (!err && round % 2)
+			err = device_keep(fd, 0, len, 1 + round % BATCH_ROWS);
+		if (!err)
+			err = device_commit(fd, len + round % (BATCH_ROWS + 1));
+		/* full, or beyond what is staged since somebody took over and went on */
+		if (err == -ENOSPC)
+			err = device_truncate(fd, 0, round % 3 ? 0 : KVSCRATCH_TRUNCATE_ZERO);
+	}
+	CHILD_CHECK(!err || err == -ESTALE || err == -EINVAL);
+}
+
+/* Be the writer, now and then, by force if need be. */
+static void keep_taking_over(int fd)
+{
+	struct kvscratch_info info;
+
+	CHILD_CHECK(!describe(fd, &info));
+	for (uint32_t round = 0; !is_over(); round++) {
+		int writer = device_open_writer(fd, round % 2 ? KVSCRATCH_OPEN_TAKEOVER : 0);
+
+		CHILD_CHECK(writer >= 0 || writer == -EBUSY);
+		if (writer >= 0) {
+			write_as_writer(writer, info.input_dtype, round % 8);
+			close(writer);
+		}
+		/* others want their turn as well */
+		for (int i = 0; i < 4; i++)
 			sched_yield();
 	}
 }
@@ -103,9 +151,9 @@ static void truncate_rounds(int fd)
 		int err = device_truncate(fd, len / 2,
 					     round % 4 ? 0 : KVSCRATCH_TRUNCATE_ZERO);
 
-		/* the other truncator may have dropped more */
-		CHILD_CHECK(!err || err == -EINVAL);
-		if (len)
+		/* the other truncator may have dropped more, or there is a writer */
+		CHILD_CHECK(!err || err == -EINVAL || err == -EBUSY);
+		if (len && err != -EBUSY)
 			round++;
 		else
 			sched_yield();
@@ -136,11 +184,14 @@ static void keep_reading(int fd)
 static void keep_following(int fd)
 {
 	struct pollfd p = { .fd = fd, .events = POLLIN | POLLOUT | POLLPRI };
+	struct kvscratch_info info;
 	uint8_t row[2 * DIM];
 
 	for (uint32_t round = 0; !is_over(); round++) {
-		CHILD_CHECK(poll(&p, 1, 0) >= 0 && !(p.revents & (POLLERR | POLLHUP)));
+		CHILD_CHECK(poll(&p, 1, 0) >= 0 && !(p.revents & (POLLERR | POLLHUP | POLLPRI)));
 		CHILD_CHECK(read(fd, row, sizeof(row)) >= 0);
+		CHILD_CHECK(!describe(fd, &info));
+		CHILD_CHECK(!device_seen(fd, info.generation << 32 | info.len));
 		CHILD_CHECK(lseek(fd, 0, round % 2 ? SEEK_SET : SEEK_END) >= 0);
 	}
 }
@@ -158,7 +209,7 @@ static void keep_looking(int fd)
 
 		CHILD_CHECK(got > 0);
 		text[got] = '\0';
-		CHILD_CHECK(strstr(text, "Scratchpad(len="));
+		CHILD_CHECK(strstr(text, "kvscratch-len:\t"));
 		close(fdinfo);
 		CHILD_CHECK(!describe(fd, &info) && info.generation >= generation);
 		generation = info.generation;
@@ -184,8 +235,8 @@ static void keep_viewing(int fd)
 
 /* Each actor has a handle of its own, but for the two that share one. */
 static void (*const actors[])(int fd) = {
-	truncate_rounds, truncate_rounds, keep_appending, keep_appending, keep_reading,
-	keep_looking, keep_viewing, keep_following, keep_following,
+	truncate_rounds, truncate_rounds, keep_appending, keep_appending, keep_taking_over,
+	keep_taking_over, keep_reading, keep_looking, keep_viewing, keep_following, keep_following,
 };
 
 #define NR_TRUNCATORS 2
@@ -203,9 +254,8 @@ TEST_F_TIMEOUT(race, everything_at_once, TEST_SECONDS)
 		int fd = shared;
 
 		if (actors[i] != keep_following) {
-			fd = device_open(O_RDWR);
+			fd = device_reopen(self->pad, O_RDWR);
 			ASSERT_LE(0, fd);
-			ASSERT_EQ(0, device_attach(fd, self->pad));
 		}
 		pids[i] = fork_child();
 		ASSERT_LE(0, pids[i]);
@@ -229,61 +279,68 @@ TEST_F_TIMEOUT(race, everything_at_once, TEST_SECONDS)
 		EXPECT_LT(0, info.saturated);
 }
 
-/* The handle comes to its pad while others use it. */
-#define BINDINGS 40
+/* Handles that come and go, of many pads and of one */
+#define OPENINGS 200
 
-static void bind_and_use(int fd)
+static void open_and_close(int fd, int round)
 {
-	struct kvscratch_info info;
-	uint8_t row[DIM] = { 0 };
-	int err = device_create(fd, ROWS, DIM, KVSCRATCH_DTYPE_U8);
+	int other = round % 3 ? device_open_reader(fd) :
+		    device_open_writer(fd, KVSCRATCH_OPEN_TAKEOVER);
 
-	CHILD_CHECK(!err || err == -EBUSY);
-	CHILD_CHECK(!device_append(fd, row, sizeof(row)));
-	CHILD_CHECK(!describe(fd, &info) && info.len);
-	_exit(0);
+	CHILD_CHECK(other >= 0);
+	CHILD_CHECK(len_of(other) == 1);
+	close(other);
 }
 
-static void use_what_may_be_there(int fd)
+static void create_and_close(int fd, int round)
 {
-	struct pollfd p = { .fd = fd, .events = POLLIN | POLLOUT };
-	struct kvscratch_info info;
-	int err;
+	int other = new_pad(1 + round % 3, DIM);
 
-	do {
-		err = describe(fd, &info);
-		CHILD_CHECK(!err || err == -EBADFD);
-		CHILD_CHECK(poll(&p, 1, 0) == 1);
-	} while (err || !info.len);
-	_exit(0);
+	(void)fd;
+	CHILD_CHECK(other >= 0);
+	CHILD_CHECK(!append_rows(other, DIM, 0, 1));
+	close(other);
 }
 
-FIXTURE(handle) { };
-
-FIXTURE_SETUP(handle) { }
-
-FIXTURE_TEARDOWN(handle) { }
-
-TEST_F_TIMEOUT(handle, is_bound_while_in_use, TEST_SECONDS)
+static void map_and_unmap(int fd, int round)
 {
-	for (int binding = 0; binding < BINDINGS; binding++) {
-		int fd = device_open(O_RDWR);
-		pid_t pids[3];
+	struct kvscratch_view view;
 
-		ASSERT_LE(0, fd);
-		for (int i = 0; i < 3; i++) {
-			pids[i] = fork_child();
-			ASSERT_LE(0, pids[i]);
-			if (!pids[i] && i)
-				bind_and_use(fd);
-			else if (!pids[i])
-				use_what_may_be_there(fd);
+	(void)round;
+	CHILD_CHECK(!device_map(fd, &view));
+	CHILD_CHECK(row_is(view.data, DIM, 0));
+	device_unmap(&view);
+}
+
+TEST(handles_come_and_go)
+{
+	static void (*const rounds[])(int fd, int round) = {
+		open_and_close, create_and_close, map_and_unmap, open_and_close,
+	};
+	long long refs = number_in_file(REFCNT, NULL);
+	struct kvscratch_view view;
+	int fd = new_pad(ROWS, DIM);
+	pid_t pids[4];
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, append_rows(fd, DIM, 0, 1));
+	for (int i = 0; i < 4; i++) {
+		pids[i] = fork_child();
+		ASSERT_LE(0, pids[i]);
+		if (!pids[i]) {
+			for (int round = 0; round < OPENINGS; round++)
+				rounds[i](fd, round);
+			_exit(0);
 		}
-		for (int i = 0; i < 3; i++)
-			EXPECT_EQ(0, wait_for(pids[i]));
-		EXPECT_EQ(2, len_of(fd));
-		close(fd);
 	}
+	for (int i = 0; i < 4; i++)
+		EXPECT_EQ(0, wait_for(pids[i]));
+	/* what counts mappings of the pad was never off */
+	ASSERT_EQ(0, device_map(fd, &view));
+	EXPECT_TRUE(row_is(view.data, DIM, 0));
+	device_unmap(&view);
+	close(fd);
+	EXPECT_EQ(refs, number_in_file(REFCNT, NULL));
 }
 
 TEST_HARNESS_MAIN

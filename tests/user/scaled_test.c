@@ -12,27 +12,10 @@
 #define RECORD_BYTES (DIM + SCALES)
 #define ROWS 200u
 
-/* An open handle with a new pad, or -errno */
-static int new_scaled(uint64_t rows, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
-		      uint32_t frac_bits)
-{
-	int fd = device_open(O_RDWR);
-	int err;
-
-	if (fd < 0)
-		return fd;
-	err = device_create_scaled(fd, rows, dim, dtype, input_dtype, frac_bits);
-	if (err) {
-		close(fd);
-		return err;
-	}
-	return fd;
-}
-
 static int try_scaled(uint64_t rows, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
 		      uint32_t frac_bits)
 {
-	int fd = new_scaled(rows, dim, dtype, input_dtype, frac_bits);
+	int fd = device_create_scaled(rows, dim, dtype, input_dtype, frac_bits);
 
 	if (fd < 0)
 		return fd;
@@ -131,7 +114,7 @@ TEST(info_tells_the_format)
 {
 	const size_t page = page_bytes();
 	struct kvscratch_info info;
-	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F16, 0);
+	int fd = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F16, 0);
 
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, device_info(fd, &info));
@@ -151,7 +134,7 @@ TEST(info_tells_the_format)
 	EXPECT_EQ(ROWS * RECORD_BYTES, info.data_bytes);
 	close(fd);
 
-	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_F64, 17);
+	fd = device_create_scaled(3, 5, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_F64, 17);
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(KVSCRATCH_DTYPE_I32, info.dtype);
@@ -163,42 +146,12 @@ TEST(info_tells_the_format)
 	close(fd);
 
 	/* as stored: the input type is the stored one */
-	fd = new_scaled(3, 5, KVSCRATCH_DTYPE_I8, 0, 7);
+	fd = device_create_scaled(3, 5, KVSCRATCH_DTYPE_I8, 0, 7);
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, device_info(fd, &info));
 	EXPECT_EQ(KVSCRATCH_DTYPE_I8, info.input_dtype);
 	EXPECT_EQ(7, info.frac_bits);
 	EXPECT_EQ(5, info.input_row_bytes);
-	close(fd);
-}
-
-/* Callers that were built before there were scaled integers */
-TEST(first_versions_of_the_structs_still_do)
-{
-	struct kvscratch_create create = {
-		.size = offsetof(struct kvscratch_create, input_dtype),
-		.max_seq_len = 4,
-		.dim = 8,
-		.dtype = KVSCRATCH_DTYPE_F32,
-		/* not seen */
-		.input_dtype = 77,
-		.frac_bits = 77,
-	};
-	struct kvscratch_info info = { .size = offsetof(struct kvscratch_info, input_dtype) };
-	int fd = device_open(O_RDWR);
-
-	ASSERT_LE(0, fd);
-	create.size--;
-	EXPECT_ERRNO(EINVAL, ioctl(fd, KVSCRATCH_IOC_CREATE, &create));
-	create.size++;
-	ASSERT_EQ(0, ioctl(fd, KVSCRATCH_IOC_CREATE, &create));
-	info.saturated = 77;
-	ASSERT_EQ(0, ioctl(fd, KVSCRATCH_IOC_INFO, &info));
-	EXPECT_EQ(offsetof(struct kvscratch_info, input_dtype), info.size);
-	EXPECT_EQ(32, info.input_row_bytes);
-	EXPECT_EQ(77, info.saturated);
-	info.size--;
-	EXPECT_ERRNO(EINVAL, ioctl(fd, KVSCRATCH_IOC_INFO, &info));
 	close(fd);
 }
 
@@ -229,8 +182,8 @@ static void check_mxint8(struct __test_metadata *_metadata, uint32_t dtype, bool
 	long saturated = kvs_scale_mxint8(dtype, input, ROWS * SCALES, elements, scales);
 	struct kvscratch_view view;
 	struct kvscratch_info info;
-	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, dtype, 0);
-	int copy = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	int fd = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, dtype, 0);
+	int copy = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
 
 	ASSERT_LE(0, saturated);
 	ASSERT_LE(0, fd);
@@ -286,7 +239,7 @@ TEST(fixed_is_what_the_arithmetic_gives)
 		long saturated = kvs_scale_fixed(dtype, input, ROWS * dim, f, size, expected);
 		struct kvscratch_view view;
 		struct kvscratch_info info;
-		int fd = new_scaled(ROWS, dim, stored, dtype, f);
+		int fd = device_create_scaled(ROWS, dim, stored, dtype, f);
 
 		ASSERT_LE(0, saturated);
 		ASSERT_LE(0, fd);
@@ -312,8 +265,8 @@ TEST(edom_commits_nothing)
 	uint32_t *input = random_input(KVSCRATCH_DTYPE_F32, count, 3, true);
 	struct kvscratch_view view;
 	struct kvscratch_info info;
-	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
-	int fixed = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32, 4);
+	int fd = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int fixed = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32, 4);
 
 	ASSERT_LE(0, fd);
 	ASSERT_LE(0, fixed);
@@ -355,8 +308,8 @@ TEST(efault_commits_nothing)
 	const size_t page = page_bytes();
 	uint8_t *input = mmap(NULL, 16 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			      -1, 0);
-	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
-	int records = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	int fd = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int records = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
 
 	ASSERT_NE(MAP_FAILED, (void *)input);
 	ASSERT_LE(0, fd);
@@ -384,7 +337,7 @@ TEST(any_part_can_be_read)
 	const uint32_t rows = 3;
 	uint8_t all[3 * RECORD_BYTES], part[3 * RECORD_BYTES + 1];
 	uint8_t *input = random_input(KVSCRATCH_DTYPE_F32, rows * DIM, 5, true);
-	int fd = new_scaled(rows, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int fd = device_create_scaled(rows, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
 	struct kvscratch_view view;
 
 	ASSERT_LE(0, fd);
@@ -416,8 +369,8 @@ TEST(writev_is_one_append)
 	const size_t bytes = 2 * DIM * sizeof(float);
 	uint8_t *input = random_input(KVSCRATCH_DTYPE_F32, 2 * DIM, 9, true);
 	uint8_t whole[2 * RECORD_BYTES], parts[2 * RECORD_BYTES], *odd = malloc(bytes + 1);
-	int fd = new_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
-	int records = new_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	int fd = device_create_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 0);
+	int records = device_create_scaled(4, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
 	struct iovec iov[3];
 
 	ASSERT_LE(0, fd);
@@ -468,7 +421,7 @@ TEST_F_TIMEOUT(slow, reads_never_mix_generations, TEST_SECONDS)
 	static uint8_t records[ROWS * RECORD_BYTES];
 	unsigned int reads = 0;
 	struct child writer;
-	int fd = new_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
+	int fd = device_create_scaled(ROWS, DIM, KVSCRATCH_DTYPE_MXINT8, 0, 0);
 
 	ASSERT_LE(0, fd);
 	if (start_child(&writer))
@@ -493,7 +446,7 @@ TEST(saturation_counts_what_was_committed)
 	const uint64_t huge = 0x7fe0000000000000ull, nan = 0x7ff8000000000000ull;
 	uint64_t row[32] = { 0 };
 	struct kvscratch_info info;
-	int fd = new_scaled(8, 32, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F64, 0);
+	int fd = device_create_scaled(8, 32, KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F64, 0);
 
 	ASSERT_LE(0, fd);
 	row[0] = row[31] = huge;

@@ -136,36 +136,78 @@ TEST_F_TIMEOUT(security, offset_plus_size_overflow, TEST_SECONDS)
 	}
 }
 
-/* There is no fault handler: what is not there does not come, for nobody. */
-TEST_F_TIMEOUT(security, fault_handler_bounds, TEST_SECONDS)
+/* What reads @at by every way that there is: each has to give @expected, or an error */
+static void read_by_all_ways(struct __test_metadata *_metadata, const uint8_t *at, int expected)
 {
-	uint8_t *at = mmap(NULL, self->page, PROT_READ, MAP_SHARED, self->pad, 0);
-	struct iovec from = { .iov_base = at, .iov_len = 1 };
+	struct iovec from = { .iov_base = (void *)at, .iov_len = 1 };
 	int mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-	int pipes[2];
-	char byte;
+	uint8_t byte;
 	struct iovec to = { .iov_base = &byte, .iov_len = 1 };
+	int pipes[2];
 
-	ASSERT_NE(MAP_FAILED, (void *)at);
 	ASSERT_LE(0, mem);
 	ASSERT_EQ(0, pipe(pipes));
-	/* the calls work as long as the page is there */
-	EXPECT_EQ(1, write(pipes[1], at, 1));
-	EXPECT_EQ(1, process_vm_readv(getpid(), &to, 1, &from, 1, 0));
-	EXPECT_EQ(1, pread64(mem, &byte, 1, (uintptr_t)at));
-
-	ASSERT_EQ(0, madvise(at, self->page, MADV_DONTNEED));
-	EXPECT_ERRNO(EFAULT, write(pipes[1], at, 1));
-	EXPECT_ERRNO(EFAULT, process_vm_readv(getpid(), &to, 1, &from, 1, 0));
-	EXPECT_ERRNO(EIO, pread64(mem, &byte, 1, (uintptr_t)at));
-	/* MADV_POPULATE_READ and _WRITE */
-	EXPECT_ERRNO(EFAULT, madvise(at, self->page, 22));
-	EXPECT_EQ(-1, madvise(at, self->page, 23));
-	EXPECT_TRUE(is_as_it_was(self));
-	munmap(at, self->page);
+	if (expected < 0) {
+		EXPECT_ERRNO(EFAULT, write(pipes[1], at, 1));
+		EXPECT_ERRNO(EFAULT, process_vm_readv(getpid(), &to, 1, &from, 1, 0));
+		EXPECT_ERRNO(EIO, pread64(mem, &byte, 1, (uintptr_t)at));
+	} else {
+		EXPECT_EQ(1, write(pipes[1], at, 1));
+		EXPECT_EQ(1, process_vm_readv(getpid(), &to, 1, &from, 1, 0));
+		EXPECT_EQ(expected, byte);
+		EXPECT_EQ(1, pread64(mem, &byte, 1, (uintptr_t)at));
+		EXPECT_EQ(expected, byte);
+	}
 	close(pipes[0]);
 	close(pipes[1]);
 	close(mem);
+}
+
+/* Pages that are there come by fault, for everybody, and nothing else does. */
+TEST_F_TIMEOUT(security, fault_handler_bounds, TEST_SECONDS)
+{
+	/* a chunk, and two pages of the next: behind them there is nothing up to its end */
+	const size_t end = KVSCRATCH_CHUNK_BYTES + 2 * self->page;
+	const size_t hole = 2 * KVSCRATCH_CHUNK_BYTES - end;
+	uint8_t row[ROW_BYTES];
+	int pad = new_pad(end / ROW_BYTES, ROW_BYTES);
+	struct kvscratch_info info;
+	uint8_t *at;
+
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, device_info(pad, &info));
+	ASSERT_EQ(2 * KVSCRATCH_CHUNK_BYTES, info.status_offset);
+	memset(row, 7, sizeof(row));
+	ASSERT_EQ(0, device_append(pad, row, sizeof(row)));
+	/* by chunks and, one page off, by pages */
+	for (int off = 0; off < 2; off++) {
+		at = mmap(NULL, info.status_offset, PROT_READ, MAP_SHARED, pad, 0);
+		ASSERT_NE(MAP_FAILED, (void *)at);
+		if (off) {
+			/* somewhere that is no multiple of a chunk */
+			munmap(at, info.status_offset);
+			at = (uint8_t *)((uintptr_t)at / KVSCRATCH_CHUNK_BYTES *
+					 KVSCRATCH_CHUNK_BYTES) + self->page;
+			ASSERT_EQ(at, mmap(at, info.status_offset, PROT_READ,
+					   MAP_SHARED | MAP_FIXED_NOREPLACE, pad, 0));
+		}
+		for (int again = 0; again < 2; again++) {
+			read_by_all_ways(_metadata, at, 7);
+			read_by_all_ways(_metadata, at + end - 1, 0);
+			read_by_all_ways(_metadata, at + end, -1);
+			read_by_all_ways(_metadata, at + info.status_offset - 1, -1);
+			/* MADV_POPULATE_READ and _WRITE */
+			EXPECT_EQ(0, madvise(at, end, 22));
+			EXPECT_ERRNO(EFAULT, madvise(at + end, hole, 22));
+			EXPECT_ERRNO(EFAULT, madvise(at, info.status_offset, 22));
+			EXPECT_EQ(-1, madvise(at, self->page, 23));
+			/* what was dropped comes again */
+			ASSERT_EQ(0, madvise(at, info.status_offset, MADV_DONTNEED));
+		}
+		munmap(at, info.status_offset);
+	}
+	close(pad);
+	EXPECT_TRUE(is_as_it_was(self));
 }
 
 /* A moved view is still one view; a second one cannot be made of it. */
@@ -281,14 +323,10 @@ TEST_F_TIMEOUT(security, size_overflow_at_create, TEST_SECONDS)
 
 	set_limits(64 * MIB, 64 * MIB);
 	for (size_t i = 0; i < ARRAY_SIZE(shapes); i++) {
-		int fd = device_open(O_RDWR);
-
-		ASSERT_LE(0, fd);
 		EXPECT_EQ(shapes[i].err,
-			  device_create_scaled(fd, shapes[i].rows, shapes[i].dim,
-						  shapes[i].dtype, shapes[i].input_dtype, 0))
+			  device_create_scaled(shapes[i].rows, shapes[i].dim, shapes[i].dtype,
+					       shapes[i].input_dtype, 0))
 			TH_LOG("shape %zu", i);
-		close(fd);
 	}
 }
 
@@ -299,63 +337,100 @@ TEST_F_TIMEOUT(security, module_parameter_overflow, TEST_SECONDS)
 	};
 
 	for (size_t i = 0; i < ARRAY_SIZE(limits); i++) {
-		int small, fd = device_open(O_RDWR);
+		int small;
 
-		ASSERT_LE(0, fd);
 		set_limits(limits[i], limits[i]);
 		small = new_pad(1, 1);
 		EXPECT_LE(0, small)
 			TH_LOG("limit %#llx", (unsigned long long)limits[i]);
 		/* 2^56 bytes */
 		EXPECT_EQ(limits[i] < 1ull << 56 ? -EDQUOT : -ENOMEM,
-			  device_create(fd, KVSCRATCH_MAX_SEQ_LEN, KVSCRATCH_MAX_ROW_BYTES,
-					   KVSCRATCH_DTYPE_U8))
+			  device_create(KVSCRATCH_MAX_SEQ_LEN, KVSCRATCH_MAX_ROW_BYTES,
+					KVSCRATCH_DTYPE_U8))
 			TH_LOG("limit %#llx", (unsigned long long)limits[i]);
 		close(small);
-		close(fd);
 	}
+}
+
+/* Sums over planes: each is small enough, and all together are not. */
+TEST_F_TIMEOUT(security, planes_overflow_at_create, TEST_SECONDS)
+{
+	struct kvscratch_plane *planes = calloc(KVSCRATCH_MAX_PLANES, sizeof(*planes));
+
+	ASSERT_NE(NULL, planes);
+	set_limits(64 * MIB, 64 * MIB);
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++) {
+		planes[i].dim = KVSCRATCH_MAX_ROW_BYTES / KVSCRATCH_MAX_PLANES;
+		planes[i].dtype = KVSCRATCH_DTYPE_U8;
+	}
+	/* 2^56 bytes, in whatever order they are summed up */
+	EXPECT_EQ(-EDQUOT, device_create_planes(KVSCRATCH_MAX_SEQ_LEN, planes,
+						KVSCRATCH_MAX_PLANES));
+	planes[KVSCRATCH_MAX_PLANES / 2].dim++;
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, KVSCRATCH_MAX_PLANES));
+	planes[KVSCRATCH_MAX_PLANES / 2].dim--;
+	/* a token that is small as it is stored, and not as it is appended */
+	planes[0].dtype = KVSCRATCH_DTYPE_I8;
+	planes[0].input_dtype = KVSCRATCH_DTYPE_F16;
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, KVSCRATCH_MAX_PLANES));
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++)
+		planes[i] = (struct kvscratch_plane) {
+			.dim = KVSCRATCH_MAX_ROW_BYTES, .dtype = KVSCRATCH_DTYPE_F64,
+		};
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, KVSCRATCH_MAX_PLANES));
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++)
+		planes[i] = (struct kvscratch_plane) {
+			.dim = KVSCRATCH_MAX_ROW_BYTES, .dtype = KVSCRATCH_DTYPE_U8,
+		};
+	/* 2^36 bytes: 2^32 would fit into the sum of a u32 as 0 */
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, KVSCRATCH_MAX_PLANES));
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, 256));
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, 0));
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, KVSCRATCH_MAX_PLANES + 1));
+	EXPECT_EQ(-EINVAL, device_create_planes(1, planes, UINT32_MAX));
+	free(planes);
 }
 
 /* Numbers of ioctls: all of the magic, and ours of all others */
 
 static bool is_ours(unsigned int cmd)
 {
-	return cmd == KVSCRATCH_IOC_CREATE || cmd == KVSCRATCH_IOC_INFO ||
-	       cmd == KVSCRATCH_IOC_TRUNCATE || cmd == KVSCRATCH_IOC_ATTACH;
+	return cmd == KVSCRATCH_IOC_CREATE ||
+	       (cmd >= KVSCRATCH_IOC_OPEN && cmd <= KVSCRATCH_IOC_PLANES);
 }
 
 TEST_F_TIMEOUT(security, ioctl_number_speculation, TEST_SECONDS)
 {
 	const unsigned int sizes[] = {
-		0, 4, sizeof(struct kvscratch_create), sizeof(struct kvscratch_info), 0x3fff,
+		0, 4, sizeof(struct kvscratch_create), sizeof(struct kvscratch_pad_info), 0x3fff,
 	};
-	int unbound = device_open(O_RDWR);
+	int node = device_open(O_RDWR);
 
-	ASSERT_LE(0, unbound);
+	ASSERT_LE(0, node);
 	for (unsigned int dir = 0; dir < 4; dir++) {
 		for (unsigned int nr = 0; nr < 256; nr++) {
 			for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
 				unsigned int cmd = _IOC(dir, KVSCRATCH_IOC_MAGIC, nr, sizes[i]);
-				struct kvscratch_info info = { .size = sizeof(info) };
+				struct kvscratch_pad_info info = { .size = sizeof(info) };
 
 				if (is_ours(cmd))
 					continue;
 				EXPECT_ERRNO(ENOTTY, ioctl(self->pad, cmd, &info));
-				EXPECT_ERRNO(ENOTTY, ioctl(unbound, cmd, &info));
+				EXPECT_ERRNO(ENOTTY, ioctl(node, cmd, &info));
 			}
 		}
 	}
 	/* but for 0, which the VFS has uses for */
 	for (unsigned int magic = 1; magic < 256; magic++) {
-		for (unsigned int nr = 0; nr < 4; nr++) {
-			struct kvscratch_info info = { .size = sizeof(info) };
+		for (unsigned int nr = 0; nr < 10; nr++) {
+			struct kvscratch_pad_info info = { .size = sizeof(info) };
 
 			if (magic != KVSCRATCH_IOC_MAGIC) {
 				EXPECT_ERRNO(ENOTTY, ioctl(self->pad, _IO(magic, nr), &info));
 			}
 		}
 	}
-	close(unbound);
+	close(node);
 	EXPECT_TRUE(is_as_it_was(self));
 }
 
@@ -381,6 +456,8 @@ static bool stop_in_call(FIXTURE_DATA(security) *self, struct straddle *straddle
 	if (start_child(&straddle->child)) {
 		int faults = stop_at(straddle->stopping, self->page);
 
+		/* a copy begins with what is there; it is shared, so a fork has none of it */
+		(void)*(volatile uint8_t *)straddle->shared;
 		CHILD_CHECK(!kvscratch_send_handles(straddle->child.line, &name, &faults, 1));
 		_exit(-act(fd, straddle->stopping - before));
 	}
@@ -420,34 +497,75 @@ static bool make_straddle(FIXTURE_DATA(security) *self, struct straddle *straddl
 	close(__probe); \
 } while (0)
 
-static int ask_info(int fd, void *at)
+static int truncate_as_told(int fd, void *at)
 {
-	return ioctl(fd, KVSCRATCH_IOC_INFO, at) ? -errno : 0;
+	return ioctl(fd, KVSCRATCH_IOC_TRUNCATE, at) ? -errno : 0;
 }
 
-TEST_F_TIMEOUT(security, double_fetch_of_size, TEST_SECONDS)
+TEST_F_TIMEOUT(security, double_fetch_of_a_struct, TEST_SECONDS)
 {
 	/* as the struct would shrink, grow, and be anything */
-	const uint32_t flips[] = { 0, 8, sizeof(struct kvscratch_info) + 8, 4096, UINT32_MAX };
+	const uint32_t flips[] = { 0, 8, sizeof(struct kvscratch_truncate) + 8, 4096, UINT32_MAX };
 	struct straddle straddle;
 
 	NEED_USERFAULTFD();
 	for (size_t i = 0; i < ARRAY_SIZE(flips); i++) {
-		struct kvscratch_info *info;
+		struct kvscratch_truncate *truncate;
 
 		ASSERT_TRUE(make_straddle(self, &straddle));
-		info = (struct kvscratch_info *)straddle.stopping - 1;
+		truncate = (struct kvscratch_truncate *)straddle.stopping - 1;
 		/* a longer struct, whose tail is looked at first */
-		info->size = sizeof(*info) + 16;
-		ASSERT_TRUE(stop_in_call(self, &straddle, ask_info, self->pad, sizeof(*info)));
-		__atomic_store_n(&info->size, flips[i], __ATOMIC_SEQ_CST);
-		EXPECT_EQ(0, go_on(self, &straddle));
-		EXPECT_EQ(sizeof(*info), info->size)
+		truncate->size = sizeof(*truncate) + 16;
+		truncate->len = COMMITTED;
+		ASSERT_TRUE(stop_in_call(self, &straddle, truncate_as_told, self->pad,
+					 sizeof(*truncate)));
+		__atomic_store_n(&truncate->size, flips[i], __ATOMIC_SEQ_CST);
+		EXPECT_EQ(0, go_on(self, &straddle))
 			TH_LOG("size became %u", flips[i]);
-		EXPECT_EQ(ROWS, info->max_seq_len);
-		EXPECT_EQ(COMMITTED, info->len);
+		EXPECT_EQ(COMMITTED, len_of(self->pad));
+		EXPECT_EQ(i + 1, generation_of(self->pad));
 		munmap(straddle.shared, 2 * self->page);
 	}
+}
+
+#define SIZE_FLIPS 300000
+
+/*
+ * What is written back goes by a size, too, and nothing stops a caller between two looks
+ * at it: so often that a second look would see another.
+ */
+TEST_F_TIMEOUT(security, double_fetch_of_size, TEST_SECONDS)
+{
+	uint8_t *end = mmap(NULL, 2 * self->page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+			    -1, 0);
+	struct kvscratch_pad_info *info;
+	unsigned int told = 0;
+	struct child child;
+
+	ASSERT_NE(MAP_FAILED, (void *)end);
+	end += self->page;
+	ASSERT_EQ(0, mprotect(end, self->page, PROT_NONE));
+	info = (struct kvscratch_pad_info *)end - 1;
+	info->size = sizeof(*info);
+	if (start_child(&child)) {
+		for (;;) {
+			__atomic_store_n(&info->size, sizeof(*info), __ATOMIC_RELAXED);
+			__atomic_store_n(&info->size, 4096, __ATOMIC_RELAXED);
+			__atomic_store_n(&info->size, UINT32_MAX, __ATOMIC_RELAXED);
+		}
+	}
+	for (unsigned int i = 0; i < SIZE_FLIPS; i++) {
+		errno = 0;
+		told += !ioctl(self->pad, KVSCRATCH_IOC_INFO, info);
+		/* a tail that is cleared, of which there is nothing, or far too long */
+		EXPECT_TRUE(!errno || errno == EFAULT || errno == E2BIG)
+			TH_LOG("errno %d", errno);
+	}
+	kill(child.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	EXPECT_LT(0, told);
+	EXPECT_EQ(COMMITTED, info->len);
+	munmap(end - self->page, 2 * self->page);
 }
 
 static int append_floats(int fd, void *at)
@@ -458,15 +576,13 @@ static int append_floats(int fd, void *at)
 TEST_F_TIMEOUT(security, double_fetch_of_rows, TEST_SECONDS)
 {
 	const size_t before = 32 * sizeof(float);
-	int fd = device_open(O_RDWR);
+	int fd = device_create_scaled(4, 64, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32, 0);
 	struct straddle straddle;
 	int16_t row[64];
 	float *floats;
 
 	NEED_USERFAULTFD();
 	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, device_create_scaled(fd, 4, 64, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F32,
-					     0));
 	ASSERT_TRUE(make_straddle(self, &straddle));
 	floats = (float *)(straddle.stopping - before);
 	for (int i = 0; i < 32; i++)
@@ -521,7 +637,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	struct pollfd poll_fd = { .events = POLLIN };
 	struct ring ring;
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
-	int pad, reader, copy;
+	int pad, reader, copy, writer;
 	pid_t pid;
 
 	ASSERT_LE(0, epoll);
@@ -539,7 +655,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
 	close(reader);
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 0, 1));
-	EXPECT_EQ(1, epoll_wait(epoll, &event, 1, 0));
+	EXPECT_EQ(1, epoll_wait(epoll, &event, 1, -1));
 	close(copy);
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 1, 1));
 	EXPECT_EQ(0, epoll_wait(epoll, &event, 1, 0));
@@ -556,8 +672,8 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 2, 1));
 
 	/* somebody sleeps in poll() while the descriptor is closed */
-	ASSERT_EQ(0, lseek(reader, 0, SEEK_SET));
 	ASSERT_EQ(0, device_truncate(pad, 0, 0));
+	ASSERT_EQ(0, device_seen(reader, 1ull << 32));
 	poll_fd.fd = reader;
 	pid = fork_sharing_descriptors();
 	ASSERT_LE(0, pid);
@@ -575,13 +691,26 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	/* and a request of a ring that waits for the pad */
 	ASSERT_EQ(0, device_truncate(pad, 0, 0));
 	reader = device_open_reader(pad);
+	ASSERT_EQ(0, device_seen(reader, 2ull << 32));
 	ASSERT_EQ(0, ring_open(&ring));
 	poll_add.fd = reader;
 	*ring.sqe = poll_add;
 	ring.sq_array[0] = 0;
 	__atomic_store_n(ring.sq_tail, *ring.sq_tail + 1, __ATOMIC_RELEASE);
+	/* first, for of those that wait the last is woken first */
+	epoll = epoll_create1(EPOLL_CLOEXEC);
+	event.events = EPOLLOUT | EPOLLET;
+	ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_ADD, pad, &event));
+	ASSERT_EQ(1, epoll_wait(epoll, &event, 1, 0));
 	ASSERT_EQ(1, syscall(__NR_io_uring_enter, ring.fd, 1, 0, 0, NULL, 0));
 	close(reader);
+	/* all are woken for news that are none to it */
+	writer = device_open_writer(pad, 0);
+	ASSERT_LE(0, writer);
+	close(writer);
+	ASSERT_EQ(1, epoll_wait(epoll, &event, 1, -1));
+	EXPECT_EQ(*ring.cq_head, __atomic_load_n(ring.cq_tail, __ATOMIC_ACQUIRE));
+	close(epoll);
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 0, 1));
 	ASSERT_EQ(0, syscall(__NR_io_uring_enter, ring.fd, 0, 1, IORING_ENTER_GETEVENTS, NULL, 0));
 	EXPECT_EQ(POLLIN, ring.cqes[0].res);
@@ -612,8 +741,7 @@ TEST_F_TIMEOUT(security, status_page_carries_nothing_else, TEST_SECONDS)
 		expected.status.magic = KVSCRATCH_STATUS_MAGIC;
 		expected.status.version = KVSCRATCH_STATUS_VERSION;
 		expected.status.max_seq_len = i + 3;
-		expected.status.dim = 64;
-		expected.status.dtype = KVSCRATCH_DTYPE_U8;
+		expected.status.nr_planes = 1;
 		expected.status.row_bytes = 64;
 		EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
 		ASSERT_EQ(0, device_append(pad, rows, sizeof(rows)));
@@ -621,7 +749,24 @@ TEST_F_TIMEOUT(security, status_page_carries_nothing_else, TEST_SECONDS)
 		ASSERT_EQ(0, device_append(pad, rows, 64));
 		expected.status.state.word = 1ull << 32 | 3;
 		expected.status.trunc.word = 1ull << 32 | 2;
+		expected.status.generation = 1;
 		EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
+		/* a writer of the second epoch, and what is sealed by it */
+		for (int epoch = 1; epoch <= 2; epoch++) {
+			int writer = device_open_writer(pad, 0);
+
+			ASSERT_LE(0, writer);
+			expected.status.writer.word = (uint64_t)epoch << 32 | KVSCRATCH_PAD_WRITER;
+			EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
+			if (epoch == 2) {
+				ASSERT_EQ(0, device_seal(writer));
+				expected.status.writer.word |= KVSCRATCH_PAD_SEALED;
+				EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
+			}
+			close(writer);
+			expected.status.writer.word &= ~(uint64_t)KVSCRATCH_PAD_WRITER;
+			EXPECT_EQ(0, memcmp(view.status, &expected, sizeof(expected)));
+		}
 		device_unmap(&view);
 		close(pad);
 	}
@@ -639,9 +784,8 @@ TEST_F_TIMEOUT(security, planes_show_nothing_else, TEST_SECONDS)
 	ASSERT_NE(NULL, ones);
 	memset(ones, 0xff, rows * record);
 	ASSERT_TRUE(dirty_memory());
-	pad = device_open(O_RDWR);
+	pad = device_create(rows, dim, KVSCRATCH_DTYPE_MXINT8);
 	ASSERT_LE(0, pad);
-	ASSERT_EQ(0, device_create(pad, rows, dim, KVSCRATCH_DTYPE_MXINT8));
 	ASSERT_EQ(0, device_map(pad, &view));
 	data = view.data;
 	scales = kvscratch_view_scales(&view);
@@ -670,7 +814,7 @@ TEST_F_TIMEOUT(security, kernel_writes_into_a_view, TEST_SECONDS)
 	struct io_uring_sqe read_in = {
 		.opcode = IORING_OP_READ, .addr = (uintptr_t)at, .len = 16, .off = 0,
 	};
-	struct kvscratch_info *request = (struct kvscratch_info *)row;
+	struct kvscratch_pad_info *request = (struct kvscratch_pad_info *)row;
 	struct ring ring;
 	uint32_t word = 0;
 	int socks[2], pipes[2];
@@ -847,7 +991,12 @@ static void find_no_other_handle(FIXTURE_DATA(security) *self)
 	for (size_t i = 0; i < ARRAY_SIZE(accesses); i++) {
 		CHILD_CHECK(device_open(accesses[i]) == -EACCES);
 		CHILD_CHECK(open(path, accesses[i]) == -1 && errno == EACCES);
+		/* a handle gives no more than it has */
+		CHILD_CHECK(accesses[i] == O_RDONLY ||
+			    device_reopen(self->reader, accesses[i]) == -EACCES);
 	}
+	CHILD_CHECK(device_open_writer(self->reader, 0) == -EACCES);
+	CHILD_CHECK(device_open_writer(self->reader, KVSCRATCH_OPEN_TAKEOVER) == -EACCES);
 	CHILD_CHECK(mknod("/tmp/kvscratch", S_IFCHR | 0666, self->node.st_rdev) == -1 &&
 		    errno == EPERM);
 	CHILD_CHECK(open(MAX_TOTAL, O_WRONLY) == -1 && errno == EACCES);
@@ -993,7 +1142,7 @@ TEST_F_TIMEOUT(security, unprivileged_flood_meets_the_cgroup, TEST_SECONDS)
 	EXPECT_LT(0, cgroup_number(self->cgroup, "memory.events", "max"));
 }
 
-/* Handles without a pad are charged, too, and end with the descriptor table. */
+/* Handles of either kind are charged, too, and end with the descriptor table. */
 TEST_F_TIMEOUT(security, unprivileged_flood_of_handles, TEST_SECONDS)
 {
 	long long refs = number_in_file(REFCNT, NULL);
@@ -1004,10 +1153,13 @@ TEST_F_TIMEOUT(security, unprivileged_flood_of_handles, TEST_SECONDS)
 		int fd;
 
 		become_nobody();
+		for (int i = 0; i < 100; i++)
+			CHILD_CHECK(device_open(O_RDWR) >= 0);
 		do
-			fd = device_open(O_RDWR);
+			fd = device_open_reader(self->reader);
 		while (fd >= 0);
 		CHILD_CHECK(fd == -EMFILE);
+		CHILD_CHECK(device_open(O_RDWR) == -EMFILE);
 		_exit(0);
 	}
 	EXPECT_EQ(0, end_child(&child));
