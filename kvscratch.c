@@ -19,6 +19,7 @@
 #include <linux/module.h>
 #include <linux/mount.h>
 #include <linux/nospec.h>
+#include <linux/pagemap.h>
 #include <linux/poll.h>
 #include <linux/pseudo_fs.h>
 #include <linux/sched/signal.h>
@@ -477,10 +478,10 @@ static void kvs_planes_init(struct kvs_pad *pad, const struct kvscratch_plane *p
 
 static bool kvs_pad_converts(const struct kvs_pad *pad)
 {
-	u32 i;
+	const struct kvs_plane *plane;
 
-	for (i = 0; i < pad->nr_planes; i++)
-		if (kvs_plane_converts(&pad->planes[i].geometry))
+	kvs_for_each_plane(plane, pad)
+		if (kvs_plane_converts(&plane->geometry))
 			return true;
 	return false;
 }
@@ -706,12 +707,16 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_page);
 /**
  * struct kvs_op - an operation that changes a pad and may have to drop its lock
  * @handle: by which it came
+ * @iter: where its rows come from, or NULL
+ * @user: else; what write() and STAGE have takes a tenth of a small append less
  * @budget: what it may still copy before it drops the lock
  * @saturated: elements that it clamped
  * @rounds: how often in succession a page was faulted in and nothing could be copied
  */
 struct kvs_op {
 	struct kvs_handle *handle;
+	struct iov_iter *iter;
+	const void __user *user;
 	long budget;
 	u64 saturated;
 	unsigned int rounds;
@@ -768,18 +773,18 @@ static int kvs_begin(struct kvs_handle *handle, bool only_writer, bool nowait)
 
 /*
  * Drop the lock in the middle of an operation and take it again, after @missing bytes of
- * @from were faulted in. On failure the operation is over, and if it lost its turn it
+ * its source were faulted in. On failure the operation is over, and if it lost its turn it
  * touches nothing any more.
  */
-static noinline int kvs_pause(struct kvs_pad *pad, struct kvs_op *op, struct iov_iter *from,
-			      size_t missing)
+static noinline int kvs_pause(struct kvs_pad *pad, struct kvs_op *op, size_t missing)
 {
 	size_t absent = 0;
 
 	WRITE_ONCE(pad->turn, op);
 	mutex_unlock(&pad->lock);
 	if (missing)
-		absent = fault_in_iov_iter_readable(from, missing);
+		absent = op->iter ? fault_in_iov_iter_readable(op->iter, missing) :
+				    fault_in_readable(op->user, missing);
 	cond_resched();
 	mutex_lock(&pad->lock);
 	op->budget = KVS_HOLD_BYTES;
@@ -829,10 +834,11 @@ static void kvs_publish_role(struct kvs_pad *pad)
 
 static void kvs_drop_staged(struct kvs_pad *pad)
 {
-	u32 i;
+	struct kvs_plane *plane;
+	u32 len = pad->len;
 
-	for (i = 0; i < pad->nr_planes; i++)
-		pad->planes[i].staged = pad->len;
+	kvs_for_each_plane(plane, pad)
+		plane->staged = len;
 }
 
 /*
@@ -844,27 +850,31 @@ static void kvs_drop_staged(struct kvs_pad *pad)
  * or what kvs_pause() says.
  */
 static __always_inline ssize_t kvs_copy_in(struct kvs_pad *pad, struct kvs_op *op, void *to,
-					   size_t bytes, struct iov_iter *from)
+					   size_t bytes)
 {
 	size_t piece = op->budget > 0 ? min_t(size_t, bytes, op->budget) : 0;
 	size_t copied;
 	int err;
 
 	pagefault_disable();
-	copied = _copy_from_iter(to, piece, from);
+	if (op->iter) {
+		copied = _copy_from_iter(to, piece, op->iter);
+	} else {
+		copied = piece - kvs_copy_from_user(to, op->user, piece);
+		op->user += copied;
+	}
 	pagefault_enable();
 	op->budget -= copied + KVS_COPY_COST;
 	if (likely(copied == bytes))
 		return copied;
 	if (copied)
 		op->rounds = 0;
-	err = kvs_pause(pad, op, from, piece - copied);
+	err = kvs_pause(pad, op, piece - copied);
 	return err ? err : copied;
 }
 
 static __always_inline int kvs_store_bytes(struct kvs_pad *pad, struct kvs_op *op,
-					   const struct kvs_array *array, u64 at, size_t bytes,
-					   struct iov_iter *from)
+					   const struct kvs_array *array, u64 at, size_t bytes)
 {
 	while (bytes) {
 		size_t piece = bytes;
@@ -873,7 +883,7 @@ static __always_inline int kvs_store_bytes(struct kvs_pad *pad, struct kvs_op *o
 
 		if (!to)
 			return -EFAULT;
-		copied = kvs_copy_in(pad, op, to, piece, from);
+		copied = kvs_copy_in(pad, op, to, piece);
 		if (copied < 0)
 			return copied;
 		at += copied;
@@ -929,8 +939,7 @@ static long kvs_convert(struct kvs_pad *pad, const struct kvs_plane *plane, u64 
  * MXINT8: pieces need not end with a row.
  */
 static noinline int kvs_store_converted(struct kvs_pad *pad, struct kvs_op *op,
-					const struct kvs_plane *plane, u64 row, u64 rows,
-					struct iov_iter *from)
+					const struct kvs_plane *plane, u64 row, u64 rows)
 {
 	u32 size = kvs_dtype_bytes(plane->geometry.input_dtype);
 	u64 at = row * plane->geometry.dim;
@@ -943,7 +952,7 @@ static noinline int kvs_store_converted(struct kvs_pad *pad, struct kvs_op *op,
 
 		while (filled < count * size) {
 			ssize_t copied = kvs_copy_in(pad, op, pad->staging + filled,
-						     count * size - filled, from);
+						     count * size - filled);
 
 			if (copied < 0)
 				return copied;
@@ -960,19 +969,18 @@ static noinline int kvs_store_converted(struct kvs_pad *pad, struct kvs_op *op,
 
 /* Rows with scales that are stored as they come: the elements of a row, its scales */
 static noinline int kvs_store_records(struct kvs_pad *pad, struct kvs_op *op,
-				      const struct kvs_plane *plane, u64 row, u64 rows,
-				      struct iov_iter *from)
+				      const struct kvs_plane *plane, u64 row, u64 rows)
 {
 	u64 end = row + rows;
 
 	for (; row < end; row++) {
 		int err = kvs_store_bytes(pad, op, &plane->data, row * plane->data.row_bytes,
-					  plane->data.row_bytes, from);
+					  plane->data.row_bytes);
 
 		if (!err)
 			err = kvs_store_bytes(pad, op, &plane->scales,
 					      row * plane->scales.row_bytes,
-					      plane->scales.row_bytes, from);
+					      plane->scales.row_bytes);
 		if (err)
 			return err;
 	}
@@ -980,28 +988,26 @@ static noinline int kvs_store_records(struct kvs_pad *pad, struct kvs_op *op,
 }
 
 static __always_inline int kvs_store_rows(struct kvs_pad *pad, struct kvs_op *op,
-					  const struct kvs_plane *plane, u64 row, u64 rows,
-					  struct iov_iter *from)
+					  const struct kvs_plane *plane, u64 row, u64 rows)
 {
 	if (kvs_plane_converts(&plane->geometry))
-		return kvs_store_converted(pad, op, plane, row, rows, from);
+		return kvs_store_converted(pad, op, plane, row, rows);
 	if (kvs_is_record(plane))
-		return kvs_store_records(pad, op, plane, row, rows, from);
+		return kvs_store_records(pad, op, plane, row, rows);
 	return kvs_store_bytes(pad, op, &plane->data, row * plane->data.row_bytes,
-			       rows * plane->data.row_bytes, from);
+			       rows * plane->data.row_bytes);
 }
 
 /* A row of each plane in turn */
-static noinline int kvs_store_tokens(struct kvs_pad *pad, struct kvs_op *op, u64 row, u64 rows,
-				     struct iov_iter *from)
+static noinline int kvs_store_tokens(struct kvs_pad *pad, struct kvs_op *op, u64 row, u64 rows)
 {
 	u64 end = row + rows;
 
 	for (; row < end; row++) {
-		u32 i;
+		struct kvs_plane *plane;
 
-		for (i = 0; i < pad->nr_planes; i++) {
-			int err = kvs_store_rows(pad, op, &pad->planes[i], row, 1, from);
+		kvs_for_each_plane(plane, pad) {
+			int err = kvs_store_rows(pad, op, plane, row, 1);
 
 			if (err)
 				return err;
@@ -1017,13 +1023,12 @@ static noinline int kvs_store_tokens(struct kvs_pad *pad, struct kvs_op *op, u64
 /* Whatever becomes of the copy: rows from len to @end are neither staged nor whole now. */
 static void kvs_begin_rows(struct kvs_pad *pad, u32 end)
 {
-	u32 i;
+	struct kvs_plane *plane;
+	u32 len = pad->len;
 
-	for (i = 0; i < pad->nr_planes; i++) {
-		struct kvs_plane *plane = &pad->planes[i];
-
-		plane->staged = pad->len;
-		plane->whole = min(plane->whole, pad->len);
+	kvs_for_each_plane(plane, pad) {
+		plane->staged = len;
+		plane->whole = min(plane->whole, len);
 		plane->touched = max(plane->touched, end);
 	}
 }
@@ -1036,16 +1041,15 @@ static void kvs_count_saturated(struct kvs_pad *pad, const struct kvs_op *op)
 
 static void kvs_end_rows(struct kvs_pad *pad, u32 end)
 {
-	u32 i;
+	struct kvs_plane *plane;
 
-	for (i = 0; i < pad->nr_planes; i++) {
-		pad->planes[i].staged = end;
-		pad->planes[i].whole = end;
+	kvs_for_each_plane(plane, pad) {
+		plane->staged = end;
+		plane->whole = end;
 	}
 }
 
-static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op *op, u32 rows,
-					     struct iov_iter *from)
+static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op *op, u32 rows)
 {
 	u32 len = pad->len;
 	int err;
@@ -1056,15 +1060,38 @@ static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op 
 		return -ENOSPC;
 	kvs_begin_rows(pad, len + rows);
 	if (likely(pad->nr_planes == 1))
-		err = kvs_store_rows(pad, op, &pad->planes[0], len, rows, from);
+		err = kvs_store_rows(pad, op, &pad->planes[0], len, rows);
 	else
-		err = kvs_store_tokens(pad, op, len, rows, from);
+		err = kvs_store_tokens(pad, op, len, rows);
 	if (unlikely(err))
 		return err;
 	kvs_end_rows(pad, len + rows);
 	kvs_count_saturated(pad, op);
 	kvs_publish(pad, pad->generation, len + rows);
 	return 0;
+}
+
+/* Append @bytes of the source of @op. */
+static __always_inline ssize_t kvs_append(struct kvs_op *op, size_t bytes, bool nowait)
+{
+	struct kvs_pad *pad = op->handle->pad;
+	u32 rows;
+	int err;
+
+	if (!bytes)
+		return 0;
+	/* The VFS cuts longer counts to MAX_RW_COUNT without a word. */
+	if (bytes >= MAX_RW_COUNT)
+		return -EINVAL;
+	rows = (u32)bytes / pad->layout.input_row_bytes;
+	if (rows * pad->layout.input_row_bytes != bytes)
+		return -EINVAL;
+	err = kvs_begin(op->handle, false, nowait);
+	if (err)
+		return err;
+	err = kvs_append_locked(pad, op, rows);
+	kvs_end(pad, op, !err);
+	return err ? err : bytes;
 }
 
 /**
@@ -1081,28 +1108,14 @@ static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op 
 ssize_t kvs_pad_append(struct kvs_handle *handle, struct iov_iter *from, bool nowait)
 {
 	struct kvs_op op = kvs_op_of(handle);
-	struct kvs_pad *pad = handle->pad;
 	size_t bytes = iov_iter_count(from);
-	u32 rows;
-	int err;
+	ssize_t appended;
 
-	if (!bytes)
-		return 0;
-	/* The VFS cuts longer counts to MAX_RW_COUNT without a word. */
-	if (bytes >= MAX_RW_COUNT)
-		return -EINVAL;
-	rows = (u32)bytes / pad->layout.input_row_bytes;
-	if (rows * pad->layout.input_row_bytes != bytes)
-		return -EINVAL;
-	err = kvs_begin(handle, false, nowait);
-	if (err)
-		return err;
-	err = kvs_append_locked(pad, &op, rows, from);
-	kvs_end(pad, &op, !err);
-	if (likely(!err))
-		return bytes;
-	iov_iter_revert(from, bytes - iov_iter_count(from));
-	return err;
+	op.iter = from;
+	appended = kvs_append(&op, bytes, nowait);
+	if (appended < 0)
+		iov_iter_revert(from, bytes - iov_iter_count(from));
+	return appended;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_append);
 
@@ -1112,7 +1125,7 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_append);
 
 /* A failure leaves the plane staged, and known to be whole, up to where it began. */
 static int kvs_stage_copy(struct kvs_pad *pad, struct kvs_op *op, struct kvs_plane *plane,
-			  u32 row, u32 end, struct iov_iter *from)
+			  u32 row, u32 end)
 {
 	u32 staged = max(plane->staged, end);
 	u32 whole = max(plane->whole, end);
@@ -1121,7 +1134,7 @@ static int kvs_stage_copy(struct kvs_pad *pad, struct kvs_op *op, struct kvs_pla
 	plane->staged = row;
 	plane->whole = row;
 	plane->touched = max(plane->touched, end);
-	err = kvs_store_rows(pad, op, plane, row, end - row, from);
+	err = kvs_store_rows(pad, op, plane, row, end - row);
 	if (err)
 		return err;
 	plane->staged = staged;
@@ -1131,7 +1144,7 @@ static int kvs_stage_copy(struct kvs_pad *pad, struct kvs_op *op, struct kvs_pla
 }
 
 static int kvs_stage_locked(struct kvs_pad *pad, struct kvs_op *op,
-			    const struct kvscratch_stage *stage, struct iov_iter *from)
+			    const struct kvscratch_stage *stage)
 {
 	struct kvs_plane *plane = &pad->planes[array_index_nospec(stage->plane, pad->nr_planes)];
 	u64 end;
@@ -1142,7 +1155,7 @@ static int kvs_stage_locked(struct kvs_pad *pad, struct kvs_op *op,
 		return -ENOSPC;
 	end = stage->row + stage->rows;
 	if (!(stage->flags & KVSCRATCH_STAGE_KEEP))
-		return kvs_stage_copy(pad, op, plane, stage->row, end, from);
+		return kvs_stage_copy(pad, op, plane, stage->row, end);
 	if (end > plane->whole)
 		return -EINVAL;
 	plane->staged = max_t(u32, plane->staged, end);
@@ -1152,8 +1165,8 @@ static int kvs_stage_locked(struct kvs_pad *pad, struct kvs_op *op,
 /**
  * kvs_pad_stage() - put rows of one plane in their place
  * @handle: the writer
- * @stage: flags, plane, row and rows count
- * @from: the rows, unless they are kept
+ * @stage: all but size
+ * @from: the rows, or NULL for those at the address that @stage says
  * @nowait: do not wait for other operations
  *
  * Return: 0, -EINVAL, an errno of kvs_begin(), -ENOSPC, -EFAULT, -EDOM, -EINTR, -ESTALE.
@@ -1165,12 +1178,16 @@ int kvs_pad_stage(struct kvs_handle *handle, const struct kvscratch_stage *stage
 	struct kvs_pad *pad = handle->pad;
 	int err;
 
-	if (stage->plane >= pad->nr_planes)
+	if (stage->flags & ~KVSCRATCH_STAGE_KEEP || stage->reserved ||
+	    stage->plane >= pad->nr_planes ||
+	    (stage->flags & KVSCRATCH_STAGE_KEEP && stage->addr))
 		return -EINVAL;
+	op.iter = from;
+	op.user = u64_to_user_ptr(stage->addr);
 	err = kvs_begin(handle, true, nowait);
 	if (err)
 		return err;
-	err = kvs_stage_locked(pad, &op, stage, from);
+	err = kvs_stage_locked(pad, &op, stage);
 	kvs_end(pad, &op, false);
 	return err;
 }
@@ -1178,10 +1195,10 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_stage);
 
 static bool kvs_is_staged(const struct kvs_pad *pad, u64 len)
 {
-	u32 i;
+	const struct kvs_plane *plane;
 
-	for (i = 0; i < pad->nr_planes; i++)
-		if (len > pad->planes[i].staged)
+	kvs_for_each_plane(plane, pad)
+		if (len > plane->staged)
 			return false;
 	return true;
 }
@@ -1253,7 +1270,7 @@ static int kvs_scrub_array(struct kvs_pad *pad, struct kvs_op *op, const struct 
 		memset(to, 0, piece);
 		at += piece;
 		op->budget -= piece;
-		err = op->budget > 0 ? 0 : kvs_pause(pad, op, NULL, 0);
+		err = op->budget > 0 ? 0 : kvs_pause(pad, op, 0);
 		if (err)
 			return err;
 	}
@@ -1266,12 +1283,11 @@ static int kvs_scrub_array(struct kvs_pad *pad, struct kvs_op *op, const struct 
  */
 static int kvs_scrub(struct kvs_pad *pad, struct kvs_op *op)
 {
+	struct kvs_plane *plane;
 	u32 len = pad->len;
-	u32 i;
 
 	pad->scrub_owed = true;
-	for (i = 0; i < pad->nr_planes; i++) {
-		struct kvs_plane *plane = &pad->planes[i];
+	kvs_for_each_plane(plane, pad) {
 		int err;
 
 		plane->whole = min(plane->whole, len);
@@ -1368,12 +1384,7 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_seal);
 
 static void kvs_start_epoch(struct kvs_pad *pad, struct kvs_handle *handle)
 {
-	u32 i;
-
-	for (i = 0; i < pad->nr_planes; i++) {
-		pad->planes[i].staged = pad->len;
-		pad->planes[i].whole = pad->len;
-	}
+	kvs_end_rows(pad, pad->len);
 	handle->writer = true;
 	pad->epoch++;
 	WRITE_ONCE(pad->writer, handle);
@@ -1961,22 +1972,7 @@ err_put_fd:
 
 static long kvs_ioctl_stage(struct file *file, void *arg)
 {
-	struct kvscratch_stage *stage = arg;
-	struct kvs_handle *handle = file->private_data;
-	struct kvs_pad *pad = handle->pad;
-	struct iov_iter from;
-	u64 bytes = 0;
-
-	if (stage->flags & ~KVSCRATCH_STAGE_KEEP || stage->reserved ||
-	    stage->plane >= pad->nr_planes ||
-	    (stage->flags & KVSCRATCH_STAGE_KEEP && stage->addr))
-		return -EINVAL;
-	/* rows that do not fit are refused before the source is looked at */
-	if (stage->rows <= pad->max_seq_len)
-		bytes = stage->rows *
-			pad->planes[array_index_nospec(stage->plane, pad->nr_planes)].geometry.input_row_bytes;
-	iov_iter_ubuf(&from, ITER_SOURCE, u64_to_user_ptr(stage->addr), bytes);
-	return kvs_pad_stage(handle, stage, &from, kvs_must_not_wait(file));
+	return kvs_pad_stage(file->private_data, arg, NULL, kvs_must_not_wait(file));
 }
 
 static long kvs_ioctl_commit(struct file *file, void *arg)
@@ -2218,6 +2214,19 @@ static ssize_t kvs_write_iter(struct kiocb *iocb, struct iov_iter *from)
 			      iocb->ki_flags & IOCB_NOWAIT || kvs_must_not_wait(file));
 }
 
+/*
+ * Beside write_iter: what write() does most often needs neither kiocb nor iov_iter, which
+ * would make a small append a fifth longer. kernel_write() is -EINVAL for it; nothing in the
+ * kernel writes to pads.
+ */
+static ssize_t kvs_write(struct file *file, const char __user *rows, size_t bytes, loff_t *pos)
+{
+	struct kvs_op op = kvs_op_of(file->private_data);
+
+	op.user = rows;
+	return kvs_append(&op, bytes, kvs_must_not_wait(file));
+}
+
 static ssize_t kvs_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct kvs_handle *handle = iocb->ki_filp->private_data;
@@ -2283,6 +2292,7 @@ static const struct file_operations kvs_pad_fops = {
 	.release = kvs_release,
 	.llseek = kvs_llseek,
 	.read_iter = kvs_read_iter,
+	.write = kvs_write,
 	.write_iter = kvs_write_iter,
 	.poll = kvs_poll,
 	.mmap = kvs_mmap,

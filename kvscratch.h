@@ -160,6 +160,9 @@ struct kvs_pad {
 	u64 saturated;
 };
 
+#define kvs_for_each_plane(plane, pad) \
+	for ((plane) = (pad)->planes; (plane) < (pad)->planes + (pad)->nr_planes; (plane)++)
+
 static inline u32 kvs_state_len(u64 state)
 {
 	return lower_32_bits(state);
@@ -218,6 +221,17 @@ static inline void kvs_file_set_nonotify(struct file *file)
 	file_set_fsnotify_mode(file, FMODE_NONOTIFY);
 #else
 	file->f_mode |= FMODE_NONOTIFY;
+#endif
+}
+
+/* As copy_from_user(), without its look at the kernel address: see kvs_locate() */
+static inline unsigned long kvs_copy_from_user(void *to, const void __user *from, size_t bytes)
+{
+	/* in between, the function is there only where it is not inline */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0) && defined(INLINE_COPY_FROM_USER)
+	return _inline_copy_from_user(to, from, bytes);
+#else
+	return _copy_from_user(to, from, bytes);
 #endif
 }
 
