@@ -1542,8 +1542,9 @@ static size_t kvs_copy_out(const void *from, size_t bytes, struct iov_iter *to)
  * @to: receives the bytes
  *
  * Takes no lock. A page at a time is copied out of reach of page faults, and counts if its
- * rows are still the committed ones then. A row that is not, is read again from where it,
- * or this call, began: no row is handed out torn.
+ * rows are still the committed ones then. With a row that is not, the read ends; where it is
+ * the first one, it is read again from where this call began: no row is handed out torn, and
+ * none beside rows that it did not follow.
  *
  * Return: bytes read, 0 at or beyond the last row, -EFAULT, or, when nothing was read,
  * -ERESTARTSYS.
@@ -1568,6 +1569,9 @@ ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to)
 		} else {
 			iov_iter_revert(to, pos - row_begin);
 			pos = row_begin;
+			/* what is there now need not follow what was read */
+			if (pos > begin)
+				break;
 			state = kvs_load_state(pad);
 			err = signal_pending(current) ? -ERESTARTSYS : 0;
 		}
