@@ -311,7 +311,7 @@ static void model_clone_shares(struct kunit *test)
 static void model_display(struct kunit *test)
 {
 	struct fixture *f = test->priv;
-	char text[512] = "";
+	static char text[512];
 	struct seq_file m = { .buf = text, .size = sizeof(text) };
 
 	append(f->pad, f->rows, 3 * FIXTURE_ROW_BYTES);
