@@ -51,13 +51,26 @@ static int kernel_reopen(int *fd, int src_fd, int access)
 	return *fd < 0 ? cannot("open another handle on the pad", *fd) : 0;
 }
 
+static int fail_planes(int fd)
+{
+	struct kvscratch_pad_info info;
+	int err = device_pad_info(fd, &info);
+
+	if (err)
+		return cannot("describe the pad", err);
+	return set_error(-EOPNOTSUPP, "descriptor %d: expected a pad of one plane, got one of %"
+			 PRIu32, fd, info.nr_planes);
+}
+
 static int kernel_adopt(struct kvscratch *pad)
 {
 	int err = device_info(pad->fd, &pad->info);
 
 	/* other files know no such ioctl; some call the wrong one ENOTTY, some EINVAL */
-	if (err == -ENOTTY || err == -EINVAL || err == -EOPNOTSUPP)
+	if (err == -ENOTTY || err == -EINVAL)
 		return -ENOTTY;
+	if (err == -EOPNOTSUPP)
+		return fail_planes(pad->fd);
 	return err ? set_error(err, "descriptor %d: %s", pad->fd, kvscratch_strerror(err)) : 0;
 }
 

@@ -96,6 +96,14 @@ static int check_geometry(const struct kvscratch_geometry *geometry, uint32_t in
 	return 0;
 }
 
+static uint32_t larger_element(const struct kvscratch_plane *plane)
+{
+	uint32_t stored = kvs_dtype_bytes(plane->dtype);
+	uint32_t input = kvs_dtype_bytes(plane->input_dtype);
+
+	return stored > input ? stored : input;
+}
+
 int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geometry)
 {
 	struct kvscratch_plane plane = {
@@ -110,8 +118,9 @@ int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geomet
 	if (err)
 		return err;
 	if (!kvs_layout_init(&layout, &plane, 1, geometry->max_seq_len, sysconf(_SC_PAGESIZE)))
-		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu64
-				 " elements", KVSCRATCH_MAX_ROW_BYTES, (uint64_t)geometry->dim);
+		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu32
+				 " elements of %" PRIu32, KVSCRATCH_MAX_ROW_BYTES, geometry->dim,
+				 larger_element(&plane));
 	*info = (struct kvscratch_info){
 		.size = sizeof(*info),
 		.max_seq_len = geometry->max_seq_len,

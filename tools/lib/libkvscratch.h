@@ -23,12 +23,14 @@
  * nothing has been done then. To write to a memfd takes /proc and permission to open it.
  *
  * Threads: one pad object may be used by any number of threads at once, but for
- * kvscratch_close(), which must come last, and kvscratch_wait(), of which one at a
- * time may run on an object. Appends by many threads, objects and processes are
- * ordered one after the other, each whole. Nothing here is async-signal-safe but
- * the inline loads of views. After fork() the child has the objects as well; it closes its
- * copies, and attaches a handle of its own to wait. Strings that are returned are
- * constants, but for kvscratch_error().
+ * kvscratch_close(), which must come last. Appends by many threads, objects and
+ * processes are ordered one after the other, each whole. Nothing here is
+ * async-signal-safe but the inline loads of views. After fork() the child has the objects
+ * as well, and closes its copies. Strings that are returned are constants, but for
+ * kvscratch_error().
+ *
+ * Pads have one plane here; those of more, which <linux/kvscratch.h> can make, are
+ * refused (EOPNOTSUPP).
  *
  * The len of a memfd is what its writers say. Functions refuse one that cannot be
  * (EPROTO); who loads the state itself and does not trust the producer compares it

@@ -18,7 +18,7 @@
 #define NO_ALLOCATION	"no-allocation", "an append allocates no memory"
 #define FAULTLESS	"faultless-views", "reading a mapped view takes no page fault"
 #define BOUNDED		"bounded", "limits refuse a new pad and kill nobody"
-#define POLL		"poll", "poll() and epoll report rows, room and truncates"
+#define POLL		"poll", "poll() and epoll report appends and truncates"
 
 static const struct kvscratch_promise kernel_promises[] = {
 	KEPT(WHOLE_APPENDS),

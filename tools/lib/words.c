@@ -57,6 +57,12 @@ const char *kvscratch_strerror(int err)
 		return "another handle is the pad's writer";
 	case EROFS:
 		return "the pad is sealed";
+	case ESTALE:
+		return "another handle took over as the pad's writer";
+	case ENOLCK:
+		return "the handle is not the pad's writer";
+	case ECANCELED:
+		return "the pad has changed";
 	case EDQUOT:
 		return "larger than the module's limits allow";
 	case EINVAL:
