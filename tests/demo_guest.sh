@@ -26,13 +26,9 @@ else
 fi
 
 say "a pad from the shell"
-(
-	set -x
-	exec 3<>/dev/kvscratch
-	kvscratchctl --fd 3 create --max-seq-len 10 --dim 4 --dtype f32
-	printf 'three rows of four floats, 16 bytes each rows!!!' | kvscratchctl --fd 3 append
-	kvscratchctl --fd 3 info
-)
+kvscratchctl create --max-seq-len 10 --dim 4 --dtype f32 -- sh -exc "
+	printf 'three rows of four floats, 16 bytes each rows!!!' | kvscratchctl append
+	kvscratchctl info"
 
 say "a decoder whose pads are held elsewhere, killed in the middle of a sentence"
 export XDG_RUNTIME_DIR=/tmp

@@ -70,8 +70,6 @@ static int parse_option(struct arguments *args, int option, const char *text)
 				     &args->frac_bits);
 	case OPT_LEN:
 		return parse_integer(EXIT_INPUT, "len", text, 0, KVSCRATCH_MAX_SEQ_LEN, &args->len);
-	case OPT_SRC_FD:
-		return parse_integer(EXIT_INPUT, "src-fd", text, 0, INT_MAX, &args->src_fd);
 	case OPT_FORMAT:
 		return parse_format(text, &args->format);
 	case OPT_JSON:
@@ -109,8 +107,6 @@ enum {
 	TAKES_PAD = TAKES_FD | TAKES_NAME,
 	TAKES_ARGUMENT = 4,
 	TAKES_COMMAND = 8,
-	/* --fd says where the command finds the handle, --name which pad it is */
-	TAKES_BOTH = 16,
 };
 
 /**
@@ -157,10 +153,10 @@ static const struct verb verbs[] = {
 		.summary = "make a pad",
 		.help =
 "Usage: kvscratchctl [--fd N] create --max-seq-len N --dim N [--dtype TYPE]\n"
-"                    [--input TYPE] [--frac-bits N] [-- COMMAND [ARGUMENT]...]\n"
-"Make a new, zero-filled pad. All its memory is taken here. With COMMAND, run it\n"
-"with a handle on the pad as descriptor N (3), for reading and writing. Without,\n"
-"descriptor N has to be an unbound handle: exec 3<>/dev/kvscratch\n"
+"                    [--input TYPE] [--frac-bits N] -- COMMAND [ARGUMENT]...\n"
+"Make a new, zero-filled pad and run COMMAND with a handle on it as descriptor N\n"
+"(3), for reading and writing. All memory of the pad is taken here. It lives as long\n"
+"as somebody has a handle or a view.\n"
 "\n"
 GEOMETRY_HELP,
 		.run = run_create,
@@ -284,26 +280,6 @@ NO_PROGRESS_HELP,
 		.takes = TAKES_PAD,
 		.options = { OPTION("zero", no_argument, OPT_ZERO), HELP, END },
 	}, {
-		.name = "attach",
-		.summary = "get another handle on a pad",
-		.help =
-"Usage: kvscratchctl [--fd N] attach --src-fd N\n"
-"       kvscratchctl [--fd N] attach [--src-fd N | -n NAME] [--write] -- COMMAND\n"
-"                    [ARGUMENT]...\n"
-"Bind the unbound handle --fd N (3) of " KVSCRATCH_DEVICE " to the pad of the handle\n"
-"--src-fd. It gets a file position of its own and must not be open for more than\n"
-"that one is. Or run COMMAND with such a handle as descriptor N (3).\n"
-"\n"
-"  --src-fd N  the handle to start from\n"
-"  --write     for reading and writing, not for reading only\n",
-		.run = run_attach,
-		.takes = TAKES_PAD | TAKES_COMMAND | TAKES_BOTH,
-		.options = {
-			OPTION("src-fd", required_argument, OPT_SRC_FD),
-			OPTION("write", no_argument, OPT_WRITE),
-			HELP, END
-		},
-	}, {
 		.name = "watch",
 		.summary = "follow the length of the pad",
 		.help =
@@ -404,8 +380,8 @@ static const char help_head[] =
 "  --fd N           the handle is the inherited descriptor N (3)\n"
 "  -n, --name NAME  the pad is HOLDER/PAD, or HOLDER if that has but one\n"
 "\n"
-"  exec 3<>/dev/kvscratch\n"
-"  kvscratchctl create --max-seq-len 512 --dim 64 --dtype f32\n"
+"  kvscratchctl create --max-seq-len 512 --dim 64 --dtype f32 -- sh\n"
+"  kvscratchctl append rows.npy\n"
 "\n"
 "  kvscratchctl hold story --write --max-seq-len 512 --dim 64\n"
 "  kvscratchctl -n story append rows.npy\n"
@@ -472,7 +448,7 @@ static int check_pad_options(const struct verb *verb, const struct arguments *ar
 		return fail(EXIT_INPUT, "unexpected --fd, see --help");
 	if (given(args, OPT_NAME) && !(verb->takes & TAKES_NAME))
 		return fail(EXIT_INPUT, "unexpected --name, see --help");
-	if (given(args, OPT_FD) && given(args, OPT_NAME) && !(verb->takes & TAKES_BOTH))
+	if (given(args, OPT_FD) && given(args, OPT_NAME))
 		return fail(EXIT_INPUT, "expected either --fd or --name, got both");
 	return 0;
 }

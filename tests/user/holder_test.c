@@ -30,14 +30,19 @@
 
 static const float row[4] = { 1, 2, 3, 4 };
 
-/* The exit status of kvscratchctl, whose errors are not shown */
+/* What the latest kvscratchctl had to say */
+static char said[256];
+
+/* The exit status of kvscratchctl */
 static int ctl(const char *verb, ...)
 {
 	const char *program = getenv("KVSCRATCHCTL");
 	const char *argv[16] = { "kvscratchctl", verb };
 	va_list arguments;
+	int errors = memfd_create("errors", MFD_CLOEXEC);
+	int argc = 2, status;
+	ssize_t bytes;
 	pid_t pid;
-	int argc = 2;
 
 	va_start(arguments, verb);
 	while ((argv[argc] = va_arg(arguments, const char *)))
@@ -45,13 +50,15 @@ static int ctl(const char *verb, ...)
 	va_end(arguments);
 	pid = fork_child();
 	if (!pid) {
-		int null = open("/dev/null", O_WRONLY);
-
-		dup2(null, STDERR_FILENO);
+		dup2(errors, STDERR_FILENO);
 		execvp(program ? program : "kvscratchctl", (char **)argv);
 		_exit(127);
 	}
-	return wait_for(pid);
+	status = wait_for(pid);
+	bytes = pread(errors, said, sizeof(said) - 1, 0);
+	said[bytes < 0 ? 0 : bytes] = '\0';
+	close(errors);
+	return status;
 }
 
 #define hold(...) ctl("hold", __VA_ARGS__, NULL)
@@ -303,6 +310,43 @@ TEST_F_TIMEOUT(held, a_handle_that_was_put_for_reading_stays_so, TEST_SECONDS)
 	kvscratch_close(held);
 	kvscratch_close(pad);
 	close(reader);
+}
+
+/* A descriptor that a verb inherits */
+#define INHERITED 100
+#define ctl_inherited(verb, ...) ctl(verb, "--fd", "100", __VA_ARGS__, NULL)
+
+TEST_F_TIMEOUT(held, descriptors_that_are_open_for_less, TEST_SECONDS)
+{
+	struct kvscratch *pad, *less;
+	char file[64];
+
+	snprintf(file, sizeof(file), "%s/rows", self->runtime);
+	ASSERT_EQ(0, kvscratch_new(&pad, 4, 4, F32));
+	ASSERT_EQ(0, kvscratch_append(pad, row, 4));
+	ASSERT_EQ(0, kvscratch_attach(&less, kvscratch_fd(pad), O_RDONLY));
+	ASSERT_EQ(INHERITED, dup2(kvscratch_fd(less), INHERITED));
+	kvscratch_close(less);
+	EXPECT_EQ(0, ctl_inherited("dump", "--format", "raw", "-o", file));
+	EXPECT_EQ(2, ctl_inherited("append", file));
+	EXPECT_STREQ("kvscratchctl append: descriptor 100: expected it open for write, got read "
+		     "only\n", said);
+	EXPECT_EQ(2, ctl_inherited("truncate", "--len", "0"));
+	EXPECT_STREQ("kvscratchctl truncate: descriptor 100: expected it open for write, got read "
+		     "only\n", said);
+	EXPECT_EQ(1, kvscratch_len(pad));
+	/* which there is not everywhere */
+	if (!kvscratch_attach(&less, kvscratch_fd(pad), O_WRONLY)) {
+		ASSERT_EQ(INHERITED, dup2(kvscratch_fd(less), INHERITED));
+		kvscratch_close(less);
+		EXPECT_EQ(0, ctl_inherited("append", file));
+		EXPECT_EQ(2, kvscratch_len(pad));
+		EXPECT_EQ(2, ctl_inherited("dump", "-o", file));
+		EXPECT_STREQ("kvscratchctl dump: descriptor 100: expected it open for read, got "
+			     "write only\n", said);
+	}
+	close(INHERITED);
+	kvscratch_close(pad);
 }
 
 TEST_F_TIMEOUT(held, a_full_holder, TEST_SECONDS)

@@ -30,7 +30,6 @@ enum option_id {
 	OPT_FRAC_BITS,
 	OPT_LEN,
 	OPT_ZERO,
-	OPT_SRC_FD,
 	OPT_JSON,
 	OPT_FORMAT,
 	OPT_OUTPUT,
@@ -63,7 +62,6 @@ struct arguments {
 	uint32_t input_dtype;
 	uint64_t frac_bits;
 	uint64_t len;
-	uint64_t src_fd;
 	enum format format;
 	const char *output;
 	const char *socket;
@@ -86,7 +84,6 @@ int run_append(const struct arguments *args);
 int run_dump(const struct arguments *args);
 int run_truncate(const struct arguments *args);
 int run_clear(const struct arguments *args);
-int run_attach(const struct arguments *args);
 int run_watch(const struct arguments *args);
 int run_hold(const struct arguments *args);
 int run_drop(const struct arguments *args);

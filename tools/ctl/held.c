@@ -239,12 +239,16 @@ static const struct {
 	const char *help;
 	const char *path;
 } module_metrics[] = {
-	{ "kvscratch_module_open_handles", "Open files of " KVSCRATCH_DEVICE
-	  ", and others that pin the module.", "/sys/module/kvscratch/refcnt" },
+	{ "kvscratch_module_open_handles", "Open handles, and what else pins the module.",
+	  "/sys/module/kvscratch/refcnt" },
+	{ "kvscratch_module_bytes", "Bytes that all pads take.",
+	  "/sys/module/kvscratch/parameters/bytes_total" },
 	{ "kvscratch_module_max_bytes_per_pad", "Limit of the bytes that one pad takes.",
 	  "/sys/module/kvscratch/parameters/max_bytes_per_pad" },
 	{ "kvscratch_module_max_bytes_total", "Limit of the bytes that all pads take.",
 	  "/sys/module/kvscratch/parameters/max_bytes_total" },
+	{ "kvscratch_module_min_available_bytes", "Available memory that making a pad leaves.",
+	  "/sys/module/kvscratch/parameters/min_available_bytes" },
 };
 
 static void print_head(const char *name, const char *type, const char *help)

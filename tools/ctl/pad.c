@@ -107,16 +107,13 @@ int run_create(const struct arguments *args)
 
 	if (err)
 		return err;
-	if (args->command)
-		err = kvscratch_new_geometry(&pad, &geometry);
-	else
-		err = kvscratch_new_on(&pad, args->fd, &geometry);
-	if (err && args->command)
-		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+	if (!args->command)
+		return fail(EXIT_INPUT, "expected -- COMMAND: the pad lives as long as somebody "
+			    "has a handle; kvscratchctl hold keeps one");
+	err = kvscratch_new_geometry(&pad, &geometry);
 	if (err)
-		return fail_pad(args, err);
-	if (args->command)
-		err = run_command(args, pad);
+		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+	err = run_command(args, pad);
 	kvscratch_close(pad);
 	return err;
 }
@@ -149,69 +146,6 @@ int run_truncate(const struct arguments *args)
 int run_clear(const struct arguments *args)
 {
 	return truncate_to(args, 0);
-}
-
-/* attach */
-
-static int bind_descriptor(const struct arguments *args)
-{
-	struct kvscratch *pad;
-	int src_fd = args->src_fd;
-	int err = kvscratch_attach_on(&pad, args->fd, src_fd);
-
-	switch (-err) {
-	case 0:
-		kvscratch_close(pad);
-		return 0;
-	case EBADF:
-		return fail(EXIT_SYSTEM, "--src-fd: expected a handle as descriptor %d, got none",
-			    src_fd);
-	case EINVAL:
-		return fail(EXIT_SYSTEM, "--src-fd: expected a handle of " KVSCRATCH_DEVICE
-			    " as descriptor %d, got something else", src_fd);
-	case EBADFD:
-		return fail(EXIT_SYSTEM, "--src-fd: expected a pad behind descriptor %d, got an "
-			    "unbound handle", src_fd);
-	case EACCES:
-		return fail(EXIT_SYSTEM, "descriptor %d: expected it open for no more than "
-			    "descriptor %d is, got more", args->fd, src_fd);
-	default:
-		return fail_pad(args, err);
-	}
-}
-
-static int run_with_handle(const struct arguments *args)
-{
-	int access = given(args, OPT_WRITE) ? O_RDWR : O_RDONLY;
-	struct kvscratch *pad;
-	int err;
-
-	if (args->name)
-		err = open_held(args, access, &pad);
-	else if (kvscratch_attach(&pad, args->src_fd, access))
-		err = fail(EXIT_SYSTEM, "--src-fd: %s", kvscratch_error());
-	else
-		err = 0;
-	if (err)
-		return err;
-	err = run_command(args, pad);
-	kvscratch_close(pad);
-	return err;
-}
-
-int run_attach(const struct arguments *args)
-{
-	if (!args->name == !given(args, OPT_SRC_FD))
-		return fail(EXIT_INPUT, args->name ? "expected either --src-fd or --name, got both" :
-						     "expected --src-fd or --name");
-	if (args->command)
-		return run_with_handle(args);
-	if (args->name || given(args, OPT_WRITE))
-		return fail(EXIT_INPUT, "--%s: expected -- COMMAND with it",
-			    args->name ? "name" : "write");
-	if (fcntl(args->fd, F_GETFL) < 0)
-		return fail(EXIT_SYSTEM, "expected a handle as descriptor %d, got none", args->fd);
-	return bind_descriptor(args);
 }
 
 /* info */
