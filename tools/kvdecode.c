@@ -68,7 +68,6 @@ struct options {
  * @row_bytes: bytes per row, as stored, scales included
  * @pad: the pad, or NULL
  * @handle: the descriptor that we got for it, or -1
- * @unbound: @handle is open and has no pad yet
  * @view: the mapped pad
  * @generation: that of the rows; what another one has came from somebody else
  * @heap: the array, with the scales behind it
@@ -82,7 +81,6 @@ struct store {
 	size_t row_bytes;
 	struct kvscratch *pad;
 	int handle;
-	bool unbound;
 	const struct kvscratch_view *view;
 	uint32_t generation;
 	char *heap;
@@ -166,8 +164,8 @@ static const char help_text[] =
 "                       per 32, to which the kernel converts them (f32)\n"
 "  --hold NAME          keep the pads with kvscratchctl hold NAME --write, and go\n"
 "                       on where they end when it has some\n"
-"  --handles FIRST      the same with the inherited descriptors FIRST.., in the\n"
-"                       order k0 v0 k1 v1 ... tokens\n"
+"  --handles FIRST      the same with the inherited descriptors FIRST.., pads in\n"
+"                       the order k0 v0 k1 v1 ... tokens, made by somebody else\n"
 "  --queries            keep the queries as well, in pads q0 q1 ... before tokens,\n"
 "                       for readers that look at the attention\n"
 "  --serve SOCKET       pass read-only handles to whoever connects to SOCKET\n"
@@ -541,25 +539,19 @@ static int create_pad(struct cache *cache, struct store *store)
 		.dtype = store->dtype,
 		.input_dtype = store->input_dtype,
 	};
-	int err = store->unbound ? kvscratch_new_on(&store->pad, store->handle, &geometry) :
-				   kvscratch_new_geometry(&store->pad, &geometry);
 
-	if (err)
+	if (kvscratch_new_geometry(&store->pad, &geometry))
 		return fail(EXIT_PADS, "%s: %s; --cache heap works without pads", store->name,
 			    kvscratch_error());
-	if (store->unbound)
-		store->handle = -1;
-	store->unbound = false;
 	return map_pad(store);
 }
 
-static int create_missing_pads(struct cache *cache)
+static int create_pads(struct cache *cache)
 {
 	int err = 0;
 
 	for (unsigned int i = 0; !err && i < cache->count; i++)
-		if (!cache->stores[i].pad)
-			err = create_pad(cache, &cache->stores[i]);
+		err = create_pad(cache, &cache->stores[i]);
 	return err;
 }
 
@@ -627,22 +619,23 @@ static int inherit_handle(const struct cache *cache, struct store *store)
 {
 	int flags = fcntl(store->handle, F_GETFL);
 	int fd = fcntl(store->handle, F_DUPFD_CLOEXEC, FIRST_FREE_FD);
-	int err = fd < 0 ? -errno : kvscratch_from_fd(&store->pad, fd);
+	int err;
 
-	if (err && fd >= 0)
-		close(fd);
-	store->unbound = err == -EBADFD;
-	if (err && !store->unbound)
+	if (fd < 0)
 		return fail(EXIT_PADS, "handle %d (%s): %s", store->handle, store->name,
-			    kvscratch_strerror(err));
+			    kvscratch_strerror(-errno));
+	if (kvscratch_from_fd(&store->pad, fd)) {
+		close(fd);
+		return fail(EXIT_PADS, "handle %d (%s): %s", store->handle, store->name,
+			    kvscratch_error());
+	}
 	err = check_access(store, flags);
-	if (err || store->unbound)
-		return err;
-	err = check_geometry(cache, store);
+	if (!err)
+		err = check_geometry(cache, store);
 	return err ? err : map_pad(store);
 }
 
-/* Pads are bound in order, so those that have a tokens pad are complete. */
+/* A step writes the tokens last. */
 static int check_lengths(const struct cache *cache)
 {
 	uint32_t len = token_store(cache)->rows.len;
@@ -650,29 +643,11 @@ static int check_lengths(const struct cache *cache)
 	for (unsigned int i = 0; i < cache->count; i++) {
 		const struct store *store = &cache->stores[i];
 
-		if (!store->pad)
-			return fail(EXIT_PADS,
-				    "handle %d (%s): expected a pad, got an unbound handle",
-				    store->handle, store->name);
 		if (store->rows.len < len)
 			return fail(EXIT_PADS, "handle %d (%s): expected at least %" PRIu32
 				    " rows, as tokens has, got %" PRIu32, store->handle,
 				    store->name,
 				    len, store->rows.len);
-	}
-	return 0;
-}
-
-/* All pads are created before the first row: without a tokens pad there are none. */
-static int check_no_rows(const struct cache *cache)
-{
-	for (unsigned int i = 0; i < cache->count; i++) {
-		const struct store *store = &cache->stores[i];
-
-		if (store->rows.len)
-			return fail(EXIT_PADS, "handle %d (%s): expected no rows, as there is no "
-				    "tokens pad, got %" PRIu32, store->handle, store->name,
-				    store->rows.len);
 	}
 	return 0;
 }
@@ -708,10 +683,6 @@ static int take_over(struct decoder *decoder)
 		err = inherit_handle(cache, &cache->stores[i]);
 		if (err)
 			return err;
-	}
-	if (!tokens->pad) {
-		err = check_no_rows(cache);
-		return err ? err : create_missing_pads(cache);
 	}
 	err = check_lengths(cache);
 	if (!err)
@@ -801,7 +772,7 @@ static int take_over_held(struct decoder *decoder)
 	if (count < 0)
 		return fail_holder();
 	if (!count) {
-		err = create_missing_pads(cache);
+		err = create_pads(cache);
 		return err ? err : put_pads(cache, holder);
 	}
 	err = sort_handles(cache, holder, names, fds, count);
@@ -825,7 +796,7 @@ static int open_cache(struct decoder *decoder)
 		return allocate_arrays(cache);
 	if (options->first_handle)
 		return take_over_inherited(decoder);
-	return options->hold ? take_over_held(decoder) : create_missing_pads(cache);
+	return options->hold ? take_over_held(decoder) : create_pads(cache);
 }
 
 /* Readers */

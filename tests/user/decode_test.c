@@ -149,58 +149,79 @@ TEST_F_TIMEOUT(decode, story_is_the_same_on_pads_and_heap, TEST_SECONDS)
 
 /* Handles for a decoder to work on, which outlive it */
 
-static void open_handles(void)
+static int connect_when_it_listens(void)
 {
-	for (int i = 0; i < NR_HANDLES; i++) {
-		int fd = device_open(O_RDWR);
+	int sock;
+
+	do
+		sock = kvscratch_connect(SOCKET_PATH);
+	while ((sock == -ENOENT || sock == -ECONNREFUSED) && !sched_yield());
+	return sock;
+}
+
+static int nr_pads;
+
+/* Empty pads as a decoder with @kv makes them: one is asked for its own. */
+static void open_handles(const char *kv)
+{
+	static struct program model;
+	static char names[KVSCRATCH_MAX_PASSED * 16];
+	int fds[NR_HANDLES], sock;
+
+	start(&model, KVDECODE("--kv", kv, "--steps", "1", "--serve", SOCKET_PATH,
+			       "--wait-reader"));
+	sock = connect_when_it_listens();
+	nr_pads = kvscratch_receive_handles(sock, names, sizeof(names), fds, NR_HANDLES);
+	for (int i = 0; i < nr_pads; i++) {
+		struct kvscratch_info info;
+		int err = device_info(fds[i], &info);
+		int fd = err ? err : device_create_scaled(info.max_seq_len, info.dim, info.dtype,
+							  info.input_dtype, info.frac_bits);
 
 		/* dup2() leaves them open across exec */
 		if (fd < 0 || dup2(fd, FIRST_HANDLE + i) < 0)
 			abort();
 		close(fd);
+		close(fds[i]);
 	}
+	close(sock);
+	if (nr_pads < 3 || finish(&model))
+		abort();
 }
 
 static void close_handles(void)
 {
-	for (int i = 0; i < NR_HANDLES; i++)
+	for (int i = 0; i < nr_pads; i++)
 		close(FIRST_HANDLE + i);
 }
 
-/* The last of the pads, with one id per position; -1 as long as there is none */
+/* The last of the pads, with one id per position */
 static int tokens_handle(void)
 {
-	struct kvscratch_info info;
-
-	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + NR_HANDLES; fd++) {
-		if (device_info(fd, &info))
-			return -1;
-		if (info.dtype == KVSCRATCH_DTYPE_I32)
-			return fd;
-	}
-	return -1;
+	return FIRST_HANDLE + nr_pads - 1;
 }
 
 static void await_tokens(uint64_t len)
 {
-	while (tokens_handle() < 0 || len_of(tokens_handle()) < len)
+	while (len_of(tokens_handle()) < len)
 		sched_yield();
 }
 
 /* Run with @options in several lives; the last one ends by itself. */
-static void die_and_go_on(struct __test_metadata *_metadata, const char *const *options)
+static void die_and_go_on(struct __test_metadata *_metadata, const char *kv,
+			  const char *const *options)
 {
 	static const uint64_t deaths[] = { 1, 7, 30, 31, 90 };
-	const char *heap[MAX_ARGUMENTS + 2] = { "/bin/kvdecode", "--cache", "heap" };
-	const char *pads[MAX_ARGUMENTS + 2] = { "/bin/kvdecode", "--handles", "100" };
+	const char *heap[MAX_ARGUMENTS + 4] = { "/bin/kvdecode", "--cache", "heap", "--kv", kv };
+	const char *pads[MAX_ARGUMENTS + 4] = { "/bin/kvdecode", "--handles", "100", "--kv", kv };
 	static struct program whole, life;
 	int status;
 
 	for (size_t i = 1; i < MAX_ARGUMENTS && options[i]; i++)
-		heap[i + 2] = pads[i + 2] = options[i];
+		heap[i + 4] = pads[i + 4] = options[i];
 	start(&whole, heap);
 	ASSERT_EQ(0, finish(&whole));
-	open_handles();
+	open_handles(kv);
 	for (size_t i = 0; i < ARRAY_SIZE(deaths); i++) {
 		start(&life, pads);
 		await_tokens(deaths[i]);
@@ -219,10 +240,11 @@ static void die_and_go_on(struct __test_metadata *_metadata, const char *const *
 
 TEST_F_TIMEOUT(decode, next_decoder_goes_on_where_a_killed_one_ended, TEST_SECONDS)
 {
-	die_and_go_on(_metadata, KVDECODE("--steps", "150"));
+	die_and_go_on(_metadata, "f32", KVDECODE("--steps", "150"));
 	/* chance, too, is a matter of the position */
-	die_and_go_on(_metadata, KVDECODE("--steps", "150", "--temperature", "1", "--seed", "3"));
-	die_and_go_on(_metadata, KVDECODE("--steps", "100", "--kv", "mxint8"));
+	die_and_go_on(_metadata, "f32", KVDECODE("--steps", "150", "--temperature", "1", "--seed",
+						 "3"));
+	die_and_go_on(_metadata, "mxint8", KVDECODE("--steps", "100"));
 }
 
 /* Without luck: pads as a death in the middle of a step leaves them */
@@ -234,7 +256,10 @@ TEST_F_TIMEOUT(decode, half_a_step_is_cut_back, TEST_SECONDS)
 
 	start(&whole, KVDECODE("--cache", "heap", "--steps", "60"));
 	ASSERT_EQ(0, finish(&whole));
-	open_handles();
+	open_handles("f32");
+	/* of the first step, too */
+	ASSERT_EQ(0, device_info(FIRST_HANDLE, &info));
+	ASSERT_EQ(0, device_append(FIRST_HANDLE, row, info.row_bytes));
 	start(&life, KVDECODE("--handles", "100", "--steps", "40"));
 	ASSERT_EQ(0, finish(&life));
 	ASSERT_EQ(40, len_of(tokens_handle()));
@@ -256,8 +281,11 @@ TEST_F_TIMEOUT(decode, pads_of_another_model_are_refused, TEST_SECONDS)
 {
 	static struct program life;
 
-	open_handles();
-	ASSERT_EQ(0, device_create(FIRST_HANDLE, 7, 3, KVSCRATCH_DTYPE_F32));
+	int other = device_create(7, 3, KVSCRATCH_DTYPE_F32);
+
+	ASSERT_LE(0, other);
+	open_handles("f32");
+	ASSERT_EQ(FIRST_HANDLE, dup2(other, FIRST_HANDLE));
 	ASSERT_EQ(0, append_rows(FIRST_HANDLE, 12, 0, 2));
 	start(&life, KVDECODE("--handles", "100"));
 	EXPECT_EQ(2, finish(&life));
@@ -265,6 +293,7 @@ TEST_F_TIMEOUT(decode, pads_of_another_model_are_refused, TEST_SECONDS)
 	/* and left as they were */
 	EXPECT_EQ(2, len_of(FIRST_HANDLE));
 	EXPECT_EQ(0, generation_of(FIRST_HANDLE));
+	close(other);
 	close_handles();
 }
 
@@ -277,8 +306,8 @@ TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 	int32_t id = 1 << 30;
 	int k0 = FIRST_HANDLE, tokens, other;
 
-	/* rows, and no tokens pad */
-	open_handles();
+	/* rows, and no tokens pad in its place */
+	open_handles("f32");
 	start(&life, KVDECODE("--handles", "100", "--steps", "1"));
 	ASSERT_EQ(0, finish(&life));
 	ASSERT_EQ(0, device_info(k0, &info));
@@ -293,7 +322,10 @@ TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 	EXPECT_EQ(0, generation_of(k0));
 
 	/* fewer rows than tokens */
-	ASSERT_EQ(0, device_create(tokens, info.max_seq_len, 1, KVSCRATCH_DTYPE_I32));
+	close(other);
+	other = device_create(info.max_seq_len, 1, KVSCRATCH_DTYPE_I32);
+	ASSERT_LE(0, other);
+	ASSERT_EQ(tokens, dup2(other, tokens));
 	id = 1;
 	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
 	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
@@ -335,7 +367,7 @@ TEST_F_TIMEOUT(decode, another_writer_ends_it, TEST_SECONDS)
 	static uint8_t row[4096];
 	struct kvscratch_info info;
 
-	open_handles();
+	open_handles("f32");
 	start(&decoder, KVDECODE("--handles", "100"));
 	await_tokens(2);
 	ASSERT_EQ(0, device_info(FIRST_HANDLE, &info));
@@ -362,16 +394,6 @@ TEST_F_TIMEOUT(decode, needs_no_standard_descriptors, TEST_SECONDS)
 	EXPECT_EQ(3, wait_for(pid));
 }
 
-static int connect_when_it_listens(void)
-{
-	int sock;
-
-	do
-		sock = kvscratch_connect(SOCKET_PATH);
-	while ((sock == -ENOENT || sock == -ECONNREFUSED) && !sched_yield());
-	return sock;
-}
-
 /* A reader with nothing but what came over the socket, while the decoder works */
 TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 {
@@ -383,7 +405,7 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 	uint8_t row[16];
 	uint32_t looks = 0, len = 0;
 
-	open_handles();
+	open_handles("f32");
 	start(&decoder, KVDECODE("--handles", "100", "--serve", SOCKET_PATH, "--wait-reader",
 				 "--steps", "150"));
 	sock = connect_when_it_listens();
@@ -416,7 +438,7 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 
 	/* the same memory as that of the handles that we kept, and read-only */
 	ASSERT_EQ(0, device_map(FIRST_HANDLE, &owned));
-	EXPECT_EQ(0, memcmp(owned.data, k0.data, k0.info.status_offset));
+	EXPECT_EQ(0, memcmp(owned.data, k0.data, k0.info.data_bytes));
 	EXPECT_FALSE(all_zero(k0.data, 150 * (size_t)k0.info.row_bytes));
 	for (int i = 0; i < count; i++) {
 		EXPECT_ERRNO(EBADF, write(fds[i], row, sizeof(row)));
