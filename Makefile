@@ -20,7 +20,7 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests python demo test test-all torture bench comparison check
+.PHONY: all modules_install clean help tools tests tests-32 python demo test test-all torture bench comparison check
 .PHONY: mutants detectors sanitized fuzz fuzz-files coverage deb
 
 all:
@@ -60,7 +60,8 @@ help:
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
-tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
+tests: $(USER_TESTS:%=build/%) build/torture
+tests-32: $(USER_TESTS:%=build/%-32)
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 sanitized: build/files_test-sanitized build/files_replay
 sanitized: build/holder_test-sanitized
@@ -72,9 +73,8 @@ setup = $(PYTHON) tools/python/setup.py -q build --build-base $(CURDIR)/build/$(
 
 python: | build
 	$(call setup,python)
-sanitized: build/python-sanitized
-.PHONY: build/python-sanitized
-build/python-sanitized: | build
+.PHONY: sanitized-python
+sanitized-python: | build
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(call setup,python-sanitized)
 
 .PHONY: examples
@@ -87,6 +87,9 @@ build build/examples build/examples/sanitized:
 # Same source, two word sizes; and with sanitizers, which need shared libraries. $(1) is
 # the end of a name and $(2) the flags that make the difference.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+# The kernel's headers are the same for both; only the package gcc-multilib, which excludes
+# compilers for other machines, has a link that says so.
+WORD32 = -m32 -idirafter /usr/include/$(shell $(CC) -print-multiarch)
 define library
 build/objects$(1)/%.o: tools/lib/%.c $(HEADERS) | build/objects$(1)
 	$$(CC) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
@@ -98,14 +101,14 @@ build/objects$(1):
 endef
 LIBRARY := build/objects/library.a
 $(eval $(call library,,))
-$(eval $(call library,-32,-m32))
+$(eval $(call library,-32,$$(WORD32)))
 $(eval $(call library,-sanitized,$(SANITIZERS)))
 
 define program
 build/$(1): $(2) $(LIBRARY) $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBRARY) -lm
 build/$(1)-32: $(2) build/objects-32/library.a $(HEADERS) | build
-	$$(CC) -m32 $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
+	$$(CC) $$(WORD32) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
 build/$(1)-sanitized: $(2) build/objects-sanitized/library.a $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) $(SANITIZERS) -o $$@ $(2) build/objects-sanitized/library.a -lm
 endef
@@ -159,7 +162,7 @@ test-all:
 
 torture: ROUNDS = 10000
 torture: SEED = 1
-torture: KERNEL = debian-6.1
+torture: KERNEL = debian-stock
 # a second for each kill is far more than it takes, and ends what hangs
 torture:
 	tests/qemu/packages module qemu test
