@@ -103,7 +103,8 @@ int run_save(const struct arguments *args)
 
 static int fail_load(const struct arguments *args, int err)
 {
-	bool input = err == -EBADMSG || err == -EINVAL || err == -ENOENT || err == -ENOSPC;
+	bool input = err == -EBADMSG || err == -EINVAL || err == -ENOENT || err == -ENOKEY ||
+		     err == -ENOSPC;
 
 	return fail(input ? EXIT_INPUT : EXIT_SYSTEM, "%s: %s", args->argument, kvscratch_error());
 }

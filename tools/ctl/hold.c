@@ -224,13 +224,12 @@ static struct held *find_requested(struct holder *holder, const char *name,
 	struct held *held = *name ? find_held(holder, name) : holder->pads;
 
 	if (!*name && holder->count != 1) {
-		refuse(reply, holder->count ? -EINVAL : -ENOENT,
-		       "expected a holder of one pad, or NAME/PAD, got one of %u pads",
+		refuse(reply, -EINVAL, "expected a holder of one pad, or NAME/PAD, got one of %u pads",
 		       holder->count);
 		return NULL;
 	}
 	if (!held)
-		refuse(reply, -ENOENT, "there is no pad \"%s\"", name);
+		refuse(reply, -ENOKEY, "there is no pad \"%s\"", name);
 	return held;
 }
 

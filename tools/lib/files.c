@@ -919,21 +919,43 @@ const struct kvscratch_saved_pad *kvscratch_file_pads(const struct kvscratch_fil
 
 /* Loading */
 
-static int find_saved(const struct kvscratch_file *file, const char *name, unsigned int *index)
+/* Of the pads of @file, as many as go into the sentence of an error */
+static const char *saved_names(const struct kvscratch_file *file, char *list, size_t size)
 {
 	char printable[PRINTABLE_NAME_BYTES];
+	size_t length = 0;
+
+	snprintf(list, size, "none");
+	for (unsigned int i = 0; i < file->count; i++) {
+		const char *name = printable_name(printable, file->pads[i].name);
+
+		/* that of .npy */
+		if (!*name)
+			name = "one without a name";
+		if (length + strlen(name) + sizeof("  ...") > size) {
+			snprintf(list + length, size - length, " ...");
+			break;
+		}
+		length += snprintf(list + length, size - length, "%s%s", i ? " " : "", name);
+	}
+	return list;
+}
+
+static int find_saved(const struct kvscratch_file *file, const char *name, unsigned int *index)
+{
+	char printable[PRINTABLE_NAME_BYTES], list[96];
 
 	*index = 0;
 	if (!name && file->count == 1)
 		return 0;
 	if (!name)
-		return set_error(-ENOENT, "expected the name of a pad: the file has %u of them",
-				 file->count);
+		return set_error(-EINVAL, "expected the name of a pad: the file has %u of them, %s",
+				 file->count, saved_names(file, list, sizeof(list)));
 	for (; *index < file->count; (*index)++)
 		if (!strcmp(file->pads[*index].name, name))
 			return 0;
-	return set_error(-ENOENT, "expected the name of a pad in the file, got \"%s\"",
-			 printable_name(printable, name));
+	return set_error(-ENOKEY, "expected the name of a pad in the file, which has %s, got \"%s\"",
+			 saved_names(file, list, sizeof(list)), printable_name(printable, name));
 }
 
 /* Planes are apart in a file, together in the rows that an append takes. */
