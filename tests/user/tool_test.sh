@@ -612,7 +612,7 @@ expect "load all pads of a file" 0 ""
 run kvscratchctl -n again/other load --pad k0 all.safetensors
 expect "load one of them as another" 0 ""
 run kvscratchctl -n again/nix load all.safetensors
-expect "load one that is not there" 1 "kvscratchctl load: all.safetensors: expected the name of a pad in the file, got \"nix\""
+expect "load one that is not there" 1 "kvscratchctl load: all.safetensors: expected the name of a pad in the file, which has pad k0, got \"nix\""
 run kvscratchctl ls
 expect "what the holders have" 0 "again/pad: Scratchpad(len=3, capacity=3, dim=4)
 again/k0: Scratchpad(len=2, capacity=10, dim=4)
