@@ -71,6 +71,7 @@ struct options {
  * @unbound: @handle is open and has no pad yet
  * @view: the mapped pad
  * @generation: that of the rows; what another one has came from somebody else
+ * @kept: rows that a pad had that was taken over
  * @heap: the array, with the scales behind it
  */
 struct store {
@@ -85,6 +86,7 @@ struct store {
 	bool unbound;
 	const struct kvscratch_view *view;
 	uint32_t generation;
+	uint32_t kept;
 	char *heap;
 };
 
@@ -697,6 +699,66 @@ static int check_tokens(struct decoder *decoder)
 	return 0;
 }
 
+static bool is_stored_row(const struct store *store, const float *row)
+{
+	size_t first = (size_t)store->rows.len * store->dim;
+	uint32_t blocks = store->dim / KVSCRATCH_MX_BLOCK;
+	int8_t elements[store->dim];
+	uint8_t scales[blocks + 1];
+
+	if (store->dtype != KVSCRATCH_DTYPE_MXINT8)
+		return !memcmp((const float *)store->rows.data + first, row, store->row_bytes);
+	return kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, blocks, elements, scales) >= 0 &&
+	       !memcmp((const int8_t *)store->rows.data + first, elements, store->dim) &&
+	       !memcmp(store->rows.scales + first / KVSCRATCH_MX_BLOCK, scales, blocks);
+}
+
+/* Instead of an append: the row is there already, if it came from this model. */
+static int compare_row(struct llama2_rows *rows, const void *row)
+{
+	struct store *store = store_of(rows);
+
+	if (!is_stored_row(store, row))
+		return fail(EXIT_PADS, "handle %d (%s): expected at position %" PRIu32 " the row that "
+			    "this model computes, got another one: the cache is of another checkpoint",
+			    store->handle, store->name, rows->len);
+	rows->len++;
+	return 0;
+}
+
+/* Compute the rows of position @pos once more, and compare. */
+static int check_position(struct decoder *decoder, uint32_t pos)
+{
+	struct cache *cache = &decoder->cache;
+	int err;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		struct store *store = &cache->stores[i];
+
+		store->kept = store->rows.len;
+		store->rows.len = pos;
+		store->rows.append = compare_row;
+	}
+	err = llama2_forward(&decoder->model, cache->rows, decoder->tokens[pos], pos);
+	for (unsigned int i = 0; i < cache->count; i++) {
+		cache->stores[i].rows.len = cache->stores[i].kept;
+		cache->stores[i].rows.append = append_pad;
+	}
+	return err;
+}
+
+/*
+ * A cache of another checkpoint of the same shape looks the same but for its numbers. The
+ * last position attends to all before it; in the first layer each stands for itself.
+ */
+static int check_model(struct decoder *decoder)
+{
+	uint32_t len = token_store(&decoder->cache)->rows.len;
+	int err = len ? check_position(decoder, 0) : 0;
+
+	return !err && len > 1 ? check_position(decoder, len - 1) : err;
+}
+
 /* Nothing is changed until all was checked: the handles may be the wrong ones. */
 static int take_over(struct decoder *decoder)
 {
@@ -716,6 +778,8 @@ static int take_over(struct decoder *decoder)
 	err = check_lengths(cache);
 	if (!err)
 		err = check_tokens(decoder);
+	if (!err)
+		err = check_model(decoder);
 	return err ? err : truncate_pads(cache, tokens->rows.len);
 }
 

@@ -55,8 +55,10 @@ class Model:
     of each.
     """
 
+    dim, heads, kv_heads = 8, 4, 2
+
     def __init__(self, directory, shared):
-        self.dim, self.hidden, self.layers, self.heads, self.kv_heads = 8, 12, 2, 4, 2
+        self.hidden, self.layers = 12, 2
         self.vocab, self.seq_len, self.shared = 262, 12, shared
         self.head = self.dim // self.heads
         self.kv_dim = self.head * self.kv_heads
@@ -444,6 +446,73 @@ def a_killed_decoder_goes_on_from_held_pads():
                    f"{other.stderr!r}")
         finally:
             tool("kvscratchctl-sanitized", "drop", "story")
+
+
+@contextlib.contextmanager
+def holder(name):
+    """A function that runs a tool beside a holder, which ends with the context."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+
+        def tool(program, *arguments):
+            return subprocess.run([BUILD / f"{program}-sanitized", *map(str, arguments)],
+                                  capture_output=True, check=False, stdin=subprocess.DEVNULL,
+                                  env=environment)
+
+        held = tool("kvscratchctl", "hold", name, "--write")
+        expect(held.returncode == 0, f"{held.stderr!r}")
+        try:
+            yield tool
+        finally:
+            tool("kvscratchctl", "drop", name)
+
+
+def saved(tool, directory):
+    """What the held pads hold"""
+    path = pathlib.Path(directory) / "saved.safetensors"
+    done = tool("kvscratchctl", "-n", "m", "save", path)
+    expect(done.returncode == 0, f"{done.stderr!r}")
+    return path.read_bytes()
+
+
+class Wide(Model):
+    """Rows that mxint8 has blocks for"""
+
+    dim, heads, kv_heads = 128, 4, 2
+
+
+@test
+def a_cache_of_another_checkpoint():
+    with tempfile.TemporaryDirectory() as directory:
+        for model_type, options in ((Model, ()), (Model, ("--queries",)),
+                                    (Wide, ("--kv", "mxint8"))):
+            model = model_type(directory, True)
+            good = bytearray(model.checkpoint_bytes)
+            end = 28
+            for name in ("embedding", "rms_att", "wq", "wk", "wv"):
+                begin, end = end, end + 4 * len(model.tensor[name])
+                last = end - 4
+                # a row of the embedding that every text has, and the last layer's weights
+                at = begin + 4 * model.dim if name == "embedding" else last
+                if name == "wq" and "--queries" not in options:
+                    continue
+                with holder("m") as tool:
+                    model.checkpoint.write_bytes(good)
+                    arguments = ("--hold", "m", "--steps", 8, *options, *model.arguments())
+                    first = tool("kvdecode", *arguments)
+                    expect(first.returncode == 0, f"{first.stderr!r}")
+                    before = saved(tool, directory)
+                    again = tool("kvdecode", *arguments)
+                    expect(again.stdout == first.stdout and not again.stderr, f"{again.stderr!r}")
+                    other = bytearray(good)
+                    other[at + 3] ^= 0x80
+                    model.checkpoint.write_bytes(other)
+                    refused = tool("kvdecode", "--hold", "m", "--steps", 9, *options,
+                                   *model.arguments())
+                    expect(refused.returncode == 2 and not refused.stdout and
+                           b"the cache is of another checkpoint" in refused.stderr,
+                           f"{name}: {refused.returncode} {refused.stderr!r}")
+                    expect(saved(tool, directory) == before, f"{name}: the pads were touched")
 
 
 @test
