@@ -377,6 +377,63 @@ def broken_tokenizers():
         refused(good[:4] + struct.pack("<f", math.nan) + good[8:])
 
 
+def other_formats(model):
+    """What lies under names like ours, and what it is said to be"""
+    version = struct.pack("<Ii7iB", 0x616b3432, 1, model.dim, model.hidden, model.layers,
+                          model.heads, model.kv_heads, model.vocab, model.seq_len, 1)
+    header = b'{"__metadata__":{"format":"pt"}}'
+    for exported in (version, version[:4] + b"\2" + version[5:]):
+        yield exported + bytes(256 - len(exported)), "a later version of llama2.c's export"
+    yield struct.pack(">Ii", 0x616b3432, 1) + bytes(248), "a later version of llama2.c's export"
+    yield b"GGUF\3\0\0\0" + bytes(99), "a GGUF file"
+    yield b"lmgg" + bytes(99), "a GGML file"
+    yield b"<!DOCTYPE html>\n<html><title>Not found</title></html>\n", "an HTML page"
+    yield b"\xef\xbb\xbf \n<html lang='en'>", "an HTML page"
+    yield (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 +
+           b"\nsize 1056540\n"), "a Git LFS pointer"
+    yield b"/annex/objects/SHA256E-s1056540--00.bin\n", "a git-annex pointer"
+    yield struct.pack("<Q", len(header)) + header, "a safetensors file"
+    yield b"PK\3\4" + bytes(4) + b"archive/data.pkl" + bytes(99), "a ZIP archive"
+    yield b"\x80\2\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "a Python pickle"
+    yield b"\x80\4\x95" + bytes(99), "a Python pickle"
+    yield b"\n\x0e\n\5<unk>\x15" + bytes(99), "a SentencePiece model"
+    yield b"\x93NUMPY\1\0v\0{", "a .npy file"
+    yield b"\x1f\x8b\x08" + bytes(99), "compressed by gzip"
+    yield b'{"version": "1.0", "model": {"type": "BPE"}}', "a JSON file"
+    yield b"Entry not found", "a text file"
+    yield b"", "an empty file"
+
+
+def big_endian(model):
+    """Both files, as a machine of the other byte order writes them"""
+    words = len(model.checkpoint_bytes) // 4
+    checkpoint = struct.pack(f">{words}I", *struct.unpack(f"<{words}I", model.checkpoint_bytes))
+    tokenizer = struct.pack(">i", max(map(len, model.pieces)))
+    for piece in model.pieces:
+        tokenizer += struct.pack(">fi", 0.0, len(piece)) + piece
+    return checkpoint, tokenizer
+
+
+@test
+def files_of_other_formats():
+    with tempfile.TemporaryDirectory() as directory:
+        model = Model(directory, True)
+        swapped = big_endian(model)
+        for path, good, other, expected in (
+                (model.checkpoint, model.checkpoint_bytes, model.tokenizer_bytes,
+                 "expected a checkpoint as llama2.c's legacy export (version 0) writes it, got "),
+                (model.tokenizer, model.tokenizer_bytes, model.checkpoint_bytes,
+                 "expected a tokenizer as llama2.c's tokenizer.py writes it, got ")):
+            what = "a tokenizer" if path == model.checkpoint else "a checkpoint"
+            for data, got in (*other_formats(model), (other, what),
+                              (swapped[path == model.tokenizer], "one of a big-endian machine")):
+                path.write_bytes(data)
+                expect_error(1, f"{path.name}: {expected}", "kvdecode", "--cache", "heap",
+                             *model.arguments())
+                expect_error(1, got, "kvdecode", "--cache", "heap", *model.arguments())
+            path.write_bytes(good)
+
+
 @test
 def an_output_that_is_full():
     with open("/dev/full", "wb") as full:
