@@ -541,35 +541,30 @@ class Wide(Model):
 @test
 def a_cache_of_another_checkpoint():
     with tempfile.TemporaryDirectory() as directory:
-        for model_type, options in ((Model, ()), (Model, ("--queries",)),
-                                    (Wide, ("--kv", "mxint8"))):
+        for model_type, name, options in ((Model, "embedding", ()), (Model, "wk", ()),
+                                          (Model, "wq", ("--queries",)),
+                                          (Wide, "wv", ("--kv", "mxint8"))):
             model = model_type(directory, True)
-            good = bytearray(model.checkpoint_bytes)
-            end = 28
-            for name in ("embedding", "rms_att", "wq", "wk", "wv"):
-                begin, end = end, end + 4 * len(model.tensor[name])
-                last = end - 4
-                # a row of the embedding that every text has, and the last layer's weights
-                at = begin + 4 * model.dim if name == "embedding" else last
-                if name == "wq" and "--queries" not in options:
-                    continue
-                with holder("m") as tool:
-                    model.checkpoint.write_bytes(good)
-                    arguments = ("--hold", "m", "--steps", 8, *options, *model.arguments())
-                    first = tool("kvdecode", *arguments)
-                    expect(first.returncode == 0, f"{first.stderr!r}")
-                    before = saved(tool, directory)
-                    again = tool("kvdecode", *arguments)
-                    expect(again.stdout == first.stdout and not again.stderr, f"{again.stderr!r}")
-                    other = bytearray(good)
-                    other[at + 3] ^= 0x80
-                    model.checkpoint.write_bytes(other)
-                    refused = tool("kvdecode", "--hold", "m", "--steps", 9, *options,
-                                   *model.arguments())
-                    expect(refused.returncode == 2 and not refused.stdout and
-                           b"the cache is of another checkpoint" in refused.stderr,
-                           f"{name}: {refused.returncode} {refused.stderr!r}")
-                    expect(saved(tool, directory) == before, f"{name}: the pads were touched")
+            names = list(model.tensor)
+            # one number: of the row of BOS, which every text has, or of the last layer
+            at = 28 + 4 * sum(len(model.tensor[before]) for before in names[:names.index(name)])
+            at += 4 * (model.dim if name == "embedding" else len(model.tensor[name]) - 1)
+            other = bytearray(model.checkpoint_bytes)
+            other[at + 3] ^= 0x80
+            arguments = ("--hold", "m", *options, *model.arguments())
+            with holder("m") as tool:
+                first = tool("kvdecode", "--steps", 8, *arguments)
+                expect(first.returncode == 0, f"{first.stderr!r}")
+                before = saved(tool, directory)
+                model.checkpoint.write_bytes(other)
+                refused = tool("kvdecode", "--steps", 9, *arguments)
+                expect(refused.returncode == 2 and not refused.stdout and
+                       b"the cache is of another checkpoint" in refused.stderr,
+                       f"{name}: {refused.returncode} {refused.stderr!r}")
+                expect(saved(tool, directory) == before, f"{name}: the pads were touched")
+                model.checkpoint.write_bytes(model.checkpoint_bytes)
+                again = tool("kvdecode", "--steps", 8, *arguments)
+                expect(again.stdout == first.stdout and not again.stderr, f"{again.stderr!r}")
 
 
 @test
