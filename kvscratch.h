@@ -124,7 +124,7 @@ int kvs_pad_truncate(struct kvs_pad *pad, u64 len, bool zero);
 void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_info *info);
 void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m);
 
-/* What differs between the supported kernels, 6.1 to 7.2 */
+/* What differs between the supported kernels, 6.1 to 7.3 */
 
 static inline void kvs_vm_flags_mod(struct vm_area_struct *vma, unsigned long set,
 				    unsigned long clear)
