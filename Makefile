@@ -24,6 +24,7 @@ HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h t
 .PHONY: mutants detectors sanitized fuzz fuzz-files coverage deb
 
 all:
+	@tests/qemu/plain_path "$$PWD"
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
 	$(MAKE) -C $(KDIR) M=$(CURDIR) modules
 
@@ -68,8 +69,8 @@ sanitized: build/holder_test-sanitized
 
 # Debian's, which has its NumPy
 PYTHON ?= /usr/bin/python3
-setup = $(PYTHON) tools/python/setup.py -q build --build-base $(CURDIR)/build/$(1)-objects \
-	--build-lib $(CURDIR)/build/$(1)
+setup = $(PYTHON) tools/python/setup.py -q build --build-base "$$PWD/build/$(1)-objects" \
+	--build-lib "$$PWD/build/$(1)"
 
 python: | build
 	$(call setup,python)
