@@ -6,22 +6,48 @@
 #define _FILE_OFFSET_BITS 64
 #include "backend.h"
 #include "device.h"
+#include "output.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
+#define NODE_IS_TAKEN KVSCRATCH_DEVICE ": expected the device of the module, got %s: remove it " \
+	"and load the module; KVSCRATCH_BACKEND=memfd works without"
+
+/* Root makes files of a name that is not there. One is not opened: a FIFO would wait. */
+static int check_node(void)
+{
+	struct stat status;
+
+	/* open() says what else is wrong */
+	if (stat(KVSCRATCH_DEVICE, &status) || S_ISCHR(status.st_mode))
+		return 0;
+	return set_error(-ENODEV, NODE_IS_TAKEN, file_kind(status.st_mode));
+}
+
 static int open_device(int access)
 {
-	int fd = device_open(access);
+	struct kvscratch_info unused;
+	int fd = check_node();
 
+	if (fd)
+		return fd;
+	fd = device_open(access);
 	if (fd == -EACCES)
 		return set_error(fd, "cannot open " KVSCRATCH_DEVICE ": expected permission, as the "
 				 "group of the device has; KVSCRATCH_BACKEND=memfd works without");
-	return fd < 0 ? cannot("open " KVSCRATCH_DEVICE, fd) : fd;
+	if (fd < 0)
+		return cannot("open " KVSCRATCH_DEVICE, fd);
+	/* what a new handle of ours says, and no other device */
+	if (device_info(fd, &unused) == -EBADFD)
+		return fd;
+	close(fd);
+	return set_error(-ENODEV, NODE_IS_TAKEN, "another device");
 }
 
 static int bind_new(int fd, const struct kvscratch_geometry *geometry)
@@ -150,7 +176,8 @@ static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 	if (kvscratch_view_state(pad->view) != state)
 		return 0;
 	/* where the device cannot be opened, the handle itself has to do */
-	own = device_open_reader(pad->fd);
+	if (kernel_reopen(&own, pad->fd, O_RDONLY))
+		own = -1;
 	err = wait_on(pad, own < 0 ? pad->fd : own, state, timeout_ms);
 	if (own >= 0)
 		close(own);
@@ -169,13 +196,24 @@ const struct backend kernel_backend = {
 	.wait = kernel_wait,
 };
 
+/* An errno of a call that ENOTTY tells is none of the device's */
+static int check_handle(int fd, int err)
+{
+	struct stat status;
+
+	if (err != -ENOTTY || fstat(fd, &status))
+		return err;
+	return set_error(err, "expected a handle of " KVSCRATCH_DEVICE ", got %s; is the module "
+			 "loaded?", file_kind(status.st_mode));
+}
+
 int kvscratch_new_on(struct kvscratch **pad, int fd, const struct kvscratch_geometry *geometry)
 {
 	struct kvscratch_info unused;
 	int err = lay_out(&unused, geometry);
 
 	if (!err)
-		err = bind_new(fd, geometry);
+		err = check_handle(fd, bind_new(fd, geometry));
 	return err ? err : kvscratch_from_fd(pad, fd);
 }
 
@@ -183,5 +221,8 @@ int kvscratch_attach_on(struct kvscratch **pad, int fd, int src_fd)
 {
 	int err = device_attach(fd, src_fd);
 
-	return err ? cannot("attach to the pad", err) : kvscratch_from_fd(pad, fd);
+	if (err)
+		cannot("attach to the pad", err);
+	err = check_handle(fd, err);
+	return err ? err : kvscratch_from_fd(pad, fd);
 }

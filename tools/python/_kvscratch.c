@@ -1166,8 +1166,9 @@ static PyMethodDef pad_methods[] = {
 	{ "load", (PyCFunction)(void (*)(void))pad_load, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
 	  "load($type, /, path, name=None, max_seq_len=0)\n--\n\n"
 	  "A new pad of rows that were saved; name says which, where a file has several.\n"
-	  "max_seq_len is its capacity, 0 the one of the file. The pad takes rows as they are\n"
-	  "stored, also when the one that was saved converted them." },
+	  "max_seq_len is its capacity, 0 the one of the file, which is refused where it is far\n"
+	  "beyond the size of the file. The pad takes what the one that was saved took: one that\n"
+	  "converted its input does so again." },
 	{ "_load_all", pad_load_all, METH_O | METH_CLASS, NULL },
 	{ "_copy_rows", pad_copy_rows, METH_VARARGS, NULL },
 	{ "_wait", pad_wait, METH_VARARGS, NULL },

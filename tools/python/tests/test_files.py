@@ -46,6 +46,7 @@ def test_safetensors(pad, tmp_path):
             assert (back[name].dtype, back[name].capacity) == (saved.dtype, 4)
             assert np.array_equal(back[name].as_tensor(), saved.as_tensor())
         assert np.array_equal(back["scaled"].scales(), scaled.scales())
+        assert back["scaled"].input_dtype == "f32"
     with Scratchpad.load(path, "bf16") as one:
         assert one.as_tensor().tolist() == [[1, 2, 3]]
     # what was loaded goes with the last reference, which nothing_leaks looks for
