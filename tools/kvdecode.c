@@ -287,6 +287,8 @@ static int parse_number(struct options *options, int option, const char *text)
 
 static int parse_option(struct options *options, int option, const char *text)
 {
+	if (text && !*text && option != OPT_PROMPT)
+		return fail(EXIT_INPUT, "expected a value for each option, got an empty one");
 	switch (option) {
 	case OPT_MODEL:
 		options->model = text;
@@ -794,21 +796,24 @@ static int take_over_inherited(struct decoder *decoder)
 
 /* Held pads: a holder keeps them when we are killed. */
 
-static int fail_holder(void)
+static int fail_holder(int err)
 {
-	return fail(EXIT_PADS, "%s; kvscratchctl hold NAME --write makes one", kvscratch_error());
+	return fail(EXIT_PADS, "%s%s", kvscratch_error(),
+		    err == -ENOENT ? "; kvscratchctl hold NAME --write makes one" : "");
 }
 
 static int put_pads(const struct cache *cache, const char *holder)
 {
 	const char *names[KVSCRATCH_MAX_PASSED];
 	int fds[KVSCRATCH_MAX_PASSED];
+	int err;
 
 	for (unsigned int i = 0; i < cache->count; i++) {
 		names[i] = cache->stores[i].name;
 		fds[i] = kvscratch_fd(cache->stores[i].pad);
 	}
-	return kvscratch_holder_put(holder, names, fds, cache->count) ? fail_holder() : 0;
+	err = kvscratch_holder_put(holder, names, fds, cache->count);
+	return err ? fail_holder(err) : 0;
 }
 
 /* Returns the descriptor that came under the name of @store, or -1. */
@@ -863,7 +868,7 @@ static int take_over_held(struct decoder *decoder)
 			    KVSCRATCH_MAX_PASSED, cache->count);
 	count = kvscratch_holder_get(holder, O_RDWR, names, sizeof(names), fds, ARRAY_SIZE(fds));
 	if (count < 0)
-		return fail_holder();
+		return fail_holder(count);
 	if (!count) {
 		err = create_missing_pads(cache);
 		return err ? err : put_pads(cache, holder);
@@ -931,10 +936,6 @@ static int listen_unblocked(const char *path)
 {
 	int listener = kvscratch_listen(path);
 
-	if (listener == -EADDRINUSE) {
-		remove_dead_socket(path);
-		listener = kvscratch_listen(path);
-	}
 	if (listener >= 0)
 		fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK);
 	return listener;
@@ -957,11 +958,8 @@ static int open_server(struct decoder *decoder)
 		return fail(EXIT_SYSTEM, "cannot watch signals: %s", strerror(errno));
 	server->polled[POLLED_SIGNALS].fd = signals;
 	listener = listen_unblocked(path);
-	if (listener == -EADDRINUSE)
-		return fail(EXIT_SYSTEM, "%s: expected no such file, or a socket that nobody listens on",
-			    path);
 	if (listener < 0)
-		return fail(EXIT_SYSTEM, "%s: cannot listen: %s", path, strerror(-listener));
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	server->polled[POLLED_LISTENER].fd = listener;
 	server->path = path;
 	return 0;
@@ -1406,6 +1404,7 @@ int main(int argc, char **argv)
 	cli_name = "kvdecode";
 	/* we say it ourselves, in one line */
 	opterr = 0;
+	survive_size_limits();
 	err = open_standard_descriptors();
 	if (err)
 		return fail(EXIT_SYSTEM, "/dev/null: cannot open: %s", strerror(-err));

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -565,6 +566,64 @@ def a_cache_of_another_checkpoint():
                 model.checkpoint.write_bytes(model.checkpoint_bytes)
                 again = tool("kvdecode", "--steps", 8, *arguments)
                 expect(again.stdout == first.stdout and not again.stderr, f"{again.stderr!r}")
+
+
+@test
+def saved_pads_go_on_in_another_holder():
+    """Also those that convert: the text is that of one decoder that was left alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+
+        def tool(program, *arguments):
+            done = subprocess.run([BUILD / f"{program}-sanitized", *arguments], check=False,
+                                  capture_output=True, stdin=subprocess.DEVNULL, env=environment)
+            expect(done.returncode == 0, f"{program} {arguments}: {done.stderr!r}")
+            return done.stdout
+
+        for kv in "f32", "mxint8":
+            file = f"{directory}/{kv}.safetensors"
+            try:
+                for holder in "first", "second":
+                    tool("kvscratchctl", "hold", holder, "--write")
+                tool("kvdecode", "--kv", kv, "--hold", "first", "--steps", "20")
+                tool("kvscratchctl", "-n", "first", "save", file)
+                tool("kvscratchctl", "-n", "second", "load", file)
+                text = tool("kvdecode", "--kv", kv, "--hold", "second")
+                expect(text == text_of("--kv", kv), f"{kv}: {text!r}")
+            finally:
+                for holder in "first", "second":
+                    tool("kvscratchctl", "drop", holder)
+
+
+@test
+def a_holder_that_is_there_and_out_of_reach():
+    """What makes one is said where there is none, and nowhere else."""
+    def few_files():
+        # the socket, and not all of the handles that come over it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
+
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+        kvdecode = [BUILD / "kvdecode-sanitized", "--hold", "story", "--steps", "2"]
+        subprocess.run([BUILD / "kvscratchctl-sanitized", "hold", "story", "--write"], check=True,
+                       env=environment)
+        try:
+            subprocess.run(kvdecode, check=True, stdout=subprocess.DEVNULL, env=environment)
+            done = subprocess.run(kvdecode, check=False, capture_output=True,
+                                  preexec_fn=few_files,  # pylint: disable=subprocess-popen-preexec-fn
+                                  stdin=subprocess.DEVNULL, env=environment)
+        finally:
+            subprocess.run([BUILD / "kvscratchctl-sanitized", "drop", "story"], check=True,
+                           env=environment)
+        expect(done.returncode == 2 and b"Too many open files" in done.stderr and
+               b"makes one" not in done.stderr, f"exit {done.returncode}: {done.stderr!r}")
+
+
+@test
+def values_that_are_empty():
+    for option in ("--model", "--checkpoint", "--tokenizer", "--serve", "--logits", "--hold"):
+        expect_error(1, "expected a value for each option, got an empty one", "kvdecode", option,
+                     "")
 
 
 @test

@@ -29,6 +29,12 @@ result() {
 	fi
 }
 
+# skip NAME REASON
+skip() {
+	count=$((count + 1))
+	echo "ok $count - $1 # SKIP $2"
+}
+
 # expect NAME STATUS OUTPUT: of the latest run
 expect() {
 	[ "$status" = "$2" ] && [ "$output" = "$3" ]
@@ -120,12 +126,23 @@ expect "an option without its other" 1 "kvscratchctl watch: --timeout: expected 
 run kvscratchctl watch --rows --json
 expect "options that exclude each other" 1 "kvscratchctl watch: expected either --rows or --json, got both"
 
+for option in --name --socket; do
+	run kvscratchctl watch $option ''
+	expect "$option of nothing" 1 "kvscratchctl watch: expected a value for each option, got an empty one"
+done
+for verb in append save load drop hold; do
+	run kvscratchctl $verb ''
+	expect "$verb of nothing" 1 "kvscratchctl $verb: expected an argument that is not empty, see --help"
+done
+run kvscratchctl metrics -o ''
+expect "an output of no name" 1 "kvscratchctl metrics: expected a value for each option, got an empty one"
+
 # Descriptors that are no pads
 run kvscratchctl --fd 7 info
 expect "a closed descriptor" 2 "kvscratchctl info: descriptor 7: expected a handle, got none"
 exec 7</dev/null
 run kvscratchctl --fd 7 info
-expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got something else"
+expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got a character device"
 exec 7<&-
 
 # A pad's life
@@ -243,6 +260,55 @@ expect "to the brim" 0 ""
 run kvscratchctl append row0
 expect "full" 1 "kvscratchctl append: Scratchpad full: 10 / 10 tokens"
 
+# Other containers are not taken for rows.
+new_pad --max-seq-len 100 --dim 4 --dtype f32
+kvscratchctl append rows
+kvscratchctl save whole.safetensors
+# refused NAME WHAT-IT-IS [FILE-NAME]
+refused() {
+	run kvscratchctl append "$1"
+	expect "append of $2" 1 "kvscratchctl append: $1: expected .npy or raw rows, got $2: ${3:-convert it to .npy}, and --format raw takes it as rows"
+}
+refused whole.safetensors safetensors "kvscratchctl load reads that"
+run sh -c 'head -c 60 whole.safetensors | kvscratchctl append'
+expect "append of the begin of safetensors" 1 "kvscratchctl append: stdin: expected .npy or raw rows, got safetensors: kvscratchctl load reads that, and --format raw takes it as rows"
+{ printf 'PK\003\004'; head -c 28 /dev/zero; } >rows.npz
+refused rows.npz "zip (.npz, .pt)"
+{ printf '\037\213\010\010'; head -c 28 /dev/zero; } >rows.npy.gz
+refused rows.npy.gz gzip
+{ printf '\050\265\057\375'; head -c 12 /dev/zero; } >rows.npy.zst
+refused rows.npy.zst zstd
+{ printf '\3757zXZ\000'; head -c 10 /dev/zero; } >rows.npy.xz
+refused rows.npy.xz xz
+printf 'BZh91AY&SY123456' >rows.npy.bz2
+refused rows.npy.bz2 bzip2
+{ printf 'GGUF\003'; head -c 27 /dev/zero; } >model.gguf
+refused model.gguf GGUF
+{ printf '\211HDF\r\n\032\n'; head -c 8 /dev/zero; } >rows.h5
+refused rows.h5 HDF5
+{ printf 'PAR1'; head -c 12 /dev/zero; } >rows.parquet
+refused rows.parquet Parquet
+{ printf 'ARROW1\000\000'; head -c 8 /dev/zero; } >rows.feather
+refused rows.feather "Arrow (Feather)"
+{ printf '\200\004\225'; head -c 12 /dev/zero; printf .; } >rows.pkl
+refused rows.pkl "a pickle of Python"
+printf '1.25,2.5,3,4\n10,' >rows.csv
+refused rows.csv text
+head -c 2000000 /dev/zero | sed '1s/^/PK\x03\x04/' >large.npz
+refused large.npz "zip (.npz, .pt)"
+run sh -c 'kvscratchctl info | head -n 1; kvscratchctl append --format raw rows.csv; kvscratchctl info | head -n 1'
+expect "append of text that was asked for" 0 "Scratchpad(len=3, capacity=100, dim=4)
+Scratchpad(len=4, capacity=100, dim=4)"
+new_pad --max-seq-len 100 --dim 1 --dtype u8
+run sh -c 'printf "1,2\n" | kvscratchctl append; printf "1,2\n" >bytes.csv; kvscratchctl append bytes.csv; kvscratchctl info | head -n 1'
+expect "bytes may be text, but for their name" 0 "kvscratchctl append: bytes.csv: expected .npy or raw rows, got text: convert it to .npy, and --format raw takes it as rows
+Scratchpad(len=4, capacity=100, dim=1)"
+new_pad --max-seq-len 10 --dim 4 --dtype f32
+kvscratchctl append rows
+kvscratchctl append rows
+kvscratchctl append row0
+kvscratchctl append rows
+
 # Truncate, clear, attach
 run kvscratchctl truncate --len 11
 expect "truncate beyond the end" 1 "kvscratchctl truncate: --len: expected at most 10, the committed rows, got 11"
@@ -275,6 +341,75 @@ expect "a failed dump leaves the file" 0 "2 precious"
 kvscratchctl append row0
 run sh -c 'kvscratchctl dump >/dev/full'
 expect "a full disk" 2 "kvscratchctl dump: cannot write the output: No space left on device"
+
+# Where output goes: a file is replaced as a whole, all else is written to.
+ln -s file link
+kvscratchctl dump -o link
+run sh -c 'cat link; test -L link'
+expect "dump through a link" 0 "1 2 3 4"
+chmod 604 file
+kvscratchctl dump -o file
+run stat -c %a file
+expect "dump keeps the mode" 0 604
+ln -s nothing dangling
+run kvscratchctl dump -o dangling
+expect "dump to a link to nothing" 2 "kvscratchctl dump: dangling: expected a regular file or none, got a link to nothing"
+run kvscratchctl dump -o .
+expect "dump to a directory" 2 "kvscratchctl dump: .: cannot open: Is a directory"
+mkfifo pipe
+cat pipe >piped &
+kvscratchctl dump -o pipe
+wait $!
+run cat piped
+expect "dump to a FIFO" 0 "1 2 3 4"
+# as /dev/stdout is, here: what is wrong must not replace that of the machine
+ln -s /proc/self/fd/1 stdout
+run kvscratchctl dump -o stdout
+expect "dump to what stdout is" 0 "1 2 3 4"
+run sh -c 'test -L stdout; kvscratchctl dump -o /proc/self/fd/5 5>fifth; cat fifth; exec 6<>fifth; kvscratchctl dump -o /proc/self/fd/6; cat <&6'
+expect "dump to a descriptor" 0 "1 2 3 4
+1 2 3 4"
+# as /dev/null is, where one may be made and opened
+can_make_nodes=''
+if mknod node c 1 3 2>/dev/null && : 2>/dev/null >node; then
+	can_make_nodes=yes
+	run sh -c 'kvscratchctl dump -o node && test -c node'
+	expect "dump to a device" 0 ""
+else
+	skip "dump to a device" "no device can be made here"
+fi
+# a process's limit of the size of files, in kilobytes or half ones
+run sh -c 'ulimit -f 1; kvscratchctl dump --format raw -o file </dev/null; cat file' # 16 bytes fit
+[ "$status" = 0 ]
+result $? "what is within the limit"
+head -c 4000 /dev/zero >long
+kvscratchctl create --max-seq-len 1 --dim 4000 --dtype u8 -- sh -c '
+	kvscratchctl append long
+	echo precious >file
+	ulimit -f 1
+	kvscratchctl dump --format text -o file
+	echo "$? $(cat file)"
+	kvscratchctl save file.npy
+	echo "$? $(ls .kvscratch-* file.npy 2>/dev/null)"
+	kvscratchctl create --max-seq-len 1 --dim 4000 -- true
+	echo $?' >limited 2>&1
+run cat limited
+case $output in
+"kvscratchctl dump: cannot write the output: File too large
+2 precious
+kvscratchctl save: file.npy: cannot write the file: File too large
+2 
+"*) ;;
+*) status=9 ;;
+esac
+[ "$backend" = kernel ] || case $output in
+*"
+kvscratchctl create: cannot create a pad of [1, 4000] f32: File too large: pads without the module are files, see ulimit -f
+2") ;;
+*) status=9 ;;
+esac
+[ "$status" = 0 ]
+result $? "a limit of the size of files"
 
 # Every dtype as text
 for case in 'f64 \000\000\000\000\000\000\370\077 1.5' 'f16 \000\074 1' 'f16 \001\200 -5.9605e-08' \
@@ -530,8 +665,19 @@ run sh -c 'sed "s/^\(kvscratch_module_open_handles\) .*/\1/" printed >expected &
 expect "metrics replace a file" 0 "644 collected/kvscratch.prom"
 run sh -c 'kvscratchctl metrics >/dev/full'
 expect "metrics to a full disk" 2 "kvscratchctl metrics: cannot write the output: No space left on device"
+ln -s ../printed collected/link.prom
+run sh -c 'kvscratchctl metrics -o collected/link.prom && test -L collected/link.prom && grep -c kvscratch_pad_info{ printed'
+expect "metrics through a link" 0 2
+run sh -c 'kvscratchctl metrics -o stdout | grep -c kvscratch_pad_info{ && test -L stdout'
+expect "metrics to what stdout is" 0 2
+if [ -n "$can_make_nodes" ]; then
+	run sh -c 'kvscratchctl metrics -o node && test -c node'
+	expect "metrics to a device" 0 ""
+else
+	skip "metrics to a device" "no device can be made here"
+fi
 run kvscratchctl metrics -o nowhere/kvscratch.prom
-expect "metrics to nowhere" 2 "kvscratchctl metrics: nowhere/kvscratch.prom: cannot make a file beside it: No such file or directory"
+expect "metrics to nowhere" 2 "kvscratchctl metrics: nowhere/kvscratch.prom: cannot open the directory of the file: No such file or directory"
 run kvscratchctl drop story/nix
 expect "drop what is not there" 2 "kvscratchctl drop: story: there is no pad \"nix\""
 run kvscratchctl drop story/pad
@@ -558,6 +704,16 @@ run kvscratchctl hold story --max-seq-len 5
 expect "hold half a shape" 1 "kvscratchctl hold: expected --max-seq-len and --dim"
 run kvscratchctl hold story --max-seq-len 5 --dim 33 --dtype mxint8
 expect "hold no shape that there is" 1 "kvscratchctl hold: dim: expected a multiple of 32 for mxint8, got 33"
+touch kvscratch/file
+run kvscratchctl hold file --write
+expect "hold where a file lies" 2 "kvscratchctl hold: $directory/kvscratch/file: cannot listen: expected a socket or nothing there, got a regular file"
+run kvscratchctl -n file info
+expect "a holder that is a file" 2 "kvscratchctl info: $directory/kvscratch/file: cannot connect: expected a socket, got a regular file"
+run kvscratchctl ls
+expect "a file is no holder" 0 ""
+rm kvscratch/file
+run env XDG_RUNTIME_DIR=run kvscratchctl ls
+expect "a directory for holders that is relative" 2 "kvscratchctl ls: XDG_RUNTIME_DIR: expected an absolute path, got \"run\""
 run env -u XDG_RUNTIME_DIR kvscratchctl ls
 expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
 
@@ -594,6 +750,29 @@ case $output in *"got a file that ends after "*) ;; *) status=9 ;; esac
 result $? "load what was cut"
 run kvscratchctl load nix.npy
 expect "load nothing" 1 "kvscratchctl load: nix.npy: cannot open the file: No such file or directory"
+# A signal once the new file is there: the old one stays, and nothing beside it. Where the
+# signal comes late the new one takes its place.
+mkdir saves
+kvscratchctl create --max-seq-len 16 --dim 4194304 --dtype u8 -- sh -c '
+	head -c 67108864 /dev/zero | kvscratchctl append --no-progress
+	for signal in TERM HUP; do
+		kvscratchctl save saves/a.npy &
+		while kill -0 $! && ! ls -l /proc/$!/fd | grep -q saves/; do :; done
+		kill -$signal $!
+		wait $!
+		echo "$? $(ls -A saves)"
+		echo old >saves/a.npy
+	done' 2>/dev/null >interrupted
+run cat interrupted
+case $output in
+"143 
+129 a.npy" | "0 a.npy
+129 a.npy" | "143 
+0 a.npy" | "0 a.npy
+0 a.npy") ;;
+*) status=9 ;;
+esac
+result "$status" "saves that are interrupted"
 kvscratchctl hold story --write
 run kvscratchctl -n story load saved.npy
 expect "load into a holder" 0 ""
@@ -661,7 +840,7 @@ else
 	exec 3>&-
 	exec 3<>row0
 	run kvscratchctl create --max-seq-len 10 --dim 4
-	expect "a memfd needs a command" 2 "kvscratchctl create: descriptor 3: cannot create a pad of [10, 4] f32: not a handle of /dev/kvscratch"
+	expect "a memfd needs a command" 2 "kvscratchctl create: descriptor 3: expected a handle of /dev/kvscratch, got a regular file; is the module loaded?"
 fi
 
 echo "1..$count"

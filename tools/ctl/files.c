@@ -3,6 +3,7 @@
  * save and load: pads as .npy and .safetensors.
  */
 #include "ctl.h"
+#include "interrupt.h"
 #include "progress.h"
 
 #include <errno.h>
@@ -89,14 +90,15 @@ int run_save(const struct arguments *args)
 		return fail(EXIT_INPUT, "expected FILE.npy or FILE.safetensors");
 	err = args->name && !pad_of(args->name) ? open_all(args, &set) : open_one(args, &set);
 	if (!err) {
+		catch_interrupts();
 		err = kvscratch_save(args->argument, set.pads, set.count, progress_at, &progress);
 		progress_end(&progress);
-		if (err)
+		if (err && !interrupted())
 			err = fail(err == -EINVAL || err == -EOPNOTSUPP ? EXIT_INPUT : EXIT_SYSTEM,
 				   "%s: %s", args->argument, kvscratch_error());
 	}
 	close_set(&set);
-	return err;
+	return interrupted() ? end_by(interrupted()) : err;
 }
 
 /* load */
