@@ -20,7 +20,7 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests tests-32 python demo test test-all torture bench comparison check
+.PHONY: all modules_install clean help tools tests tests-32 arm64 python demo test test-all torture bench comparison check
 .PHONY: mutants detectors sanitized fuzz fuzz-files coverage deb
 
 all:
@@ -63,6 +63,7 @@ help:
 tools: $(TOOLS:%=build/%)
 tests: $(USER_TESTS:%=build/%) build/torture
 tests-32: $(USER_TESTS:%=build/%-32)
+arm64: $(patsubst %,build/arm64/%,$(TOOLS) $(USER_TESTS) torture)
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 sanitized: build/files_test-sanitized build/files_replay
 sanitized: build/holder_test-sanitized
@@ -82,18 +83,20 @@ sanitized-python: | build
 examples: $(EXAMPLES:%=build/examples/%)
 sanitized: $(EXAMPLES:%=build/examples/sanitized/%)
 
-build build/examples build/examples/sanitized:
+build build/arm64 build/examples build/examples/sanitized:
 	mkdir -p $@
 
-# Same source, two word sizes; and with sanitizers, which need shared libraries. $(1) is
-# the end of a name and $(2) the flags that make the difference.
+# Same source, two word sizes; for another machine; and with sanitizers, which need shared
+# libraries. $(1) is the end of a name, $(2) the flags that make the difference and $(3) the
+# compiler.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 # The kernel's headers are the same for both; only the package gcc-multilib, which excludes
 # compilers for other machines, has a link that says so.
 WORD32 = -m32 -idirafter /usr/include/$(shell $(CC) -print-multiarch)
+CC_ARM64 = aarch64-linux-gnu-gcc-$(shell $(CC) -dumpversion)
 define library
 build/objects$(1)/%.o: tools/lib/%.c $(HEADERS) | build/objects$(1)
-	$$(CC) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
+	$(3) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
 build/objects$(1)/library.a: $(LIBKVSCRATCH:tools/lib/%.c=build/objects$(1)/%.o)
 	rm -f $$@
 	$$(AR) rcs $$@ $$^
@@ -101,15 +104,18 @@ build/objects$(1):
 	mkdir -p $$@
 endef
 LIBRARY := build/objects/library.a
-$(eval $(call library,,))
-$(eval $(call library,-32,$$(WORD32)))
-$(eval $(call library,-sanitized,$(SANITIZERS)))
+$(eval $(call library,,,$$(CC)))
+$(eval $(call library,-32,$$(WORD32),$$(CC)))
+$(eval $(call library,-arm64,,$$(CC_ARM64)))
+$(eval $(call library,-sanitized,$(SANITIZERS),$$(CC)))
 
 define program
 build/$(1): $(2) $(LIBRARY) $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBRARY) -lm
 build/$(1)-32: $(2) build/objects-32/library.a $(HEADERS) | build
 	$$(CC) $$(WORD32) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
+build/arm64/$(1): $(2) build/objects-arm64/library.a $(HEADERS) | build/arm64
+	$$(CC_ARM64) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-arm64/library.a -lm
 build/$(1)-sanitized: $(2) build/objects-sanitized/library.a $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) $(SANITIZERS) -o $$@ $(2) build/objects-sanitized/library.a -lm
 endef
