@@ -7,7 +7,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 
 # Programs are static: they run on any kernel's initramfs as they are.
 CFLAGS ?= -O2 -g
-override CFLAGS += -std=gnu11 -Wall -Wextra -Wshadow
+override CFLAGS += -std=gnu11 -ffp-contract=off -Wall -Wextra -Wshadow
 VERSION := 0.1.0
 override CPPFLAGS += -Iuapi -Itools/lib -DKVSCRATCH_VERSION='"$(VERSION)"'
 LIBKVSCRATCH := $(wildcard tools/lib/*.c)
