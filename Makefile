@@ -7,7 +7,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 
 # Programs are static: they run on any kernel's initramfs as they are.
 CFLAGS ?= -O2 -g
-override CFLAGS += -std=gnu11 -Wall -Wextra -Wshadow
+override CFLAGS += -std=gnu11 -ffp-contract=off -Wall -Wextra -Wshadow
 VERSION := 0.1.0
 override CPPFLAGS += -Iuapi -Itools/lib -DKVSCRATCH_VERSION='"$(VERSION)"'
 LIBKVSCRATCH := $(wildcard tools/lib/*.c)
@@ -20,10 +20,11 @@ USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
 HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: all modules_install clean help tools tests python demo test test-all torture bench comparison check
+.PHONY: all modules_install clean help tools tests tests-32 arm64 python demo test test-all torture bench comparison check
 .PHONY: mutants detectors sanitized fuzz fuzz-files coverage deb
 
 all:
+	@tests/qemu/plain_path "$$PWD"
 	@test -d $(KDIR) || { echo >&2 "make: no kernel headers at $(KDIR): install linux-headers-$$(uname -r), or pass KDIR="; exit 1; }
 	$(MAKE) -C $(KDIR) M=$(CURDIR) modules
 
@@ -60,36 +61,42 @@ help:
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
-tests: $(USER_TESTS:%=build/%) $(USER_TESTS:%=build/%-32) build/torture
+tests: $(USER_TESTS:%=build/%) build/torture
+tests-32: $(USER_TESTS:%=build/%-32)
+arm64: $(patsubst %,build/arm64/%,$(TOOLS) $(USER_TESTS) torture)
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
 sanitized: build/files_test-sanitized build/files_replay
 sanitized: build/holder_test-sanitized
 
 # Debian's, which has its NumPy
 PYTHON ?= /usr/bin/python3
-setup = $(PYTHON) tools/python/setup.py -q build --build-base $(CURDIR)/build/$(1)-objects \
-	--build-lib $(CURDIR)/build/$(1)
+setup = $(PYTHON) tools/python/setup.py -q build --build-base "$$PWD/build/$(1)-objects" \
+	--build-lib "$$PWD/build/$(1)"
 
 python: | build
 	$(call setup,python)
-sanitized: build/python-sanitized
-.PHONY: build/python-sanitized
-build/python-sanitized: | build
+.PHONY: sanitized-python
+sanitized-python: | build
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(call setup,python-sanitized)
 
 .PHONY: examples
 examples: $(EXAMPLES:%=build/examples/%)
 sanitized: $(EXAMPLES:%=build/examples/sanitized/%)
 
-build build/examples build/examples/sanitized:
+build build/arm64 build/examples build/examples/sanitized:
 	mkdir -p $@
 
-# Same source, two word sizes; and with sanitizers, which need shared libraries. $(1) is
-# the end of a name and $(2) the flags that make the difference.
+# Same source, two word sizes; for another machine; and with sanitizers, which need shared
+# libraries. $(1) is the end of a name, $(2) the flags that make the difference and $(3) the
+# compiler.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+# The kernel's headers are the same for both; only the package gcc-multilib, which excludes
+# compilers for other machines, has a link that says so.
+WORD32 = -m32 -idirafter /usr/include/$(shell $(CC) -print-multiarch)
+CC_ARM64 = aarch64-linux-gnu-gcc-$(shell $(CC) -dumpversion)
 define library
 build/objects$(1)/%.o: tools/lib/%.c $(HEADERS) | build/objects$(1)
-	$$(CC) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
+	$(3) $(2) $$(CPPFLAGS) $$(CFLAGS) -c -o $$@ $$<
 build/objects$(1)/library.a: $(LIBKVSCRATCH:tools/lib/%.c=build/objects$(1)/%.o)
 	rm -f $$@
 	$$(AR) rcs $$@ $$^
@@ -97,15 +104,18 @@ build/objects$(1):
 	mkdir -p $$@
 endef
 LIBRARY := build/objects/library.a
-$(eval $(call library,,))
-$(eval $(call library,-32,-m32))
-$(eval $(call library,-sanitized,$(SANITIZERS)))
+$(eval $(call library,,,$$(CC)))
+$(eval $(call library,-32,$$(WORD32),$$(CC)))
+$(eval $(call library,-arm64,,$$(CC_ARM64)))
+$(eval $(call library,-sanitized,$(SANITIZERS),$$(CC)))
 
 define program
 build/$(1): $(2) $(LIBRARY) $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) $(LIBRARY) -lm
 build/$(1)-32: $(2) build/objects-32/library.a $(HEADERS) | build
-	$$(CC) -m32 $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
+	$$(CC) $$(WORD32) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-32/library.a -lm
+build/arm64/$(1): $(2) build/objects-arm64/library.a $(HEADERS) | build/arm64
+	$$(CC_ARM64) $$(CPPFLAGS) $$(CFLAGS) $(3) -static -o $$@ $(2) build/objects-arm64/library.a -lm
 build/$(1)-sanitized: $(2) build/objects-sanitized/library.a $(HEADERS) | build
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $(3) $(SANITIZERS) -o $$@ $(2) build/objects-sanitized/library.a -lm
 endef
@@ -159,7 +169,7 @@ test-all:
 
 torture: ROUNDS = 10000
 torture: SEED = 1
-torture: KERNEL = debian-6.1
+torture: KERNEL = debian-stock
 # a second for each kill is far more than it takes, and ends what hangs
 torture:
 	tests/qemu/packages module qemu test

@@ -202,7 +202,7 @@ void kvs_pad_end_role(struct kvs_handle *handle);
 void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info);
 void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m);
 
-/* What differs between the supported kernels, 6.1 to 7.2 */
+/* What differs between the supported kernels, 6.1 to 7.3 */
 
 static inline void kvs_vm_flags_mod(struct vm_area_struct *vma, unsigned long set,
 				    unsigned long clear)

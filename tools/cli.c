@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #define _FILE_OFFSET_BITS 64
 #include "cli.h"
-#include "libkvscratch.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 const char *cli_name;
@@ -67,16 +66,17 @@ int open_standard_descriptors(void)
 	return 0;
 }
 
-void remove_dead_socket(const char *path)
+static void ignore_signal(int signal_number)
 {
-	struct stat status;
-	int sock;
+	(void)signal_number;
+}
 
-	if (lstat(path, &status) || !S_ISSOCK(status.st_mode))
-		return;
-	sock = kvscratch_connect(path);
-	if (sock >= 0)
-		close(sock);
-	else if (sock == -ECONNREFUSED)
-		unlink(path);
+void survive_size_limits(void)
+{
+	/* a handler, for what is ignored would be so in commands that we run, too */
+	struct sigaction action = { .sa_handler = ignore_signal, .sa_flags = SA_RESTART };
+	struct sigaction old;
+
+	if (!sigaction(SIGXFSZ, NULL, &old) && old.sa_handler == SIG_DFL)
+		sigaction(SIGXFSZ, &action, NULL);
 }

@@ -33,10 +33,7 @@ int fail_option(int code, int option, char *const *argv);
  */
 int open_standard_descriptors(void);
 
-/*
- * Remove the socket of a process that was killed: it refuses connections, which those of
- * living ones and other files do not.
- */
-void remove_dead_socket(const char *path);
+/* A write beyond RLIMIT_FSIZE is an error and does not kill us. */
+void survive_size_limits(void);
 
 #endif

@@ -70,6 +70,7 @@ struct options {
  * @handle: the descriptor that we got for it, or -1
  * @view: the mapped pad
  * @generation: that of the rows; what another one has came from somebody else
+ * @kept: rows that a pad had that was taken over
  * @heap: the array, with the scales behind it
  */
 struct store {
@@ -83,6 +84,7 @@ struct store {
 	int handle;
 	const struct kvscratch_view *view;
 	uint32_t generation;
+	uint32_t kept;
 	char *heap;
 };
 
@@ -283,6 +285,8 @@ static int parse_number(struct options *options, int option, const char *text)
 
 static int parse_option(struct options *options, int option, const char *text)
 {
+	if (text && !*text && option != OPT_PROMPT)
+		return fail(EXIT_INPUT, "expected a value for each option, got an empty one");
 	switch (option) {
 	case OPT_MODEL:
 		options->model = text;
@@ -672,6 +676,66 @@ static int check_tokens(struct decoder *decoder)
 	return 0;
 }
 
+static bool is_stored_row(const struct store *store, const float *row)
+{
+	size_t first = (size_t)store->rows.len * store->dim;
+	uint32_t blocks = store->dim / KVSCRATCH_MX_BLOCK;
+	int8_t elements[store->dim];
+	uint8_t scales[blocks + 1];
+
+	if (store->dtype != KVSCRATCH_DTYPE_MXINT8)
+		return !memcmp((const float *)store->rows.data + first, row, store->row_bytes);
+	return kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, blocks, elements, scales) >= 0 &&
+	       !memcmp((const int8_t *)store->rows.data + first, elements, store->dim) &&
+	       !memcmp(store->rows.scales + first / KVSCRATCH_MX_BLOCK, scales, blocks);
+}
+
+/* Instead of an append: the row is there already, if it came from this model. */
+static int compare_row(struct llama2_rows *rows, const void *row)
+{
+	struct store *store = store_of(rows);
+
+	if (!is_stored_row(store, row))
+		return fail(EXIT_PADS, "handle %d (%s): expected at position %" PRIu32 " the row that "
+			    "this model computes, got another one: the cache is of another checkpoint",
+			    store->handle, store->name, rows->len);
+	rows->len++;
+	return 0;
+}
+
+/* Compute the rows of position @pos once more, and compare. */
+static int check_position(struct decoder *decoder, uint32_t pos)
+{
+	struct cache *cache = &decoder->cache;
+	int err;
+
+	for (unsigned int i = 0; i < cache->count; i++) {
+		struct store *store = &cache->stores[i];
+
+		store->kept = store->rows.len;
+		store->rows.len = pos;
+		store->rows.append = compare_row;
+	}
+	err = llama2_forward(&decoder->model, cache->rows, decoder->tokens[pos], pos);
+	for (unsigned int i = 0; i < cache->count; i++) {
+		cache->stores[i].rows.len = cache->stores[i].kept;
+		cache->stores[i].rows.append = append_pad;
+	}
+	return err;
+}
+
+/*
+ * A cache of another checkpoint of the same shape looks the same but for its numbers. The
+ * last position attends to all before it; in the first layer each stands for itself.
+ */
+static int check_model(struct decoder *decoder)
+{
+	uint32_t len = token_store(&decoder->cache)->rows.len;
+	int err = len ? check_position(decoder, 0) : 0;
+
+	return !err && len > 1 ? check_position(decoder, len - 1) : err;
+}
+
 /* Nothing is changed until all was checked: the handles may be the wrong ones. */
 static int take_over(struct decoder *decoder)
 {
@@ -687,6 +751,8 @@ static int take_over(struct decoder *decoder)
 	err = check_lengths(cache);
 	if (!err)
 		err = check_tokens(decoder);
+	if (!err)
+		err = check_model(decoder);
 	return err ? err : truncate_pads(cache, tokens->rows.len);
 }
 
@@ -701,21 +767,24 @@ static int take_over_inherited(struct decoder *decoder)
 
 /* Held pads: a holder keeps them when we are killed. */
 
-static int fail_holder(void)
+static int fail_holder(int err)
 {
-	return fail(EXIT_PADS, "%s; kvscratchctl hold NAME --write makes one", kvscratch_error());
+	return fail(EXIT_PADS, "%s%s", kvscratch_error(),
+		    err == -ENOENT ? "; kvscratchctl hold NAME --write makes one" : "");
 }
 
 static int put_pads(const struct cache *cache, const char *holder)
 {
 	const char *names[KVSCRATCH_MAX_PASSED];
 	int fds[KVSCRATCH_MAX_PASSED];
+	int err;
 
 	for (unsigned int i = 0; i < cache->count; i++) {
 		names[i] = cache->stores[i].name;
 		fds[i] = kvscratch_fd(cache->stores[i].pad);
 	}
-	return kvscratch_holder_put(holder, names, fds, cache->count) ? fail_holder() : 0;
+	err = kvscratch_holder_put(holder, names, fds, cache->count);
+	return err ? fail_holder(err) : 0;
 }
 
 /* Returns the descriptor that came under the name of @store, or -1. */
@@ -770,7 +839,7 @@ static int take_over_held(struct decoder *decoder)
 			    KVSCRATCH_MAX_PASSED, cache->count);
 	count = kvscratch_holder_get(holder, O_RDWR, names, sizeof(names), fds, ARRAY_SIZE(fds));
 	if (count < 0)
-		return fail_holder();
+		return fail_holder(count);
 	if (!count) {
 		err = create_pads(cache);
 		return err ? err : put_pads(cache, holder);
@@ -838,10 +907,6 @@ static int listen_unblocked(const char *path)
 {
 	int listener = kvscratch_listen(path);
 
-	if (listener == -EADDRINUSE) {
-		remove_dead_socket(path);
-		listener = kvscratch_listen(path);
-	}
 	if (listener >= 0)
 		fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK);
 	return listener;
@@ -864,11 +929,8 @@ static int open_server(struct decoder *decoder)
 		return fail(EXIT_SYSTEM, "cannot watch signals: %s", strerror(errno));
 	server->polled[POLLED_SIGNALS].fd = signals;
 	listener = listen_unblocked(path);
-	if (listener == -EADDRINUSE)
-		return fail(EXIT_SYSTEM, "%s: expected no such file, or a socket that nobody listens on",
-			    path);
 	if (listener < 0)
-		return fail(EXIT_SYSTEM, "%s: cannot listen: %s", path, strerror(-listener));
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	server->polled[POLLED_LISTENER].fd = listener;
 	server->path = path;
 	return 0;
@@ -1313,6 +1375,7 @@ int main(int argc, char **argv)
 	cli_name = "kvdecode";
 	/* we say it ourselves, in one line */
 	opterr = 0;
+	survive_size_limits();
 	err = open_standard_descriptors();
 	if (err)
 		return fail(EXIT_SYSTEM, "/dev/null: cannot open: %s", strerror(-err));

@@ -47,6 +47,9 @@ static int parse_option(struct arguments *args, int option, const char *text)
 	uint64_t value;
 	int err;
 
+	/* of all values only the name of a pad in a file can be empty */
+	if (text && !*text && option != OPT_PAD)
+		return fail(EXIT_INPUT, "expected a value for each option, got an empty one");
 	switch (option) {
 	case OPT_FD:
 		err = parse_integer(EXIT_INPUT, "fd", text, 0, INT_MAX, &value);
@@ -186,7 +189,8 @@ GEOMETRY_HELP,
 "2 GiB go in as one batch that other processes see at once.\n"
 "\n"
 "  --format FORMAT    raw (elements in this machine's byte order) or npy;\n"
-"                     otherwise npy if the input begins as such a file does\n"
+"                     otherwise npy if the input begins as such a file does, and\n"
+"                     raw unless it looks like something else\n"
 NO_PROGRESS_HELP,
 		.run = run_append,
 		.takes = TAKES_PAD | TAKES_ARGUMENT,
@@ -206,7 +210,8 @@ NO_PROGRESS_HELP,
 "\n"
 "  --format FORMAT    text (a row per line), raw or npy (text)\n"
 "  --json             an array of rows: NaN is null, infinity is 1e999\n"
-"  -o, --output FILE  instead of stdout\n"
+"  -o, --output FILE  replace FILE in one step, instead of stdout; a device or a\n"
+"                     FIFO is written to\n"
 NO_PROGRESS_HELP,
 		.run = run_dump,
 		.takes = TAKES_PAD,
@@ -361,7 +366,8 @@ GEOMETRY_HELP,
 "what the module tells, in the text format of Prometheus.\n"
 "\n"
 "  -o, --output FILE  replace FILE in one step, instead of stdout: for the\n"
-"                     textfile collector of node_exporter\n",
+"                     textfile collector of node_exporter; a device or a FIFO is\n"
+"                     written to\n",
 		.run = run_metrics,
 		.options = { OPTION("output", required_argument, OPT_OUTPUT), HELP, END },
 	},
@@ -499,6 +505,8 @@ static int run_verb(const struct verb *verb, struct arguments *args, int argc, c
 		return fail(EXIT_INPUT, "unexpected argument \"%s\"",
 			    argv[optind + !!(verb->takes & TAKES_ARGUMENT)]);
 	args->argument = argv[optind];
+	if (args->argument && !*args->argument)
+		return fail(EXIT_INPUT, "expected an argument that is not empty, see --help");
 	if (args->command && !*args->command)
 		return fail(EXIT_INPUT, "expected COMMAND behind --");
 	return verb->run(args);
@@ -516,6 +524,7 @@ int main(int argc, char **argv)
 	cli_name = "kvscratchctl";
 	/* we say it ourselves, in one line */
 	opterr = 0;
+	survive_size_limits();
 	err = open_standard_descriptors();
 	if (err)
 		return fail(EXIT_SYSTEM, "/dev/null: cannot open: %s", strerror(-err));

@@ -135,6 +135,149 @@ static const struct {
 #define HEADER_BYTES (sizeof(int32_t) * ARRAY_SIZE(header_fields))
 #define HEADER_VOCAB_SIZE 5
 
+/* Other formats, by how they begin: what people take for ours */
+
+#define CHECKPOINT_FORMAT	"a checkpoint as llama2.c's legacy export (version 0) writes it"
+#define TOKENIZER_FORMAT	"a tokenizer as llama2.c's tokenizer.py writes it"
+
+static const struct {
+	const char *bytes;
+	size_t count;
+	const char *name;
+} magics[] = {
+	{ "GGUF", 4, "a GGUF file" },
+	{ "FUGG", 4, "a big-endian GGUF file" },
+	{ "lmgg", 4, "a GGML file" },
+	{ "fmgg", 4, "a GGML file" },
+	{ "tjgg", 4, "a GGML file" },
+	{ "PK\3\4", 4, "a ZIP archive, as PyTorch writes" },
+	{ "\x93NUMPY", 6, "a .npy file" },
+	{ "\x89HDF\r\n", 6, "an HDF5 file" },
+	{ "\x1f\x8b\x08", 3, "a file compressed by gzip" },
+	{ "\x28\xb5\x2f\xfd", 4, "a file compressed by zstd" },
+	{ "\xfd" "7zXZ", 5, "a file compressed by xz" },
+	{ "BZh", 3, "a file compressed by bzip2" },
+	{ "\x7f" "ELF", 4, "a program" },
+	{ "version https://git-lfs.github.com/", 35,
+	  "a Git LFS pointer, for which git lfs pull brings the file" },
+	{ "/annex/objects/", 15, "a git-annex pointer, for which git annex get brings the file" },
+};
+
+static uint32_t read_u32(const char *bytes, bool big_endian)
+{
+	uint32_t word = (uint32_t)read_i32(bytes);
+
+	return big_endian ? __builtin_bswap32(word) : word;
+}
+
+static bool begins_with(const struct llama2_blob *blob, size_t offset, const char *bytes)
+{
+	size_t count = strlen(bytes);
+
+	return blob->size >= offset + count &&
+	       !strncasecmp((const char *)blob->data + offset, bytes, count);
+}
+
+static bool is_text(const struct llama2_blob *blob)
+{
+	const unsigned char *bytes = blob->data;
+
+	for (size_t i = 0; i < blob->size && i < 64; i++)
+		if (bytes[i] < ' ' && !strchr("\t\r\n\f", bytes[i]))
+			return false;
+	return true;
+}
+
+static const char *name_of_text(const struct llama2_blob *blob)
+{
+	const char *text = blob->data;
+	size_t at = begins_with(blob, 0, "\xef\xbb\xbf") ? 3 : 0;
+
+	while (at < blob->size && strchr(" \t\r\n", text[at]))
+		at++;
+	if (begins_with(blob, at, "<!doctype html") || begins_with(blob, at, "<html"))
+		return "an HTML page";
+	if (begins_with(blob, at, "{") || begins_with(blob, at, "["))
+		return "a JSON file";
+	return "a text file";
+}
+
+static bool is_safetensors(const struct llama2_blob *blob)
+{
+	const char *bytes = blob->data;
+
+	return blob->size > 8 && bytes[8] == '{' && !read_u32(bytes + 4, false) &&
+	       read_u32(bytes, false) <= blob->size - 8;
+}
+
+/* Opcodes begin behind the version; with zeros there it is a number. */
+static bool is_pickle(const struct llama2_blob *blob)
+{
+	const unsigned char *bytes = blob->data;
+
+	return blob->size > 3 && bytes[0] == 0x80 && bytes[1] >= 2 && bytes[1] <= 5 && bytes[2];
+}
+
+static bool is_sentencepiece(const struct llama2_blob *blob)
+{
+	return begins_with(blob, 0, "\n") && begins_with(blob, 2, "\n\x05<unk>");
+}
+
+static bool is_checkpoint(const struct llama2_blob *blob, bool big_endian)
+{
+	if (blob->size < HEADER_BYTES)
+		return false;
+	for (size_t i = 0; i < ARRAY_SIZE(header_fields); i++) {
+		int64_t value = (int32_t)read_u32((const char *)blob->data + i * sizeof(int32_t),
+						  big_endian);
+
+		if (i == HEADER_VOCAB_SIZE && value < 0)
+			value = -value;
+		if (value < header_fields[i].min || value > header_fields[i].max)
+			return false;
+	}
+	return true;
+}
+
+/* Whether the first of the single bytes is where it has to be */
+static bool is_tokenizer(const struct llama2_blob *blob, bool big_endian)
+{
+	uint64_t offset = sizeof(int32_t);
+
+	for (int id = 0; id < LLAMA2_FIRST_BYTE && offset + 8 <= blob->size; id++)
+		offset += 8 + read_u32((const char *)blob->data + offset + 4, big_endian);
+	return offset < blob->size && begins_with(blob, offset + 8, "<0x00>");
+}
+
+/* What @blob is, if it is something else than @is_expected says; or NULL */
+static const char *other_format(const struct llama2_blob *blob,
+				bool (*is_expected)(const struct llama2_blob *blob, bool big_endian))
+{
+	if (!blob->size)
+		return "an empty file";
+	if (is_expected(blob, false))
+		return NULL;
+	for (size_t i = 0; i < ARRAY_SIZE(magics); i++)
+		if (blob->size >= magics[i].count &&
+		    !memcmp(blob->data, magics[i].bytes, magics[i].count))
+			return magics[i].name;
+	if (begins_with(blob, 0, "24ka") || begins_with(blob, 0, "ak42"))
+		return "a checkpoint of a later version of llama2.c's export";
+	if (is_expected(blob, true))
+		return "one of a big-endian machine";
+	if (is_checkpoint(blob, false))
+		return "a checkpoint";
+	if (is_tokenizer(blob, false))
+		return "a tokenizer";
+	if (is_safetensors(blob))
+		return "a safetensors file";
+	if (is_pickle(blob))
+		return "a Python pickle, as PyTorch writes";
+	if (is_sentencepiece(blob))
+		return "a SentencePiece model";
+	return blob->size > 3 && is_text(blob) ? name_of_text(blob) : NULL;
+}
+
 static int check_header(const char *header, uint32_t *values, bool *shared, const char *path)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(header_fields); i++) {
@@ -286,8 +429,12 @@ static int alloc_activations(struct llama2_model *model)
 static int load_checkpoint(struct llama2_model *model, const char *path)
 {
 	uint64_t expected;
-	int err = read_shape(&model->shape, &model->blob, path);
+	const char *other = other_format(&model->blob, is_checkpoint);
+	int err;
 
+	if (other)
+		return fail(EXIT_INPUT, "%s: expected " CHECKPOINT_FORMAT ", got %s", path, other);
+	err = read_shape(&model->shape, &model->blob, path);
 	if (err)
 		return err;
 	expected = checkpoint_bytes(&model->shape);
@@ -749,9 +896,12 @@ static int read_pieces(struct llama2_tokenizer *tok, const char *path)
 static int parse_tokenizer(struct llama2_tokenizer *tok, const char *path)
 {
 	uint32_t sorted = tok->vocab_size - LLAMA2_FIRST_PIECE;
+	const char *other = other_format(&tok->blob, is_tokenizer);
 	int32_t max_length;
 	int err;
 
+	if (other)
+		return fail(EXIT_INPUT, "%s: expected " TOKENIZER_FORMAT ", got %s", path, other);
 	if (tok->blob.size < sizeof(int32_t))
 		return fail(EXIT_INPUT, "%s: expected at least 4 bytes, got %zu", path,
 			    tok->blob.size);

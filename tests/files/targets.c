@@ -143,13 +143,19 @@ static const char *input_file(const uint8_t *bytes, size_t size)
 	return path;
 }
 
-/* A pad with just enough room: what a file says may be more than there is */
+/*
+ * A pad with just enough room: what a file says may be more than there is. NULL if it says of
+ * rows that they were converted, and they were not.
+ */
 static struct kvscratch *load(const struct kvscratch_file *file,
 			      const struct kvscratch_saved_pad *saved)
 {
 	struct kvscratch *pad;
+	int err = kvscratch_load(&pad, file, saved->name, saved->len ? saved->len : 1, NULL, NULL);
 
-	CHECK(!kvscratch_load(&pad, file, saved->name, saved->len ? saved->len : 1, NULL, NULL));
+	if (err == -EBADMSG && saved->geometry.input_dtype != saved->geometry.dtype)
+		return NULL;
+	CHECK(!err);
 	CHECK(kvscratch_len(pad) == (int64_t)saved->len);
 	return pad;
 }
@@ -181,6 +187,7 @@ static void check_saved(const char *path, struct kvscratch *const *pads,
 	for (unsigned int i = 0; i < count; i++) {
 		struct kvscratch *pad = load(file, &saved[i]);
 
+		CHECK(pad);
 		check_same_rows(pads[i], pad);
 		kvscratch_close(pad);
 		for (unsigned int j = 0; j < count; j++)
@@ -196,15 +203,19 @@ static void save_and_compare(const struct kvscratch_file *file, const char *path
 	const struct kvscratch_saved_pad *saved = kvscratch_file_pads(file, &count);
 	struct kvscratch_named_pad *named = calloc(count, sizeof(*named));
 	struct kvscratch **pads = calloc(count, sizeof(*pads));
+	bool loaded = true;
 
 	CHECK(named && pads);
 	for (unsigned int i = 0; i < count; i++) {
 		pads[i] = load(file, &saved[i]);
 		named[i] = (struct kvscratch_named_pad){ saved[i].name, pads[i] };
+		loaded = loaded && pads[i];
 	}
-	CHECK(!kvscratch_save(path, named, count, NULL, NULL));
-	check_saved(path, pads, saved, count);
-	CHECK(!unlink(path));
+	if (loaded) {
+		CHECK(!kvscratch_save(path, named, count, NULL, NULL));
+		check_saved(path, pads, saved, count);
+		CHECK(!unlink(path));
+	}
 	for (unsigned int i = 0; i < count; i++)
 		kvscratch_close(pads[i]);
 	free(pads);

@@ -128,7 +128,8 @@ def tally(args):
     for name, reason in count.skips:
         print(f"skipped {name}: {reason}")
     numbers = count.passed, count.failed(), len(count.skips)
-    print("{}: {} passed, {} failed, {} skipped".format(args.suite, *numbers), flush=True)
+    print("{}: {} passed, {} failed, {} skipped, {} s".format(args.suite, *numbers, args.seconds),
+          flush=True)
     with open(args.results, "a", encoding="utf-8") as file:
         print(*numbers, args.suite, file=file)
     return 1 if count.failed() else 0
@@ -149,6 +150,7 @@ def main():
     parser.add_argument("--total", metavar="RESULTS")
     parser.add_argument("--parser", help="directory of kunit_parser.py")
     parser.add_argument("--status", type=int, default=0, help="exit status of the program")
+    parser.add_argument("--seconds", type=int, default=0, help="how long the program ran")
     parser.add_argument("--results", default="/dev/null")
     parser.add_argument("suite", nargs="?")
     parser.add_argument("tap", nargs="?")

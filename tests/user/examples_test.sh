@@ -66,6 +66,16 @@ result $? "the producer ends when the pad is full" "exit status $?"
 exec 4<&5
 expect "... and says so" "producer: Scratchpad full: 8 / 8 tokens"
 
+# one that is killed leaves its socket, and the next one begins all the same
+for _ in 1 2; do
+	producer left.sock <numbers 2>notes &
+	producer=$!
+	exec 3>numbers 4<notes
+	expect "a producer listens, whoever was there before" "listening at left.sock"
+	kill -KILL $producer
+	wait $producer
+done
+
 output=$(timeout 60 scratchpad 2>&1) && [ "$output" = "the last row begins with 1000" ]
 result $? "a pad as a C++ object" "$output"
 

@@ -12,6 +12,7 @@
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #define F32 KVSCRATCH_DTYPE_F32
 #define F64 KVSCRATCH_DTYPE_F64
@@ -369,45 +370,113 @@ TEST_F(files, many_pads_in_one_file)
 		kvscratch_close(named[i].pad);
 }
 
+/* A pad of @geometry with rows that were converted: of all magnitudes, and clamped ones */
+static struct kvscratch *converted_pad(const struct kvscratch_geometry *geometry, uint32_t rows)
+{
+	struct kvscratch *pad;
+	uint16_t half[64];
+	double wide[64];
+	float narrow[64];
+
+	if (kvscratch_new_geometry(&pad, geometry))
+		abort();
+	for (uint32_t row = 0; row < rows; row++) {
+		const void *input = narrow;
+
+		for (uint32_t i = 0; i < geometry->dim; i++) {
+			wide[i] = ((int)(i * 7919 + row * 104729) % 2001 - 1000) *
+				  __builtin_ldexp(1, (int)(row * 5 % 37) - 24);
+			narrow[i] = (float)wide[i];
+			/* any bits but those of infinities and NaNs */
+			half[i] = (i * 40503 + row * 30011) & 0xbbff;
+		}
+		if (geometry->input_dtype == F64)
+			input = wide;
+		else if (geometry->input_dtype != F32)
+			input = half;
+		if (kvscratch_append(pad, input, geometry->dim))
+			abort();
+	}
+	return pad;
+}
+
+/* They convert again when they are loaded, and what they have is what they had. */
 TEST_F(files, pads_that_convert)
 {
 	static const struct kvscratch_geometry geometries[] = {
-		{ 4, 32, I8, F32, 4 },
-		{ 4, 32, MXINT8, F32, 0 },
+		{ 40, 64, MXINT8, F32, 0 },
+		{ 40, 64, MXINT8, F64, 0 },
+		{ 40, 64, MXINT8, KVSCRATCH_DTYPE_F16, 0 },
+		{ 40, 64, MXINT8, KVSCRATCH_DTYPE_BF16, 0 },
+		{ 40, 33, I8, F32, 4 },
+		{ 40, 33, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_F16, 0 },
+		{ 40, 33, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_BF16, 12 },
+		{ 40, 33, KVSCRATCH_DTYPE_I32, F32, 30 },
+		{ 40, 33, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_BF16, 30 },
+		{ 40, 33, KVSCRATCH_DTYPE_I64, F64, 62 },
+		{ 40, 33, KVSCRATCH_DTYPE_I64, F32, 40 },
 	};
-	float row[32];
 
-	for (size_t i = 0; i < 32; i++)
-		row[i] = i * 0.25f - 3;
 	for (size_t i = 0; i < ARRAY_SIZE(geometries); i++) {
+		struct kvscratch *pad = converted_pad(&geometries[i], 37), *back;
 		const struct kvscratch_saved_pad *saved;
-		struct kvscratch *pad, *back;
 		struct kvscratch_file *file;
 		struct kvscratch_info info;
 		unsigned int count;
 
-		ASSERT_DONE(kvscratch_new_geometry(&pad, &geometries[i]));
-		ASSERT_DONE(kvscratch_append(pad, row, 32));
 		ASSERT_DONE(save_one(pad, "k0", at("pad.safetensors")));
 		ASSERT_DONE(kvscratch_open_file(&file, at("pad.safetensors")));
 		saved = kvscratch_file_pads(file, &count);
 		EXPECT_EQ(geometries[i].frac_bits, saved->geometry.frac_bits);
-		EXPECT_EQ(F32, saved->geometry.input_dtype);
+		EXPECT_EQ(geometries[i].input_dtype, saved->geometry.input_dtype);
 		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
-		EXPECT_TRUE(same_rows(pad, back));
+		EXPECT_TRUE(same_rows(pad, back)) TH_LOG("geometry %zu", i);
 		ASSERT_DONE(kvscratch_info(back, &info));
-		EXPECT_EQ(geometries[i].dtype, info.input_dtype);
+		EXPECT_EQ(geometries[i].input_dtype, info.input_dtype);
 		EXPECT_EQ(geometries[i].frac_bits, info.frac_bits);
-		/* nobody can put stored rows there */
-		EXPECT_EQ(-EINVAL, kvscratch_load_into(pad, file, NULL, NULL, NULL));
-		EXPECT_EQ(1, kvscratch_len(pad));
-		/* but on another of the kind */
+		kvscratch_close(back);
+		/* behind rows that are there, and into one that takes rows as they are stored */
+		ASSERT_DONE(kvscratch_truncate(pad, 3, false));
+		EXPECT_EQ(0, kvscratch_load_into(pad, file, NULL, NULL, NULL));
+		EXPECT_EQ(40, kvscratch_len(pad));
+		back = NULL;
+		ASSERT_DONE(kvscratch_new_geometry(&back, &(struct kvscratch_geometry){
+			40, geometries[i].dim, geometries[i].dtype, 0, geometries[i].frac_bits }));
 		EXPECT_EQ(0, kvscratch_load_into(back, file, NULL, NULL, NULL));
-		EXPECT_EQ(2, kvscratch_len(back));
+		EXPECT_EQ(37, kvscratch_len(back));
 		kvscratch_close(back);
 		kvscratch_close_file(file);
 		kvscratch_close(pad);
 	}
+}
+
+/* What no conversion gives, a pad that converts cannot have. */
+TEST_F(files, rows_that_were_not_converted)
+{
+	static const struct kvscratch_geometry converting = { 4, 32, MXINT8, F32, 0 };
+	struct kvscratch *plain, *pad;
+	int8_t record[33] = { 1 };
+
+	ASSERT_DONE(kvscratch_new(&plain, 4, 32, MXINT8));
+	ASSERT_DONE(kvscratch_new_geometry(&pad, &converting));
+	ASSERT_DONE(kvscratch_append(plain, record, 32));
+	ASSERT_DONE(save_one(plain, "k0", at("pad.safetensors")));
+	EXPECT_EQ(0, load_into(pad, at("pad.safetensors"), NULL));
+	record[32] = 100;
+	ASSERT_DONE(kvscratch_append(plain, record, 32));
+	ASSERT_DONE(save_one(plain, "k0", at("pad.safetensors")));
+	EXPECT_ERROR(EBADMSG, "tensor \"k0\": expected rows of mxint8 that were made of f32, got "
+		     "others", load_into(pad, at("pad.safetensors"), NULL));
+	EXPECT_EQ(1, kvscratch_len(pad));
+	/* a scale that is no number */
+	record[32] = -1;
+	ASSERT_DONE(kvscratch_truncate(plain, 1, false));
+	ASSERT_DONE(kvscratch_append(plain, record, 32));
+	ASSERT_DONE(save_one(plain, "k0", at("pad.safetensors")));
+	EXPECT_EQ(-EBADMSG, load_into(pad, at("pad.safetensors"), NULL));
+	EXPECT_EQ(1, kvscratch_len(pad));
+	kvscratch_close(pad);
+	kvscratch_close(plain);
 }
 
 /* Several batches, whose rows do not fill them; MXINT8 has its planes apart in the file. */
@@ -460,6 +529,24 @@ TEST_F(files, integers_of_others_into_fractions)
 	EXPECT_EQ(2, kvscratch_len(fractions));
 	kvscratch_close(fractions);
 	kvscratch_close(plain);
+}
+
+/* The library's calls of openat() end here: file systems without files that have no name */
+static bool without_nameless;
+
+int openat64(int from, const char *path, int flags, ...)
+{
+	va_list arguments;
+	mode_t mode;
+
+	va_start(arguments, flags);
+	mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;
+	va_end(arguments);
+	if (without_nameless && (flags & O_TMPFILE) == O_TMPFILE) {
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	return syscall(SYS_openat, from, path, flags, mode);
 }
 
 /* What is refused: saving */
@@ -568,15 +655,30 @@ TEST_F(files, places_that_have_no_file)
 	char deep[128];
 
 	ASSERT_EQ(0, mkdir(at("d.npy"), 0755));
-	EXPECT_ERROR(EINVAL, "expected a regular file or none, got something else",
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got a directory",
 		     save_one(self->pad, NULL, at("d.npy")));
-	EXPECT_ERROR(EBADMSG, "expected a regular file, got something else",
+	EXPECT_ERROR(EBADMSG, "expected a regular file, got a directory",
 		     open_and_close(at("d.npy")));
 	ASSERT_EQ(0, mkfifo(at("f.npy"), 0644));
-	EXPECT_ERROR(EINVAL, "expected a regular file or none, got something else",
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got a FIFO",
 		     save_one(self->pad, NULL, at("f.npy")));
-	EXPECT_ERROR(EBADMSG, "expected a regular file, got something else",
+	EXPECT_ERROR(EBADMSG, "expected a regular file, got a FIFO",
 		     open_and_close(at("f.npy")));
+	/* a device in the directory itself, where one may be made */
+	if (!mknod(at("n.npy"), S_IFCHR | 0600, makedev(1, 3))) {
+		EXPECT_ERROR(EINVAL, "expected a regular file or none, got a character device",
+			     save_one(self->pad, NULL, at("n.npy")));
+		ASSERT_EQ(0, unlink(at("n.npy")));
+	}
+	ASSERT_EQ(0, symlink("f.npy", at("l.npy")));
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got a FIFO",
+		     save_one(self->pad, NULL, at("l.npy")));
+	ASSERT_EQ(0, unlink(at("l.npy")));
+	ASSERT_EQ(0, symlink("nothing.npy", at("l.npy")));
+	EXPECT_ERROR(EINVAL, "expected a regular file or none, got a link to nothing",
+		     save_one(self->pad, NULL, at("l.npy")));
+	ASSERT_EQ(0, unlink(at("l.npy")));
+	EXPECT_ERROR(ENOENT, "cannot open the file: No such file or directory", open_and_close(""));
 	snprintf(deep, sizeof(deep), "%s/none/a.npy", directory);
 	EXPECT_ERROR(ENOENT, "cannot open the directory of the file: No such file or directory",
 		     save_one(self->pad, NULL, deep));
@@ -720,7 +822,32 @@ TEST_F(files, safetensors_headers_that_are_refused)
 		{ "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 0,
 		  "tensor \"a\": expected dtype, shape and data_offsets, got a second \"dtype\"" },
 		{ "{\"a\\u001b\":{\"strides\":[1]}}", 0,
-		  "tensor \"a?\": expected dtype, shape and data_offsets, got \"strides\"" },
+		  "tensor \"a?\": expected dtype, shape and data_offsets, got no dtype" },
+		/* what is passed over is JSON as well */
+		{ "{\"a\":{\"x\":[1,]}}", 0,
+		  "safetensors header: expected a value of JSON at byte 13, got ']'" },
+		{ "{\"a\":{\"x\":01}}", 0,
+		  "safetensors header: expected ',' or '}' at byte 11, got '1'" },
+		{ "{\"a\":{\"x\":-}}", 0,
+		  "safetensors header: expected a value of JSON at byte 11, got '}'" },
+		{ "{\"a\":{\"x\":1.}}", 0,
+		  "safetensors header: expected a value of JSON at byte 12, got '}'" },
+		{ "{\"a\":{\"x\":1e+}}", 0,
+		  "safetensors header: expected a value of JSON at byte 13, got '}'" },
+		{ "{\"a\":{\"x\":nul}}", 0,
+		  "safetensors header: expected a value of JSON at byte 10, got 'n'" },
+		{ "{\"a\":{\"x\":{1:2}}}", 0,
+		  "safetensors header: expected a key at byte 11, got '1'" },
+		{ "{\"a\":{\"x\":{\"y\"}}}", 0,
+		  "safetensors header: expected ':' at byte 14, got '}'" },
+		{ "{\"a\":{\"x\":", 0,
+		  "safetensors header: expected a value of JSON at byte 10, got its end" },
+		{ "{\"a\":{\"x\":[[[[[[[[[[", 0,
+		  "safetensors header: expected a value of JSON at byte 20, got its end" },
+		{ "{\"__metadata__\":nul}", 0, "safetensors header: expected an object as "
+		  "__metadata__ at byte 16, got 'n'" },
+		{ "{\"__metadata__\":null,\"__metadata__\":null}", 0,
+		  "expected one __metadata__, got two" },
 		{ "{" TENSOR("a", "F8_E4M3", "1,1", "0,1") "}", 1, "tensor \"a\": expected a dtype "
 		  "of F64 F32 F16 BF16 I64 I32 I16 I8 or U8, got \"F8_E4M3\"" },
 		{ "{" TENSOR("a", "u8", "1,1", "0,1") "}", 1, "tensor \"a\": expected a dtype of "
@@ -915,10 +1042,101 @@ TEST_F(files, safetensors_of_others)
 	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
 	kvscratch_file_pads(file, &count);
 	EXPECT_EQ(0, count);
-	EXPECT_ERROR(ENOENT, "expected the name of a pad: the file has 0 of them",
+	EXPECT_ERROR(EINVAL, "expected the name of a pad: the file has 0 of them, none",
 		     kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 	kvscratch_close_file(file);
 	kvscratch_close_file(NULL);
+}
+
+/* The format's own library reads these, too. */
+TEST_F(files, safetensors_with_more_than_we_know)
+{
+	static const char header[] = "{\"__metadata__\":null,\"a\":{\"quantization\": {\"group\" : "
+		"[1, -2.5e+3, {}, [], \"\\u00e9\"] ,\"none\":null }, \"dtype\":\"U8\",\"x\":true,"
+		"\"shape\":[1,2],\"x\":false,\"data_offsets\":[0,2]}}";
+	char nested[512] = "{\"a\":{\"x\":";
+	struct kvscratch *back;
+
+	write_safetensors(at("a.safetensors"), header, strlen(header), 2);
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), "a", 0));
+	EXPECT_EQ(1, kvscratch_len(back));
+	kvscratch_close(back);
+
+	/* as deep as may be, and one deeper */
+	memset(nested + strlen(nested), '[', 101);
+	write_safetensors(at("a.safetensors"), nested, strlen(nested), 0);
+	EXPECT_ERROR(EBADMSG, "safetensors header: expected at most 100 values in one another, got "
+		     "more at byte 111", open_and_close(at("a.safetensors")));
+	memset(nested + 10, ' ', 1);
+	memset(nested + 111, ']', 100);
+	strcpy(nested + 211, "," "\"dtype\":\"U8\",\"shape\":[1,2],\"data_offsets\":[0,2]}}");
+	write_safetensors(at("a.safetensors"), nested, strlen(nested), 2);
+	EXPECT_EQ(0, open_and_close(at("a.safetensors"))) TH_LOG("%s", kvscratch_error());
+}
+
+/* A file may be small and say that its pads are large. */
+TEST_F(files, claims_beyond_the_rows)
+{
+	static const char form[] = "{\"__metadata__\":{\"kvscratch\":\"1\",\"a.max_seq_len\":\"%s\","
+		"\"a.dtype\":\"u8\",\"a.input_dtype\":\"u8\",\"a.frac_bits\":\"0\"},"
+		TENSOR("a", "U8", "1,4", "0,4") "}";
+	char header[256];
+	struct kvscratch *back;
+
+	snprintf(header, sizeof(header), form, "400000000");
+	write_safetensors(at("a.safetensors"), header, strlen(header), 4);
+	EXPECT_ERROR(EINVAL, "expected a max_seq_len: with what the file says its pads would take "
+		     "1600000000 bytes, and it has 182", load_from(&back, at("a.safetensors"), NULL, 0));
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 2));
+	EXPECT_EQ(2, kvscratch_capacity(back));
+	kvscratch_close(back);
+	/* what every machine has is not asked for */
+	snprintf(header, sizeof(header), form, "1000000");
+	write_safetensors(at("a.safetensors"), header, strlen(header), 4);
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 0));
+	EXPECT_EQ(1000000, kvscratch_capacity(back));
+	kvscratch_close(back);
+}
+
+static void write_beginning(const char *path, const char *bytes, size_t size)
+{
+	char file[300] = { 0 };
+
+	memcpy(file, bytes, size);
+	write_bytes(path, file, sizeof(file));
+}
+
+TEST_F(files, what_other_containers_are_called)
+{
+	static const struct {
+		const char *bytes;
+		size_t size;
+		const char *name;
+	} cases[] = {
+		{ "PK\3\4\x14", 5, "zip (.npz, .pt)" },
+		{ "\x1f\x8b\x08\x08", 4, "gzip" },
+		{ "\x28\xb5\x2f\xfd", 4, "zstd" },
+		{ "\xfd" "7zXZ", 6, "xz" },
+		{ "BZh91AY&SY", 10, "bzip2" },
+		{ "GGUF\3", 5, "GGUF" },
+		{ "\x89HDF\r\n\x1a\n", 8, "HDF5" },
+		{ "ARROW1\0", 8, "Arrow (Feather)" },
+		{ "PAR1", 4, "Parquet" },
+		{ "\x80\4\x95", 3, "a pickle of Python" },
+		{ "\x80\2\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 14,
+		  "PyTorch before 1.6" },
+	};
+	char words[96];
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		write_beginning(at("a"), cases[i].bytes, cases[i].size);
+		snprintf(words, sizeof(words), "expected a .npy or a safetensors file, got %s",
+			 cases[i].name);
+		EXPECT_ERROR(EBADMSG, words, open_and_close(at("a")));
+	}
+	write_bytes(at("a"), "1.5,2\n3,4\n", 10);
+	EXPECT_ERROR(EBADMSG, "expected a .npy or a safetensors file, got text",
+		     open_and_close(at("a")));
 }
 
 TEST_F(files, what_is_neither_format)
@@ -999,6 +1217,28 @@ TEST_F(files, npy_files_that_are_refused)
 	EXPECT_EQ(0, open_and_close(at("a.npy")));
 	write_bytes(at("a.npy"), "\x93NUMPY\1\0\0\1{}", 12);
 	EXPECT_ERROR(EBADMSG, "the .npy header is cut off", open_and_close(at("a.npy")));
+	write_bytes(at("a.npy"), "\x93NUMPY\1\0\0", 9);
+	EXPECT_ERROR(EBADMSG, "the .npy header is cut off", open_and_close(at("a.npy")));
+}
+
+/* It is all there, and NumPy would read no such one, either. */
+TEST_F(files, a_long_npy_header)
+{
+	static char file[200000] = "\x93NUMPY\2\0\x00\x00\x02\x00";
+
+	write_bytes(at("a.npy"), file, sizeof(file));
+	EXPECT_ERROR(EBADMSG, "expected a .npy header of at most 131072 bytes, got 131084",
+		     open_and_close(at("a.npy")));
+}
+
+TEST_F(files, npy_of_python_2)
+{
+	struct kvscratch *back;
+
+	write_npy(at("a.npy"), NPY("<f4", "False", "(2L, 3L)"), 24);
+	ASSERT_DONE(load_from(&back, at("a.npy"), NULL, 0));
+	EXPECT_EQ(2, kvscratch_len(back));
+	kvscratch_close(back);
 }
 
 /* What is refused: loading */
@@ -1009,9 +1249,9 @@ TEST_F(files, loads_that_are_refused)
 	struct kvscratch *back = NULL;
 
 	ASSERT_DONE(kvscratch_save(at("two.safetensors"), two, 2, NULL, NULL));
-	EXPECT_ERROR(ENOENT, "expected the name of a pad: the file has 2 of them",
+	EXPECT_ERROR(EINVAL, "expected the name of a pad: the file has 2 of them, a b",
 		     load_from(&back, at("two.safetensors"), NULL, 0));
-	EXPECT_ERROR(ENOENT, "expected the name of a pad in the file, got \"c\"",
+	EXPECT_ERROR(ENOKEY, "expected the name of a pad in the file, which has a b, got \"c\"",
 		     load_from(&back, at("two.safetensors"), "c", 0));
 	EXPECT_ERROR(EINVAL, "max_seq_len: expected at least 2, the rows in the file, got 1",
 		     load_from(&back, at("two.safetensors"), "a", 1));
@@ -1019,7 +1259,7 @@ TEST_F(files, loads_that_are_refused)
 		     load_from(&back, at("two.safetensors"), "a", 1ull << 32));
 	EXPECT_EQ(NULL, back);
 	ASSERT_DONE(save_one(self->pad, NULL, at("one.npy")));
-	EXPECT_ERROR(ENOENT, "expected the name of a pad in the file, got \"a\"",
+	EXPECT_ERROR(ENOKEY, "expected the name of a pad in the file, which has one without a name, got \"a\"",
 		     load_from(&back, at("one.npy"), "a", 0));
 }
 
@@ -1034,8 +1274,7 @@ TEST_F(files, pads_that_rows_do_not_fit)
 		{ { 8, 3, KVSCRATCH_DTYPE_I32, 0, 0 }, EINVAL, "dtype: expected i32, got f32" },
 		{ { 1, 3, F32, 0, 0 }, ENOSPC, "Scratchpad overflow: 0 + 2 > 1 max" },
 	};
-	const struct kvscratch_geometry converting = { 4, 3, I8, F32, 0 };
-	struct kvscratch *pad, *bytes = filled_pad(2, 3, I8, 1);
+	struct kvscratch *pad;
 
 	ASSERT_DONE(save_one(self->pad, "k", at("f32.safetensors")));
 	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
@@ -1046,12 +1285,6 @@ TEST_F(files, pads_that_rows_do_not_fit)
 		EXPECT_EQ(0, generation(pad));
 		kvscratch_close(pad);
 	}
-	ASSERT_DONE(kvscratch_new_geometry(&pad, &converting));
-	ASSERT_DONE(save_one(bytes, "k", at("i8.safetensors")));
-	EXPECT_ERROR(EINVAL, "expected a pad that takes rows as they are stored, got one that "
-		     "makes i8 of f32", load_into(pad, at("i8.safetensors"), NULL));
-	kvscratch_close(pad);
-	kvscratch_close(bytes);
 	ASSERT_DONE(kvscratch_attach(&pad, kvscratch_fd(self->pad), O_RDONLY));
 	EXPECT_ERROR(EBADF, "expected a handle open for write, got one for read only",
 		     load_into(pad, at("f32.safetensors"), NULL));
@@ -1178,6 +1411,24 @@ TEST_F(files, a_save_that_is_canceled)
 	}
 	EXPECT_STREQ("canceled after 9437184 of 9437184 bytes", kvscratch_error());
 	kvscratch_close(pad);
+}
+
+/* Where files have no names to begin with, and where they do */
+TEST_F(files, a_save_that_leaves_nothing)
+{
+	const struct kvscratch_named_pad named = { NULL, self->pad };
+
+	for (int i = 0; i < 2; i++) {
+		struct script script = { .act_at = 2, .cancel = 1 };
+
+		without_nameless = i;
+		EXPECT_EQ(-ECANCELED, kvscratch_save(at("a.npy"), &named, 1, follow, &script));
+		EXPECT_EQ(0, nr_entries());
+		ASSERT_DONE(save_one(self->pad, NULL, at("a.npy")));
+		EXPECT_EQ(0, open_and_close(at("a.npy")));
+		EXPECT_EQ(1, nr_entries());
+		ASSERT_EQ(0, unlink(at("a.npy")));
+	}
 }
 
 TEST_F(files, a_load_that_is_canceled)
@@ -1366,6 +1617,15 @@ TEST_F(files, a_file_that_is_replaced)
 	EXPECT_EQ(0606, stat_after.st_mode & 07777);
 	EXPECT_EQ(128 + sizeof(two_rows), stat_after.st_size);
 	EXPECT_NE(stat_before.st_ino, stat_after.st_ino);
+	/* and its owner, where that may be */
+	if (!geteuid()) {
+		ASSERT_EQ(0, chown(at("a.npy"), 12345, 12346));
+		ASSERT_DONE(save_one(self->pad, NULL, at("a.npy")));
+		ASSERT_EQ(0, lstat(at("a.npy"), &stat_after));
+		EXPECT_EQ(12345, stat_after.st_uid);
+		EXPECT_EQ(12346, stat_after.st_gid);
+		EXPECT_EQ(0606, stat_after.st_mode & 07777);
+	}
 	/* who has it open reads on in the old one */
 	EXPECT_EQ(1, read(old, &byte, 1));
 	EXPECT_EQ('o', byte);
@@ -1391,12 +1651,26 @@ TEST_F(files, a_size_limit)
 {
 	struct kvscratch *pad = filled_pad(3, 3 << 20, U8, 3);
 	const struct rlimit limit = { 5 << 20, 5 << 20 };
+	sigset_t set, pending;
 
 	write_bytes(at("a.npy"), "old", 3);
-	signal(SIGXFSZ, SIG_IGN);
+	/* what the program does about its signal is left as it is, and so is one that waits */
+	sigemptyset(&set);
+	sigaddset(&set, SIGXFSZ);
 	ASSERT_EQ(0, setrlimit(RLIMIT_FSIZE, &limit));
 	EXPECT_ERROR(EFBIG, "cannot write the file: File too large",
 		     save_one(pad, NULL, at("a.npy")));
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	EXPECT_EQ(-EFBIG, save_one(pad, NULL, at("a.npy")));
+	sigpending(&pending);
+	EXPECT_EQ(0, sigismember(&pending, SIGXFSZ));
+	raise(SIGXFSZ);
+	EXPECT_EQ(-EFBIG, save_one(pad, NULL, at("a.npy")));
+	sigpending(&pending);
+	EXPECT_EQ(1, sigismember(&pending, SIGXFSZ));
+	signal(SIGXFSZ, SIG_IGN);
+	sigprocmask(SIG_UNBLOCK, &set, NULL);
+	EXPECT_EQ(-EFBIG, save_one(pad, NULL, at("a.npy")));
 	EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
 	EXPECT_EQ(1, nr_entries());
 	kvscratch_close(pad);
@@ -1443,6 +1717,7 @@ TEST_F(files, a_file_that_cannot_take_its_place)
 	const struct kvscratch_named_pad named = { NULL, self->pad };
 	struct script script = { .act_at = 2, .temporaries = true };
 
+	without_nameless = true;
 	write_bytes(at("a.npy"), "old", 3);
 	EXPECT_ERROR(ENOENT, "cannot put the file in its place: No such file or directory",
 		     kvscratch_save(at("a.npy"), &named, 1, follow, &script));
@@ -1503,9 +1778,12 @@ TEST_F(files, a_save_that_is_killed)
 	const struct kvscratch_named_pad named = { NULL, pad };
 
 	write_bytes(at("a.npy"), "old", 3);
-	for (int call = 1; call <= 4; call++) {
-		struct script script = { .act_at = call, .kill = true };
-		pid_t child = fork_child();
+	for (int i = 0; i < 8; i++) {
+		struct script script = { .act_at = i / 2 + 1, .kill = true };
+		pid_t child;
+
+		without_nameless = i % 2;
+		child = fork_child();
 
 		if (!child) {
 			kvscratch_save(at("a.npy"), &named, 1, follow, &script);
@@ -1513,8 +1791,8 @@ TEST_F(files, a_save_that_is_killed)
 		}
 		EXPECT_EQ(128 + SIGKILL, wait_for(child));
 		EXPECT_TRUE(file_is(at("a.npy"), "old", 3));
-		/* the one thing that is left, under its own name */
-		EXPECT_EQ(2, nr_entries());
+		/* nothing is left, or one thing under its own name */
+		EXPECT_EQ(1 + without_nameless, nr_entries());
 		remove_temporaries();
 		EXPECT_EQ(1, nr_entries());
 	}

@@ -378,10 +378,10 @@ TEST_F_TIMEOUT(held, a_full_holder, TEST_SECONDS)
 			close(fds[i]);
 	}
 	/* the clients are gone before the next one is served */
-	EXPECT_EQ(-ENOENT, kvscratch_holder_drop("story/none"));
+	EXPECT_EQ(-ENOKEY, kvscratch_holder_drop("story/none"));
 	EXPECT_GE(files + 1, nr_files(pid));
 	EXPECT_EQ(0, kvscratch_holder_drop("story/k7"));
-	EXPECT_EQ(-ENOENT, kvscratch_attach_name(&pad, "story/k7", O_RDONLY));
+	EXPECT_EQ(-ENOKEY, kvscratch_attach_name(&pad, "story/k7", O_RDONLY));
 	kvscratch_close(pad);
 }
 
@@ -390,14 +390,14 @@ TEST_F_TIMEOUT(held, a_name_alone_is_the_only_pad, TEST_SECONDS)
 	struct kvscratch *pads[3], *held;
 
 	ASSERT_EQ(0, hold("story", "--write"));
-	EXPECT_ERROR(ENOENT, "story: expected a holder of one pad, or NAME/PAD, got one of 0 pads",
+	EXPECT_ERROR(EINVAL, "story: expected a holder of one pad, or NAME/PAD, got one of 0 pads",
 		     kvscratch_attach_name(&held, "story", O_RDONLY));
 	ASSERT_EQ(0, put_three(pads));
 	EXPECT_ERROR(EINVAL, "story: expected a holder of one pad, or NAME/PAD, got one of 3 pads",
 		     kvscratch_attach_name(&held, "story", O_RDONLY));
 	EXPECT_EQ(0, kvscratch_holder_drop("story/k0"));
 	EXPECT_EQ(0, kvscratch_holder_drop("story/tokens"));
-	EXPECT_ERROR(ENOENT, "story: there is no pad \"k0\"",
+	EXPECT_ERROR(ENOKEY, "story: there is no pad \"k0\"",
 		     kvscratch_attach_name(&held, "story/k0", O_RDONLY));
 	ASSERT_EQ(0, kvscratch_attach_name(&held, "story", O_RDONLY));
 	kvscratch_close(held);
@@ -670,7 +670,7 @@ TEST_F_TIMEOUT(held, a_client_that_speaks_slowly, TEST_SECONDS)
 			EXPECT_TRUE(is_served());
 	}
 	EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
-	EXPECT_EQ(-ENOENT, reply.err);
+	EXPECT_EQ(-ENOKEY, reply.err);
 	EXPECT_STREQ("there is no pad \"none\"", reply.words);
 	EXPECT_TRUE(is_closed(sock));
 	close(sock);
@@ -753,7 +753,7 @@ TEST_F_TIMEOUT(held, garbage, TEST_SECONDS)
 	memset(request.pad, 'x', sizeof(request.pad));
 	sock = speak(&request, NULL, 0);
 	EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
-	EXPECT_EQ(-ENOENT, reply.err);
+	EXPECT_EQ(-ENOKEY, reply.err);
 	close(sock);
 
 	EXPECT_TRUE(is_served());

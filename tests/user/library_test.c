@@ -6,6 +6,11 @@
 #include "common.h"
 
 #include <pthread.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/un.h>
 
 #define F32 KVSCRATCH_DTYPE_F32
 #define U8 KVSCRATCH_DTYPE_U8
@@ -292,15 +297,18 @@ TEST_F(pad, what_is_no_handle)
 {
 	int files[] = { open("/dev/null", O_RDWR), open("/proc/self/stat", O_RDONLY),
 			memfd_create("other", MFD_ALLOW_SEALING),
-			socket(AF_UNIX, SOCK_STREAM, 0) };
+			socket(AF_UNIX, SOCK_STREAM, 0), open("/", O_RDONLY) };
+	static const char *const kinds[] = { "a character device", "a regular file",
+					     "a regular file", "a socket", "a directory" };
 	struct kvscratch *pad;
-	char words[80];
+	char words[128];
 
 	for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
 		ASSERT_LE(0, files[i]);
 		snprintf(words, sizeof(words),
-			 "descriptor %d: expected a handle of a pad, got something else", files[i]);
+			 "descriptor %d: expected a handle of a pad, got %s", files[i], kinds[i]);
 		EXPECT_ERROR(ENOTTY, words, kvscratch_from_fd(&pad, files[i]));
+		EXPECT_ERROR(ENOTTY, words, kvscratch_attach(&pad, files[i], O_RDONLY));
 		/* still ours */
 		EXPECT_EQ(0, close(files[i]));
 	}
@@ -618,6 +626,168 @@ TEST_F(pad, handles_are_passed_over_a_socket)
 		     kvscratch_receive_handles(socks[1], text, sizeof(text), got, 2));
 	EXPECT_ERROR(ENOENT, "/nowhere/sock: cannot connect: No such file or directory",
 		     kvscratch_connect("/nowhere/sock"));
+}
+
+/* A pair of sockets of @type, or one socket and -1 */
+static void make_pair(int type, int *socks)
+{
+	if (socketpair(AF_UNIX, type, 0, socks))
+		abort();
+}
+
+TEST_F(pad, handles_take_a_stream)
+{
+	static const int types[] = { SOCK_SEQPACKET, SOCK_DGRAM };
+	const char *name = "pad";
+	char text[KVSCRATCH_MAX_NAMES_BYTES], words[128];
+	int fd = kvscratch_open_reader(self->pad);
+	int socks[2], pipes[2], got;
+
+	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+		make_pair(types[i], socks);
+		snprintf(words, sizeof(words), "descriptor %d: expected a connected Unix stream "
+			 "socket, got one of another kind", socks[0]);
+		EXPECT_ERROR(EPROTOTYPE, words, kvscratch_send_handles(socks[0], &name, &fd, 1));
+		/* nothing was sent, and nobody waits for the rest */
+		EXPECT_EQ(-1, recv(socks[1], text, 1, MSG_DONTWAIT));
+		EXPECT_EQ(EAGAIN, errno);
+		EXPECT_EQ(-EPROTOTYPE, kvscratch_receive_handles(socks[1], text, sizeof(text), &got, 1));
+		close(socks[0]);
+		close(socks[1]);
+	}
+	ASSERT_EQ(0, pipe(pipes));
+	snprintf(words, sizeof(words), "descriptor %d: expected a connected Unix stream socket, got "
+		 "something else", pipes[1]);
+	EXPECT_ERROR(ENOTSOCK, words, kvscratch_send_handles(pipes[1], &name, &fd, 1));
+	EXPECT_ERROR(EBADF, "descriptor 999: expected a connected Unix stream socket, got none",
+		     kvscratch_receive_handles(999, text, sizeof(text), &got, 1));
+	socks[0] = socket(AF_UNIX, SOCK_STREAM, 0);
+	snprintf(words, sizeof(words), "descriptor %d: expected a connected Unix stream socket, got "
+		 "one that is not connected", socks[0]);
+	EXPECT_ERROR(ENOTCONN, words, kvscratch_receive_handles(socks[0], text, sizeof(text), &got, 1));
+	EXPECT_EQ(-ENOTCONN, kvscratch_send_handles(socks[0], &name, &fd, 1));
+	socks[1] = socket(AF_INET, SOCK_STREAM, 0);
+	EXPECT_EQ(-EPROTOTYPE, kvscratch_send_handles(socks[1], &name, &fd, 1));
+	close(socks[0]);
+	close(socks[1]);
+	close(fd);
+}
+
+/* "" would be a name in no directory, which every user may listen at and connect to. */
+TEST(paths_that_no_socket_has)
+{
+	char path[200], words[200];
+
+	EXPECT_ERROR(EINVAL, "expected the path of a socket, got an empty one",
+		     kvscratch_listen(""));
+	EXPECT_ERROR(EINVAL, "expected the path of a socket, got an empty one",
+		     kvscratch_connect(""));
+	memset(path, 'a', sizeof(path));
+	path[108] = '\0';
+	snprintf(words, sizeof(words), "%.80s...: expected a path of at most 107 bytes for a socket, "
+		 "got 108", path);
+	EXPECT_ERROR(ENAMETOOLONG, words, kvscratch_listen(path));
+	EXPECT_ERROR(ENAMETOOLONG, words, kvscratch_connect(path));
+}
+
+/* What a socket cannot be made at, or can: a directory that is removed in the end */
+TEST(what_lies_where_a_socket_shall_be)
+{
+	char directory[] = "/tmp/kvscratch-library-XXXXXX";
+	char path[64], words[160];
+	int listener, file;
+
+	ASSERT_NE(NULL, mkdtemp(directory));
+	snprintf(path, sizeof(path), "%s/sock", directory);
+	file = open(path, O_CREAT | O_WRONLY, 0600);
+	ASSERT_LE(0, file);
+	snprintf(words, sizeof(words), "%s: cannot listen: expected a socket or nothing there, got a "
+		 "regular file", path);
+	EXPECT_ERROR(ENOTSOCK, words, kvscratch_listen(path));
+	snprintf(words, sizeof(words), "%s: cannot connect: expected a socket, got a regular file",
+		 path);
+	EXPECT_ERROR(ENOTSOCK, words, kvscratch_connect(path));
+	ASSERT_EQ(0, unlink(path));
+	ASSERT_EQ(0, symlink("nothing", path));
+	snprintf(words, sizeof(words), "%s: cannot listen: expected a socket or nothing there, got a "
+		 "symbolic link", path);
+	EXPECT_ERROR(ENOTSOCK, words, kvscratch_listen(path));
+	ASSERT_EQ(0, unlink(path));
+	ASSERT_EQ(0, mkdir(path, 0700));
+	EXPECT_EQ(-ENOTSOCK, kvscratch_listen(path));
+	ASSERT_EQ(0, rmdir(path));
+	/* that of a process that is gone makes room, that of one that listens does not */
+	for (int times = 0; times < 2; times++) {
+		listener = kvscratch_listen(path);
+		ASSERT_LE(0, listener) TH_LOG("%s", kvscratch_error());
+		snprintf(words, sizeof(words), "%s: cannot listen: somebody listens there", path);
+		EXPECT_ERROR(EADDRINUSE, words, kvscratch_listen(path));
+		EXPECT_EQ(0, access(path, F_OK));
+		close(listener);
+	}
+	ASSERT_EQ(0, unlink(path));
+	ASSERT_EQ(0, rmdir(directory));
+}
+
+/* Size limits are for files, of which pads without the module are some. */
+TEST_F(pad, a_size_limit)
+{
+	const struct rlimit limit = { 50, 50 };
+	bool is_file = kvscratch_backend(self->pad) == KVSCRATCH_BACKEND_MEMFD;
+	int expected = is_file ? -EFBIG : 0;
+	struct kvscratch *pad;
+
+	ASSERT_EQ(0, kvscratch_append(self->pad, three_rows, 4));
+	ASSERT_EQ(0, setrlimit(RLIMIT_FSIZE, &limit));
+	/* none of these ends us, and all leave the pad as it was */
+	EXPECT_EQ(expected, kvscratch_new(&pad, 10, 4, F32));
+	if (is_file)
+		EXPECT_STREQ("cannot create a pad of [10, 4] f32: File too large: pads without the "
+			     "module are files, see ulimit -f", kvscratch_error());
+	EXPECT_EQ(expected, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	EXPECT_EQ(expected, kvscratch_append_rows(self->pad, three_rows, 3, 4));
+	EXPECT_EQ(is_file ? 1 : 7, kvscratch_len(self->pad));
+	EXPECT_EQ(expected, kvscratch_truncate(self->pad, 0, KVSCRATCH_TRUNCATE_ZERO));
+}
+
+static bool new_device_directory(void)
+{
+	return !unshare(CLONE_NEWNS) && !mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) &&
+	       !mount("none", "/dev", "tmpfs", 0, NULL);
+}
+
+/* Root makes a file there by exec 3<>/dev/kvscratch. */
+TEST(what_lies_where_the_device_shall_be)
+{
+	static const struct {
+		mode_t mode;
+		const char *kind;
+	} cases[] = {
+		{ S_IFREG, "a regular file" },
+		{ S_IFIFO, "a FIFO" },
+		{ S_IFCHR, "another device" },
+	};
+	struct kvscratch *pad;
+	char words[160];
+
+	ASSERT_EQ(0, unsetenv("KVSCRATCH_BACKEND"));
+	if (!new_device_directory())
+		SKIP(return, "nothing can be mounted here: %s", strerror(errno));
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		ASSERT_EQ(0, mknod(KVSCRATCH_DEVICE, cases[i].mode | 0666, makedev(1, 3)));
+		snprintf(words, sizeof(words), "/dev/kvscratch: expected the device of the module, got "
+			 "%s: remove it and load the module; KVSCRATCH_BACKEND=memfd works without",
+			 cases[i].kind);
+		EXPECT_ERROR(ENODEV, words, kvscratch_new(&pad, 1, 1, U8));
+		ASSERT_EQ(0, unlink(KVSCRATCH_DEVICE));
+	}
+	ASSERT_EQ(0, mkdir(KVSCRATCH_DEVICE, 0700));
+	EXPECT_EQ(-ENODEV, kvscratch_new(&pad, 1, 1, U8));
+	ASSERT_EQ(0, rmdir(KVSCRATCH_DEVICE));
+	/* which is none */
+	ASSERT_EQ(0, symlink("nothing", KVSCRATCH_DEVICE));
+	EXPECT_EQ(KVSCRATCH_BACKEND_MEMFD, kvscratch_default_backend());
+	ASSERT_EQ(0, umount2("/dev", MNT_DETACH));
 }
 
 /* Waiting */

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -55,8 +56,10 @@ class Model:
     of each.
     """
 
+    dim, heads, kv_heads = 8, 4, 2
+
     def __init__(self, directory, shared):
-        self.dim, self.hidden, self.layers, self.heads, self.kv_heads = 8, 12, 2, 4, 2
+        self.hidden, self.layers = 12, 2
         self.vocab, self.seq_len, self.shared = 262, 12, shared
         self.head = self.dim // self.heads
         self.kv_dim = self.head * self.kv_heads
@@ -375,6 +378,63 @@ def broken_tokenizers():
         refused(good[:4] + struct.pack("<f", math.nan) + good[8:])
 
 
+def other_formats(model):
+    """What lies under names like ours, and what it is said to be"""
+    version = struct.pack("<Ii7iB", 0x616b3432, 1, model.dim, model.hidden, model.layers,
+                          model.heads, model.kv_heads, model.vocab, model.seq_len, 1)
+    header = b'{"__metadata__":{"format":"pt"}}'
+    for exported in (version, version[:4] + b"\2" + version[5:]):
+        yield exported + bytes(256 - len(exported)), "a later version of llama2.c's export"
+    yield struct.pack(">Ii", 0x616b3432, 1) + bytes(248), "a later version of llama2.c's export"
+    yield b"GGUF\3\0\0\0" + bytes(99), "a GGUF file"
+    yield b"lmgg" + bytes(99), "a GGML file"
+    yield b"<!DOCTYPE html>\n<html><title>Not found</title></html>\n", "an HTML page"
+    yield b"\xef\xbb\xbf \n<html lang='en'>", "an HTML page"
+    yield (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 +
+           b"\nsize 1056540\n"), "a Git LFS pointer"
+    yield b"/annex/objects/SHA256E-s1056540--00.bin\n", "a git-annex pointer"
+    yield struct.pack("<Q", len(header)) + header, "a safetensors file"
+    yield b"PK\3\4" + bytes(4) + b"archive/data.pkl" + bytes(99), "a ZIP archive"
+    yield b"\x80\2\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "a Python pickle"
+    yield b"\x80\4\x95" + bytes(99), "a Python pickle"
+    yield b"\n\x0e\n\5<unk>\x15" + bytes(99), "a SentencePiece model"
+    yield b"\x93NUMPY\1\0v\0{", "a .npy file"
+    yield b"\x1f\x8b\x08" + bytes(99), "compressed by gzip"
+    yield b'{"version": "1.0", "model": {"type": "BPE"}}', "a JSON file"
+    yield b"Entry not found", "a text file"
+    yield b"", "an empty file"
+
+
+def big_endian(model):
+    """Both files, as a machine of the other byte order writes them"""
+    words = len(model.checkpoint_bytes) // 4
+    checkpoint = struct.pack(f">{words}I", *struct.unpack(f"<{words}I", model.checkpoint_bytes))
+    tokenizer = struct.pack(">i", max(map(len, model.pieces)))
+    for piece in model.pieces:
+        tokenizer += struct.pack(">fi", 0.0, len(piece)) + piece
+    return checkpoint, tokenizer
+
+
+@test
+def files_of_other_formats():
+    with tempfile.TemporaryDirectory() as directory:
+        model = Model(directory, True)
+        swapped = big_endian(model)
+        for path, good, other, expected in (
+                (model.checkpoint, model.checkpoint_bytes, model.tokenizer_bytes,
+                 "expected a checkpoint as llama2.c's legacy export (version 0) writes it, got "),
+                (model.tokenizer, model.tokenizer_bytes, model.checkpoint_bytes,
+                 "expected a tokenizer as llama2.c's tokenizer.py writes it, got ")):
+            what = "a tokenizer" if path == model.checkpoint else "a checkpoint"
+            for data, got in (*other_formats(model), (other, what),
+                              (swapped[path == model.tokenizer], "one of a big-endian machine")):
+                path.write_bytes(data)
+                expect_error(1, f"{path.name}: {expected}", "kvdecode", "--cache", "heap",
+                             *model.arguments())
+                expect_error(1, got, "kvdecode", "--cache", "heap", *model.arguments())
+            path.write_bytes(good)
+
+
 @test
 def an_output_that_is_full():
     with open("/dev/full", "wb") as full:
@@ -444,6 +504,126 @@ def a_killed_decoder_goes_on_from_held_pads():
                    f"{other.stderr!r}")
         finally:
             tool("kvscratchctl-sanitized", "drop", "story")
+
+
+@contextlib.contextmanager
+def holder(name):
+    """A function that runs a tool beside a holder, which ends with the context."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+
+        def tool(program, *arguments):
+            return subprocess.run([BUILD / f"{program}-sanitized", *map(str, arguments)],
+                                  capture_output=True, check=False, stdin=subprocess.DEVNULL,
+                                  env=environment)
+
+        held = tool("kvscratchctl", "hold", name, "--write")
+        expect(held.returncode == 0, f"{held.stderr!r}")
+        try:
+            yield tool
+        finally:
+            tool("kvscratchctl", "drop", name)
+
+
+def saved(tool, directory):
+    """What the held pads hold"""
+    path = pathlib.Path(directory) / "saved.safetensors"
+    done = tool("kvscratchctl", "-n", "m", "save", path)
+    expect(done.returncode == 0, f"{done.stderr!r}")
+    return path.read_bytes()
+
+
+class Wide(Model):
+    """Rows that mxint8 has blocks for"""
+
+    dim, heads, kv_heads = 128, 4, 2
+
+
+@test
+def a_cache_of_another_checkpoint():
+    with tempfile.TemporaryDirectory() as directory:
+        for model_type, name, options in ((Model, "embedding", ()), (Model, "wk", ()),
+                                          (Model, "wq", ("--queries",)),
+                                          (Wide, "wv", ("--kv", "mxint8"))):
+            model = model_type(directory, True)
+            names = list(model.tensor)
+            # one number: of the row of BOS, which every text has, or of the last layer
+            at = 28 + 4 * sum(len(model.tensor[before]) for before in names[:names.index(name)])
+            at += 4 * (model.dim if name == "embedding" else len(model.tensor[name]) - 1)
+            other = bytearray(model.checkpoint_bytes)
+            other[at + 3] ^= 0x80
+            arguments = ("--hold", "m", *options, *model.arguments())
+            with holder("m") as tool:
+                first = tool("kvdecode", "--steps", 8, *arguments)
+                expect(first.returncode == 0, f"{first.stderr!r}")
+                before = saved(tool, directory)
+                model.checkpoint.write_bytes(other)
+                refused = tool("kvdecode", "--steps", 9, *arguments)
+                expect(refused.returncode == 2 and not refused.stdout and
+                       b"the cache is of another checkpoint" in refused.stderr,
+                       f"{name}: {refused.returncode} {refused.stderr!r}")
+                expect(saved(tool, directory) == before, f"{name}: the pads were touched")
+                model.checkpoint.write_bytes(model.checkpoint_bytes)
+                again = tool("kvdecode", "--steps", 8, *arguments)
+                expect(again.stdout == first.stdout and not again.stderr, f"{again.stderr!r}")
+
+
+@test
+def saved_pads_go_on_in_another_holder():
+    """Also those that convert: the text is that of one decoder that was left alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+
+        def tool(program, *arguments):
+            done = subprocess.run([BUILD / f"{program}-sanitized", *arguments], check=False,
+                                  capture_output=True, stdin=subprocess.DEVNULL, env=environment)
+            expect(done.returncode == 0, f"{program} {arguments}: {done.stderr!r}")
+            return done.stdout
+
+        for kv in "f32", "mxint8":
+            file = f"{directory}/{kv}.safetensors"
+            try:
+                for holder in "first", "second":
+                    tool("kvscratchctl", "hold", holder, "--write")
+                tool("kvdecode", "--kv", kv, "--hold", "first", "--steps", "20")
+                tool("kvscratchctl", "-n", "first", "save", file)
+                tool("kvscratchctl", "-n", "second", "load", file)
+                text = tool("kvdecode", "--kv", kv, "--hold", "second")
+                expect(text == text_of("--kv", kv), f"{kv}: {text!r}")
+            finally:
+                for holder in "first", "second":
+                    tool("kvscratchctl", "drop", holder)
+
+
+@test
+def a_holder_that_is_there_and_out_of_reach():
+    """What makes one is said where there is none, and nowhere else."""
+    def few_files():
+        # the socket, and not all of the handles that come over it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
+
+    with tempfile.TemporaryDirectory() as directory:
+        environment = without_device(XDG_RUNTIME_DIR=directory)
+        kvdecode = [BUILD / "kvdecode-sanitized", "--hold", "story", "--steps", "2"]
+        subprocess.run([BUILD / "kvscratchctl-sanitized", "hold", "story", "--write"], check=True,
+                       env=environment)
+        try:
+            subprocess.run(kvdecode, check=True, stdout=subprocess.DEVNULL, env=environment)
+            done = subprocess.run(kvdecode, check=False, capture_output=True,
+                                  preexec_fn=few_files,  # pylint: disable=subprocess-popen-preexec-fn
+                                  stdin=subprocess.DEVNULL, env=environment)
+        finally:
+            subprocess.run([BUILD / "kvscratchctl-sanitized", "drop", "story"], check=True,
+                           env=environment)
+        expect(done.returncode == 2 and b"Too many open files" in done.stderr and
+               b"makes one" not in done.stderr, f"exit {done.returncode}: {done.stderr!r}")
+
+
+@test
+def values_that_are_empty():
+    for option in ("--model", "--checkpoint", "--tokenizer", "--serve", "--logits", "--hold"):
+        expect_error(1, "expected a value for each option, got an empty one", "kvdecode", option,
+                     "")
 
 
 @test

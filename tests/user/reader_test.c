@@ -66,14 +66,18 @@ TEST_F(reader, a_byte_stream_of_committed_rows)
 TEST_F(reader, a_read_into_a_hole_is_short)
 {
 	uint8_t *to = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ssize_t got;
 
 	ASSERT_NE(MAP_FAILED, to);
 	ASSERT_EQ(0, mprotect(to + 4096, 4096, PROT_NONE));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 10));
-	EXPECT_EQ(20, read(self->reader, to + 4096 - 20, 100));
-	EXPECT_EQ(20, lseek(self->reader, 0, SEEK_CUR));
+	got = read(self->reader, to + 4096 - 20, 100);
+	/* arm64 copies 16 bytes or none of them */
+	EXPECT_LE(16, got);
+	EXPECT_GE(20, got);
+	EXPECT_EQ(got, lseek(self->reader, 0, SEEK_CUR));
 	EXPECT_ERRNO(EFAULT, read(self->reader, to + 4096, 100));
-	EXPECT_EQ(20, lseek(self->reader, 0, SEEK_CUR));
+	EXPECT_EQ(got, lseek(self->reader, 0, SEEK_CUR));
 	munmap(to, 8192);
 }
 

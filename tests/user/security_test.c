@@ -626,7 +626,7 @@ static void await_poll(pid_t pid)
 	char path[32];
 
 	snprintf(path, sizeof(path), "/proc/%d/syscall", pid);
-	while (number_in_file(path, NULL) != SYS_poll)
+	while (number_in_file(path, NULL) != SYS_ppoll)
 		sched_yield();
 }
 
@@ -678,7 +678,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	pid = fork_sharing_descriptors();
 	ASSERT_LE(0, pid);
 	if (!pid) {
-		CHILD_CHECK(syscall(SYS_poll, &poll_fd, 1, -1) == 1);
+		CHILD_CHECK(syscall(SYS_ppoll, &poll_fd, 1, NULL, NULL, 0) == 1);
 		/* it woke up and looked the descriptor up again */
 		CHILD_CHECK(poll_fd.revents == POLLNVAL);
 		_exit(0);

@@ -26,6 +26,13 @@ result() {
 	fi
 }
 
+# skip NAME REASON
+skip() {
+	count=$(($(cat count) + 1))
+	echo $count >count
+	echo "ok $count - $1 # SKIP $2"
+}
+
 # expect NAME STATUS OUTPUT: of the latest run
 expect() {
 	[ "$status" = "$2" ] && [ "$output" = "$3" ]
@@ -87,6 +94,16 @@ usage()
 	expect "an option without its other" 1 "kvscratchctl watch: --timeout: expected --socket with it"
 	run kvscratchctl watch --rows --json
 	expect "options that exclude each other" 1 "kvscratchctl watch: expected either --rows or --json, got both"
+	for option in --name --socket; do
+		run kvscratchctl watch $option ''
+		expect "$option of nothing" 1 "kvscratchctl watch: expected a value for each option, got an empty one"
+	done
+	for verb in append save load drop hold; do
+		run kvscratchctl $verb ''
+		expect "$verb of nothing" 1 "kvscratchctl $verb: expected an argument that is not empty, see --help"
+	done
+	run kvscratchctl metrics -o ''
+	expect "an output of no name" 1 "kvscratchctl metrics: expected a value for each option, got an empty one"
 }
 
 no_pads()
@@ -95,13 +112,13 @@ no_pads()
 	expect "a closed descriptor" 2 "kvscratchctl info: descriptor 7: expected a handle, got none"
 	exec 7</dev/null
 	run kvscratchctl --fd 7 info
-	expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got something else"
+	expect "a descriptor of something else" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got a character device"
 	exec 7<&-
 
 	if [ -e /dev/kvscratch ]; then
 		exec 7<>/dev/kvscratch
 		run kvscratchctl --fd 7 info
-		expect "a descriptor of the device, which is no pad" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got something else"
+		expect "a descriptor of the device, which is no pad" 2 "kvscratchctl info: descriptor 7: expected a handle of a pad, got a character device"
 		exec 7<&-
 	fi
 }
@@ -221,6 +238,127 @@ kvscratchctl append: rows: expected a .npy header"
 	kvscratchctl append row0
 	run sh -c 'kvscratchctl dump >/dev/full'
 	expect "a full disk" 2 "kvscratchctl dump: cannot write the output: No space left on device"
+}
+
+# refused NAME WHAT-IT-IS [WHAT-TO-DO]
+refused() {
+	run kvscratchctl append "$1"
+	expect "append of $2" 1 "kvscratchctl append: $1: expected .npy or raw rows, got $2: ${3:-convert it to .npy}, and --format raw takes it as rows"
+}
+
+# Other containers are not taken for rows.
+containers()
+{
+	kvscratchctl append rows
+	kvscratchctl save whole.safetensors
+	refused whole.safetensors safetensors "kvscratchctl load reads that"
+	run sh -c 'head -c 60 whole.safetensors | kvscratchctl append'
+	expect "append of the begin of safetensors" 1 "kvscratchctl append: stdin: expected .npy or raw rows, got safetensors: kvscratchctl load reads that, and --format raw takes it as rows"
+	{ printf 'PK\003\004'; head -c 28 /dev/zero; } >rows.npz
+	refused rows.npz "zip (.npz, .pt)"
+	{ printf '\037\213\010\010'; head -c 28 /dev/zero; } >rows.npy.gz
+	refused rows.npy.gz gzip
+	{ printf '\050\265\057\375'; head -c 12 /dev/zero; } >rows.npy.zst
+	refused rows.npy.zst zstd
+	{ printf '\3757zXZ\000'; head -c 10 /dev/zero; } >rows.npy.xz
+	refused rows.npy.xz xz
+	printf 'BZh91AY&SY123456' >rows.npy.bz2
+	refused rows.npy.bz2 bzip2
+	{ printf 'GGUF\003'; head -c 27 /dev/zero; } >model.gguf
+	refused model.gguf GGUF
+	{ printf '\211HDF\r\n\032\n'; head -c 8 /dev/zero; } >rows.h5
+	refused rows.h5 HDF5
+	{ printf 'PAR1'; head -c 12 /dev/zero; } >rows.parquet
+	refused rows.parquet Parquet
+	{ printf 'ARROW1\000\000'; head -c 8 /dev/zero; } >rows.feather
+	refused rows.feather "Arrow (Feather)"
+	{ printf '\200\004\225'; head -c 12 /dev/zero; printf .; } >rows.pkl
+	refused rows.pkl "a pickle of Python"
+	printf '1.25,2.5,3,4\n10,' >rows.csv
+	refused rows.csv text
+	head -c 2000000 /dev/zero | sed '1s/^/PK\x03\x04/' >large.npz
+	refused large.npz "zip (.npz, .pt)"
+	run sh -c 'kvscratchctl info | head -n 1; kvscratchctl append --format raw rows.csv; kvscratchctl info | head -n 1'
+	expect "append of text that was asked for" 0 "Scratchpad(len=3, capacity=100, dim=4)
+Scratchpad(len=4, capacity=100, dim=4)"
+}
+
+text_of_bytes()
+{
+	run sh -c 'printf "1,2\n" | kvscratchctl append; printf "1,2\n" >bytes.csv; kvscratchctl append bytes.csv; kvscratchctl info | head -n 1'
+	expect "bytes may be text, but for their name" 0 "kvscratchctl append: bytes.csv: expected .npy or raw rows, got text: convert it to .npy, and --format raw takes it as rows
+Scratchpad(len=4, capacity=100, dim=1)"
+}
+
+# Where output goes: a file is replaced as a whole, all else is written to.
+outputs()
+{
+	kvscratchctl append row0
+	ln -s file link
+	kvscratchctl dump -o link
+	run sh -c 'cat link; test -L link'
+	expect "dump through a link" 0 "1 2 3 4"
+	chmod 604 file
+	kvscratchctl dump -o file
+	run stat -c %a file
+	expect "dump keeps the mode" 0 604
+	ln -s nothing dangling
+	run kvscratchctl dump -o dangling
+	expect "dump to a link to nothing" 2 "kvscratchctl dump: dangling: expected a regular file or none, got a link to nothing"
+	run kvscratchctl dump -o .
+	expect "dump to a directory" 2 "kvscratchctl dump: .: cannot open: Is a directory"
+	mkfifo pipe
+	cat pipe >piped &
+	kvscratchctl dump -o pipe
+	wait $!
+	run cat piped
+	expect "dump to a FIFO" 0 "1 2 3 4"
+	# as /dev/stdout is, here: what is wrong must not replace that of the machine
+	ln -s /proc/self/fd/1 stdout
+	run kvscratchctl dump -o stdout
+	expect "dump to what stdout is" 0 "1 2 3 4"
+	run sh -c 'test -L stdout; kvscratchctl dump -o /proc/self/fd/5 5>fifth; cat fifth; exec 6<>fifth; kvscratchctl dump -o /proc/self/fd/6; cat <&6'
+	expect "dump to a descriptor" 0 "1 2 3 4
+1 2 3 4"
+	# as /dev/null is, where one may be made and opened
+	if mknod node c 1 3 2>/dev/null && : 2>/dev/null >node; then
+		run sh -c 'kvscratchctl dump -o node && test -c node'
+		expect "dump to a device" 0 ""
+	else
+		skip "dump to a device" "no device can be made here"
+	fi
+	# a process's limit of the size of files, in kilobytes or half ones
+	run sh -c 'ulimit -f 1; kvscratchctl dump --format raw -o file </dev/null; cat file' # 16 bytes fit
+	[ "$status" = 0 ]
+	result $? "what is within the limit"
+	head -c 4000 /dev/zero >long
+	kvscratchctl create --max-seq-len 1 --dim 4000 --dtype u8 -- sh -c '
+	kvscratchctl append long
+	echo precious >file
+	ulimit -f 1
+	kvscratchctl dump --format text -o file
+	echo "$? $(cat file)"
+	kvscratchctl save file.npy
+	echo "$? $(ls .kvscratch-* file.npy 2>/dev/null)"
+	kvscratchctl create --max-seq-len 1 --dim 4000 -- true
+	echo $?' >limited 2>&1
+	run cat limited
+	case $output in
+	"kvscratchctl dump: cannot write the output: File too large
+2 precious
+kvscratchctl save: file.npy: cannot write the file: File too large
+2 
+"*) ;;
+	*) status=9 ;;
+	esac
+	[ "$backend" = kernel ] || case $output in
+	*"
+kvscratchctl create: cannot create a pad of [1, 4000] f32: File too large: pads without the module are files, see ulimit -f
+2") ;;
+	*) status=9 ;;
+	esac
+	[ "$status" = 0 ]
+	result $? "a limit of the size of files"
 }
 
 # Every dtype as text, and what cannot be made
@@ -474,8 +612,19 @@ kvscratch_pad_saturated_elements_total{holder=\"story\",pad=\"pad\"} 0"
 	expect "metrics replace a file" 0 "644 collected/kvscratch.prom"
 	run sh -c 'kvscratchctl metrics >/dev/full'
 	expect "metrics to a full disk" 2 "kvscratchctl metrics: cannot write the output: No space left on device"
+	ln -s ../printed collected/link.prom
+	run sh -c 'kvscratchctl metrics -o collected/link.prom && test -L collected/link.prom && grep -c kvscratch_pad_info{ printed'
+	expect "metrics through a link" 0 2
+	run sh -c 'kvscratchctl metrics -o stdout | grep -c kvscratch_pad_info{ && test -L stdout'
+	expect "metrics to what stdout is" 0 2
+	if [ -c node ]; then
+		run sh -c 'kvscratchctl metrics -o node && test -c node'
+		expect "metrics to a device" 0 ""
+	else
+		skip "metrics to a device" "no device can be made here"
+	fi
 	run kvscratchctl metrics -o nowhere/kvscratch.prom
-	expect "metrics to nowhere" 2 "kvscratchctl metrics: nowhere/kvscratch.prom: cannot make a file beside it: No such file or directory"
+	expect "metrics to nowhere" 2 "kvscratchctl metrics: nowhere/kvscratch.prom: cannot open the directory of the file: No such file or directory"
 	run kvscratchctl drop story/nix
 	expect "drop what is not there" 2 "kvscratchctl drop: story: there is no pad \"nix\""
 	run kvscratchctl drop story/pad
@@ -502,6 +651,16 @@ story: no pads"
 	expect "hold half a shape" 1 "kvscratchctl hold: expected --max-seq-len and --dim"
 	run kvscratchctl hold story --max-seq-len 5 --dim 33 --dtype mxint8
 	expect "hold no shape that there is" 1 "kvscratchctl hold: dim: expected a multiple of 32 for mxint8, got 33"
+	touch kvscratch/file
+	run kvscratchctl hold file --write
+	expect "hold where a file lies" 2 "kvscratchctl hold: $directory/kvscratch/file: cannot listen: expected a socket or nothing there, got a regular file"
+	run kvscratchctl -n file info
+	expect "a holder that is a file" 2 "kvscratchctl info: $directory/kvscratch/file: cannot connect: expected a socket, got a regular file"
+	run kvscratchctl ls
+	expect "a file is no holder" 0 ""
+	rm kvscratch/file
+	run env XDG_RUNTIME_DIR=run kvscratchctl ls
+	expect "a directory for holders that is relative" 2 "kvscratchctl ls: XDG_RUNTIME_DIR: expected an absolute path, got \"run\""
 	run env -u XDG_RUNTIME_DIR kvscratchctl ls
 	expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
 }
@@ -539,6 +698,29 @@ files()
 	result $? "load what was cut"
 	run kvscratchctl load nix.npy
 	expect "load nothing" 1 "kvscratchctl load: nix.npy: cannot open the file: No such file or directory"
+	# A signal once the new file is there: the old one stays, and nothing beside it. Where the
+	# signal comes late the new one takes its place.
+	mkdir saves
+	kvscratchctl create --max-seq-len 16 --dim 4194304 --dtype u8 -- sh -c '
+	head -c 67108864 /dev/zero | kvscratchctl append --no-progress
+	for signal in TERM HUP; do
+		kvscratchctl save saves/a.npy &
+		while kill -0 $! && ! ls -l /proc/$!/fd | grep -q saves/; do :; done
+		kill -$signal $!
+		wait $!
+		echo "$? $(ls -A saves)"
+		echo old >saves/a.npy
+	done' 2>/dev/null >interrupted
+	run cat interrupted
+	case $output in
+	"143 
+129 a.npy" | "0 a.npy
+129 a.npy" | "143 
+0 a.npy" | "0 a.npy
+0 a.npy") ;;
+	*) status=9 ;;
+	esac
+	result "$status" "saves that are interrupted"
 	kvscratchctl hold story --write
 	run kvscratchctl -n story load saved.npy
 	expect "load into a holder" 0 ""
@@ -557,7 +739,7 @@ files()
 	run kvscratchctl -n again/other load --pad k0 all.safetensors
 	expect "load one of them as another" 0 ""
 	run kvscratchctl -n again/nix load all.safetensors
-	expect "load one that is not there" 1 "kvscratchctl load: all.safetensors: expected the name of a pad in the file, got \"nix\""
+	expect "load one that is not there" 1 "kvscratchctl load: all.safetensors: expected the name of a pad in the file, which has pad k0, got \"nix\""
 	run kvscratchctl ls
 	expect "what the holders have" 0 "again/pad: Scratchpad(len=3, capacity=3, dim=4)
 again/k0: Scratchpad(len=2, capacity=10, dim=4)
@@ -608,6 +790,9 @@ echo TAP version 13
 usage
 no_pads
 with_pad life --max-seq-len 10 --dim 4 --dtype f32
+with_pad containers --max-seq-len 100 --dim 4 --dtype f32
+with_pad text_of_bytes --max-seq-len 100 --dim 1 --dtype u8
+with_pad outputs --max-seq-len 10 --dim 4 --dtype f32
 dtypes
 with_pad mxint8 --max-seq-len 4 --dim 32 --dtype mxint8 --input f32
 with_pad records --max-seq-len 4 --dim 32 --dtype mxint8

@@ -3,6 +3,7 @@
  * append: rows from a file or a pipe.
  */
 #define _FILE_OFFSET_BITS 64
+#include "container.h"
 #include "ctl.h"
 #include "npy.h"
 #include "progress.h"
@@ -12,6 +13,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -67,9 +69,7 @@ static int read_input(struct input *input, int fd, uint64_t limit, struct progre
 		ssize_t got;
 
 		if (input->size == limit)
-			return fail(EXIT_INPUT, "%s: expected less than %" PRIu64
-				    " bytes for what is left of the pad, got more", input->name,
-				    limit);
+			return 0;
 		if (input->size == room && grow_input(input, &room, limit))
 			return EXIT_SYSTEM;
 		got = read(fd, input->bytes + input->size, room - input->size);
@@ -110,6 +110,34 @@ static int open_input(struct input *input, const struct arguments *args, uint64_
 static bool looks_like_npy(const struct input *input)
 {
 	return input->size >= NPY_MAGIC_BYTES && !memcmp(input->bytes, NPY_MAGIC, NPY_MAGIC_BYTES);
+}
+
+/* By its name, for text that may be rows of single bytes */
+static bool is_called_text(const char *name)
+{
+	static const char *const endings[] = { ".csv", ".tsv", ".txt", ".json", ".html", ".md" };
+	const char *dot = strrchr(name, '.');
+
+	for (size_t i = 0; dot && i < ARRAY_SIZE(endings); i++)
+		if (!strcasecmp(dot, endings[i]))
+			return true;
+	return false;
+}
+
+/* What nobody asked to have taken for rows is not, if it looks like something else. */
+static int check_unknown(const struct input *input, const struct kvscratch_info *info)
+{
+	const char *found = container_name(input->bytes, input->size);
+	bool single_bytes = info->input_row_bytes < 2 * info->dim;
+
+	if (!found && (!single_bytes || is_called_text(input->name)) &&
+	    is_text(input->bytes, input->size))
+		found = "text";
+	if (!found)
+		return 0;
+	return fail(EXIT_INPUT, "%s: expected .npy or raw rows, got %s: %s, and --format raw takes "
+		    "it as rows", input->name, found, found == safetensors_name ?
+		    "kvscratchctl load reads that" : "convert it to .npy");
 }
 
 static int fail_shape(const struct input *input, uint64_t expected, uint64_t got)
@@ -176,6 +204,25 @@ static int check_raw(const struct input *input, const struct kvscratch_info *inf
 		    input->size / info->input_row_bytes, rest);
 }
 
+/* All of the input, but for what is as long as @limit and longer */
+static int check_input(const struct arguments *args, struct input *input,
+		       const struct kvscratch_info *info, uint64_t limit)
+{
+	bool npy = args->format == FORMAT_NPY ||
+		   (args->format == FORMAT_AUTO && looks_like_npy(input));
+
+	if (!npy && args->format == FORMAT_AUTO) {
+		int err = check_unknown(input, info);
+
+		if (err)
+			return err;
+	}
+	if (input->size == limit)
+		return fail(EXIT_INPUT, "%s: expected less than %" PRIu64
+			    " bytes for what is left of the pad, got more", input->name, limit);
+	return npy ? check_npy(input, info) : check_raw(input, info);
+}
+
 /* One append where the pad takes that many bytes at once; else as few as can be. */
 static int append_input(const struct arguments *args, const struct input *input,
 			struct kvscratch *pad, const struct kvscratch_info *info)
@@ -208,19 +255,15 @@ static int append_to(const struct arguments *args, struct kvscratch *pad)
 {
 	struct kvscratch_info info;
 	struct input input;
+	uint64_t limit;
 	int err = kvscratch_info(pad, &info);
 
 	if (err)
 		return fail_pad(args, err);
-	err = open_input(&input, args,
-			 (info.max_seq_len - info.len) * info.input_row_bytes + HEADER_ROOM);
-	if (!err) {
-		if (args->format == FORMAT_NPY ||
-		    (args->format == FORMAT_AUTO && looks_like_npy(&input)))
-			err = check_npy(&input, &info);
-		else
-			err = check_raw(&input, &info);
-	}
+	limit = (info.max_seq_len - info.len) * info.input_row_bytes + HEADER_ROOM;
+	err = open_input(&input, args, limit);
+	if (!err)
+		err = check_input(args, &input, &info, limit);
 	if (!err)
 		err = append_input(args, &input, pad, &info);
 	free(input.bytes);

@@ -116,6 +116,16 @@ int finish_output(void);
 /* "-", or none at all */
 bool is_dash(const char *file);
 
+struct output;
+
+/*
+ * Let stdout be the file at @path, unless that is_dash(). A regular file is replaced once
+ * all is written, in end_output(), which comes with the exit code so far, and not if that
+ * is no success; anything else is written as it is. Both return an exit code.
+ */
+int begin_output(const char *path, struct output *output);
+int end_output(const char *path, struct output *output, int err);
+
 /* Scratchpad(len=3, capacity=10, dim=4) */
 void print_display_line(uint64_t len, const struct kvscratch_info *info);
 

@@ -4,7 +4,9 @@
  */
 #define _FILE_OFFSET_BITS 64
 #include "ctl.h"
+#include "interrupt.h"
 #include "npy.h"
+#include "output.h"
 #include "progress.h"
 
 #include <errno.h>
@@ -76,7 +78,7 @@ static int write_dump(const struct arguments *args, const struct kvscratch_info 
 	struct progress progress = progress_start(args, "writing");
 
 	write_head(args->format, info);
-	for (uint64_t row = 0; row < info->len && !ferror(stdout); row++) {
+	for (uint64_t row = 0; row < info->len && !ferror(stdout) && !interrupted(); row++) {
 		write_row(args->format, info, rows + row * info->row_bytes, !row);
 		progress_at(&progress, row * info->row_bytes, info->len * info->row_bytes);
 	}
@@ -133,6 +135,7 @@ static int check_dump(const struct arguments *args, struct kvscratch *pad)
 static int dump(const struct arguments *args, struct kvscratch *pad)
 {
 	struct kvscratch_info info;
+	struct output output;
 	char *rows;
 	int err = check_dump(args, pad);
 
@@ -140,11 +143,10 @@ static int dump(const struct arguments *args, struct kvscratch *pad)
 		err = copy_rows(args, pad, &info, &rows);
 	if (err)
 		return err;
-	/* Only now: an error before this leaves the file as it was. */
-	if (!is_dash(args->output) && !freopen(args->output, "w", stdout))
-		err = fail(EXIT_SYSTEM, "%s: cannot open: %s", args->output, strerror(errno));
+	/* only now: an error before this leaves also what is no file as it was */
+	err = begin_output(args->output, &output);
 	if (!err)
-		err = write_dump(args, &info, rows);
+		err = end_output(args->output, &output, write_dump(args, &info, rows));
 	free(rows);
 	return err;
 }

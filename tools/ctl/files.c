@@ -3,6 +3,7 @@
  * save and load: pads as .npy and .safetensors.
  */
 #include "ctl.h"
+#include "interrupt.h"
 #include "progress.h"
 
 #include <errno.h>
@@ -89,21 +90,23 @@ int run_save(const struct arguments *args)
 		return fail(EXIT_INPUT, "expected FILE.npy or FILE.safetensors");
 	err = args->name && !pad_of(args->name) ? open_all(args, &set) : open_one(args, &set);
 	if (!err) {
+		catch_interrupts();
 		err = kvscratch_save(args->argument, set.pads, set.count, progress_at, &progress);
 		progress_end(&progress);
-		if (err)
+		if (err && !interrupted())
 			err = fail(err == -EINVAL || err == -EOPNOTSUPP ? EXIT_INPUT : EXIT_SYSTEM,
 				   "%s: %s", args->argument, kvscratch_error());
 	}
 	close_set(&set);
-	return err;
+	return interrupted() ? end_by(interrupted()) : err;
 }
 
 /* load */
 
 static int fail_load(const struct arguments *args, int err)
 {
-	bool input = err == -EBADMSG || err == -EINVAL || err == -ENOENT || err == -ENOSPC;
+	bool input = err == -EBADMSG || err == -EINVAL || err == -ENOENT || err == -ENOKEY ||
+		     err == -ENOSPC;
 
 	return fail(input ? EXIT_INPUT : EXIT_SYSTEM, "%s: %s", args->argument, kvscratch_error());
 }

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "ctl.h"
 #include "holder.h"
+#include "output.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -90,8 +91,8 @@ static int add_holder(struct entries *entries, const char *name)
 	int count = kvscratch_holder_get(name, O_RDONLY, handles.names, sizeof(handles.names),
 					 handles.fds, ARRAY_SIZE(handles.fds));
 
-	/* it was killed, or ended right now */
-	if (count == -ENOENT)
+	/* it was killed, or ended right now, or never was one */
+	if (count == -ENOENT || count == -ENOTSOCK)
 		return 0;
 	if (count < 0)
 		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
@@ -308,34 +309,22 @@ static int print_metrics(const struct entries *entries)
 }
 
 /*
- * The collector of node_exporter may read at any moment: the file is always a whole one.
- * It skips what does not end in .prom, as the new one does not until it is renamed.
+ * The collector of node_exporter may read at any moment: the file is always a whole one. It
+ * is another user, for whom a new one is made readable.
  */
-static int replace_file(const char *path, const struct entries *entries)
+static int write_metrics(const char *path, const struct entries *entries)
 {
-	char *beside;
-	int fd, err;
+	struct output output;
+	int err = begin_output(path, &output);
 
-	if (asprintf(&beside, "%s.XXXXXX", path) < 0)
-		return fail(EXIT_SYSTEM, "out of memory");
-	fd = mkstemp(beside);
-	if (fd < 0) {
-		err = fail(EXIT_SYSTEM, "%s: cannot make a file beside it: %s", path,
-			   strerror(errno));
-		free(beside);
-		return err;
-	}
-	/* for the collector, which is another user */
-	fchmod(fd, 0644);
-	dup2(fd, STDOUT_FILENO);
-	close(fd);
-	err = print_metrics(entries);
-	if (!err && rename(beside, path))
-		err = fail(EXIT_SYSTEM, "%s: cannot replace: %s", path, strerror(errno));
 	if (err)
-		unlink(beside);
-	free(beside);
-	return err;
+		return err;
+	if (output.is_new && fchmod(output.fd, 0644))
+		err = fail(EXIT_SYSTEM, "%s: cannot set its permissions: %s", path,
+			   strerror(errno));
+	if (!err)
+		err = print_metrics(entries);
+	return end_output(path, &output, err);
 }
 
 int run_metrics(const struct arguments *args)
@@ -344,8 +333,7 @@ int run_metrics(const struct arguments *args)
 	int unseen = collect(&entries);
 	int err;
 
-	err = is_dash(args->output) ? print_metrics(&entries) :
-				      replace_file(args->output, &entries);
+	err = write_metrics(args->output, &entries);
 	free(entries.list);
 	return err ? err : unseen;
 }

@@ -12,6 +12,7 @@
 #define _GNU_SOURCE
 #include "ctl.h"
 #include "holder.h"
+#include "interrupt.h"
 #include "systemd.h"
 
 #include <errno.h>
@@ -224,13 +225,12 @@ static struct held *find_requested(struct holder *holder, const char *name,
 	struct held *held = *name ? find_held(holder, name) : holder->pads;
 
 	if (!*name && holder->count != 1) {
-		refuse(reply, holder->count ? -EINVAL : -ENOENT,
-		       "expected a holder of one pad, or NAME/PAD, got one of %u pads",
+		refuse(reply, -EINVAL, "expected a holder of one pad, or NAME/PAD, got one of %u pads",
 		       holder->count);
 		return NULL;
 	}
 	if (!held)
-		refuse(reply, -ENOENT, "there is no pad \"%s\"", name);
+		refuse(reply, -ENOKEY, "there is no pad \"%s\"", name);
 	return held;
 }
 
@@ -602,18 +602,13 @@ static int listen_alone(struct holder *holder)
 		return EXIT_SYSTEM;
 	}
 	holder->listener = kvscratch_listen(holder->path);
-	if (holder->listener == -EADDRINUSE) {
-		remove_dead_socket(holder->path);
-		holder->listener = kvscratch_listen(holder->path);
-	}
 	close(directory);
 	if (holder->listener >= 0)
 		return 0;
 	if (holder->listener == -EADDRINUSE)
 		return fail(EXIT_SYSTEM, "\"%s\" is held already: somebody listens on %s",
 			    holder->args->argument, holder->path);
-	return fail(EXIT_SYSTEM, "%s: cannot listen: %s", holder->path,
-		    strerror(-holder->listener));
+	return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 }
 
 static int open_signals(void)
@@ -758,19 +753,6 @@ static void raise_file_limit(void)
 	getrlimit(RLIMIT_NOFILE, &limit);
 	limit.rlim_cur = limit.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &limit);
-}
-
-/* Die of it, as without us. */
-static int end_by(int signal_number)
-{
-	sigset_t mask;
-
-	sigemptyset(&mask);
-	sigaddset(&mask, signal_number);
-	signal(signal_number, SIG_DFL);
-	raise(signal_number);
-	sigprocmask(SIG_UNBLOCK, &mask, NULL);
-	return EXIT_SYSTEM;
 }
 
 /* @ready tells who waits for it that clients are served. */

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "progress.h"
 
+#include "interrupt.h"
+
 #include <inttypes.h>
 #include <unistd.h>
 
@@ -27,13 +29,13 @@ int progress_at(void *context, uint64_t done, uint64_t total)
 
 	if (progress->shown == NOT_TO_BE_SHOWN || progress->shown == percent ||
 	    total < SHORTEST_BYTES)
-		return 0;
+		return interrupted();
 	progress->shown = percent;
 	fprintf(stderr, "\r%s [%.*s%*s] %3d%% of %" PRIu64 " MiB", progress->what, cells,
 		"########################################", BAR_CELLS - cells, "", percent,
 		total >> 20);
 	fflush(stderr);
-	return 0;
+	return interrupted();
 }
 
 void progress_end(const struct progress *progress)

@@ -19,7 +19,7 @@ struct progress {
 
 struct progress progress_start(const struct arguments *args, const char *what);
 
-/* Bytes of so many; returns 0. This is a kvscratch_progress of the library, too. */
+/* Bytes of so many; returns what interrupted() does. This is a kvscratch_progress, too. */
 int progress_at(void *progress, uint64_t done, uint64_t total);
 
 /* Clear the line. */

@@ -88,13 +88,12 @@ static int receive_handle(struct watch *watch)
 
 	watch->sock = connect_in_time(watch->args);
 	if (watch->sock < 0)
-		return fail(EXIT_SYSTEM, "%s: cannot connect: %s", watch->args->socket,
-			    strerror(-watch->sock));
+		return fail(watch->sock == -ENAMETOOLONG ? EXIT_INPUT : EXIT_SYSTEM, "%s",
+			    kvscratch_error());
 	count = kvscratch_receive_handles(watch->sock, handles.names, sizeof(handles.names),
 					  handles.fds, ARRAY_SIZE(handles.fds));
 	if (count < 0)
-		return fail(EXIT_SYSTEM, "%s: no handles came: %s", watch->args->socket,
-			    strerror(-count));
+		return fail(EXIT_SYSTEM, "%s: %s", watch->args->socket, kvscratch_error());
 	fd = choose_handle(watch->args, handles.names, handles.fds, count);
 	if (fd < 0)
 		return fail(EXIT_INPUT, "--pad: expected one of the %d pads served, got \"%s\"",

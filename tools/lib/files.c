@@ -5,7 +5,10 @@
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include "backend.h"
+#include "container.h"
+#include "convert.h"
 #include "npy.h"
+#include "output.h"
 #include "safetensors.h"
 
 #include <endian.h>
@@ -16,14 +19,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 /* How much is moved between two calls of a progress function, and a buffer of it */
 #define PIECE_BYTES (4u << 20)
-/* More than any header of .npy version 1 has */
+/* More than any header of .npy version 1 has: NumPy itself reads no longer ones */
 #define MAX_NPY_HEADER (128u << 10)
+/*
+ * A file may say that its pads have room for more rows than it has: as long as they take so
+ * many bytes, or so many times what it has itself.
+ */
+#define MAX_CLAIM (256ull << 20)
+#define MAX_CLAIM_RATIO 64
 /* How often pads may be truncated while they are saved */
 #define MAX_ATTEMPTS 8
 
@@ -74,134 +82,6 @@ static int begin_transfer(struct transfer *transfer, uint64_t total)
 	transfer->done = 0;
 	transfer->total = total;
 	return advance(transfer, 0);
-}
-
-/* Replacing a file */
-
-/**
- * struct target - a file that is about to be replaced, or to be made
- * @path: what the path led to, in memory of its own
- * @name: the last component, in @path
- * @directory: where it is
- * @fd: the new file; -1 when it is closed
- * @temporary: its name in @directory until it takes @name; "" from then on
- */
-struct target {
-	char *path;
-	const char *name;
-	int directory;
-	int fd;
-	char temporary[24];
-};
-
-static int open_directory(struct target *target)
-{
-	char *slash = strrchr(target->path, '/');
-	const char *directory = ".";
-
-	target->name = target->path;
-	if (slash) {
-		target->name = slash + 1;
-		directory = slash == target->path ? "/" : target->path;
-		*slash = '\0';
-	}
-	target->directory = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (target->directory < 0)
-		return set_error(-errno, "cannot open the directory of the file: %m");
-	return 0;
-}
-
-static int create_temporary(struct target *target, mode_t mode)
-{
-	do {
-		uint32_t number;
-
-		if (getrandom(&number, sizeof(number), 0) < 0)
-			return set_error(-errno, "cannot name a temporary file: %m");
-		snprintf(target->temporary, sizeof(target->temporary), ".kvscratch-%08" PRIx32,
-			 number);
-		target->fd = openat(target->directory, target->temporary,
-				    O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
-	} while (target->fd < 0 && errno == EEXIST);
-	if (target->fd >= 0)
-		return 0;
-	target->temporary[0] = '\0';
-	return set_error(-errno, "cannot make a file in the directory: %m");
-}
-
-static void close_target(struct target *target)
-{
-	if (target->fd >= 0)
-		close(target->fd);
-	if (target->temporary[0])
-		unlinkat(target->directory, target->temporary, 0);
-	if (target->directory >= 0)
-		close(target->directory);
-	free(target->path);
-}
-
-static int open_target(struct target *target, const char *path)
-{
-	mode_t mode = 0666;
-	struct stat old;
-	bool exists;
-	int err;
-
-	*target = (struct target){ .directory = -1, .fd = -1 };
-	/* what a symbolic link leads to is replaced, not the link */
-	target->path = realpath(path, NULL);
-	exists = target->path && !stat(target->path, &old);
-	if (!exists && errno != ENOENT)
-		return set_error(-errno, "cannot look at the file: %m");
-	if (exists && !S_ISREG(old.st_mode))
-		return set_error(-EINVAL, "expected a regular file or none, got something else");
-	if (exists)
-		mode = old.st_mode & 0777;
-	else if (!target->path)
-		target->path = strdup(path);
-	if (!target->path)
-		return out_of_memory();
-	err = open_directory(target);
-	if (!err)
-		err = create_temporary(target, mode);
-	/* the umask is for new files */
-	if (!err && exists && fchmod(target->fd, mode))
-		return set_error(-errno, "cannot set the permissions of the file: %m");
-	return err;
-}
-
-static int write_at(int fd, const char *bytes, uint64_t count, uint64_t offset)
-{
-	while (count) {
-		ssize_t written = pwrite(fd, bytes, count, offset);
-
-		if (written < 0 && errno == EINTR)
-			continue;
-		if (written < 0)
-			return set_error(-errno, "cannot write the file: %m");
-		bytes += written;
-		offset += written;
-		count -= written;
-	}
-	return 0;
-}
-
-/* Let the new file, all of which is written, take its place. */
-static int replace(struct target *target)
-{
-	int fd = target->fd;
-
-	if (fsync(fd))
-		return set_error(-errno, "cannot bring the file to disk: %m");
-	target->fd = -1;
-	if (close(fd))
-		return set_error(-errno, "cannot close the file: %m");
-	if (renameat(target->directory, target->temporary, target->directory, target->name))
-		return set_error(-errno, "cannot put the file in its place: %m");
-	target->temporary[0] = '\0';
-	if (fsync(target->directory))
-		return set_error(-errno, "cannot bring the directory of the file to disk: %m");
-	return 0;
 }
 
 /* Saving */
@@ -406,37 +286,46 @@ static int make_npy(struct saving *saving)
 	return 0;
 }
 
-static int write_tensor(int fd, const char *data, const struct safetensors_tensor *tensor,
-			uint64_t offset, struct transfer *transfer)
+static int write_at(struct output *output, const void *bytes, uint64_t count, uint64_t offset)
+{
+	int err = output_write(output, bytes, count, offset);
+
+	return err ? set_error(err, "%s", output->words) : 0;
+}
+
+static int write_tensor(struct output *output, const char *data,
+			const struct safetensors_tensor *tensor, uint64_t offset,
+			struct transfer *transfer)
 {
 	uint64_t bytes = tensor->end - tensor->begin;
 	int err = 0;
 
 	for (uint64_t done = 0, piece; !err && done < bytes; done += piece) {
 		piece = bytes - done < PIECE_BYTES ? bytes - done : PIECE_BYTES;
-		err = write_at(fd, data + done, piece, offset + tensor->begin + done);
+		err = write_at(output, data + done, piece, offset + tensor->begin + done);
 		if (!err)
 			err = advance(transfer, piece);
 	}
 	return err;
 }
 
-static int write_contents(const struct saving *saving, int fd, struct transfer *transfer)
+static int write_contents(const struct saving *saving, struct output *output,
+			  struct transfer *transfer)
 {
 	const struct safetensors *contents = &saving->contents;
 	int err = begin_transfer(transfer, contents->tensors[contents->nr_tensors - 1].end);
 
 	if (!err)
-		err = write_at(fd, saving->header, saving->header_bytes, 0);
+		err = write_at(output, saving->header, saving->header_bytes, 0);
 	for (size_t i = 0; !err && i < contents->nr_tensors; i++)
-		err = write_tensor(fd, saving->data[i], &contents->tensors[i],
+		err = write_tensor(output, saving->data[i], &contents->tensors[i],
 				   saving->header_bytes, transfer);
 	return err;
 }
 
 /* EAGAIN without words if the rows did not last */
 static int try_to_save(const struct kvscratch_named_pad *pads, unsigned int count, bool npy,
-		       int fd, struct transfer *transfer)
+		       struct output *output, struct transfer *transfer)
 {
 	struct saving saving;
 	int err = begin_saving(&saving, pads, count);
@@ -445,27 +334,30 @@ static int try_to_save(const struct kvscratch_named_pad *pads, unsigned int coun
 		err = take_moments(&saving);
 	if (!err)
 		err = npy ? make_npy(&saving) : make_safetensors(&saving);
-	if (!err && ftruncate(fd, 0))
+	if (!err && ftruncate(output->fd, 0))
 		err = set_error(-errno, "cannot empty the file: %m");
 	if (!err)
-		err = write_contents(&saving, fd, transfer);
+		err = write_contents(&saving, output, transfer);
 	if (!err && !moments_hold(&saving))
 		err = -EAGAIN;
 	end_saving(&saving);
 	return err;
 }
 
-static int save_into(struct target *target, const struct kvscratch_named_pad *pads,
+static int save_into(struct output *output, const struct kvscratch_named_pad *pads,
 		     unsigned int count, bool npy, struct transfer *transfer)
 {
 	int err = -EAGAIN;
 
 	for (int attempt = 0; err == -EAGAIN && attempt < MAX_ATTEMPTS; attempt++)
-		err = try_to_save(pads, count, npy, target->fd, transfer);
+		err = try_to_save(pads, count, npy, output, transfer);
 	if (err == -EAGAIN)
 		return set_error(err, "expected rows that last while they are saved, got pads that "
 				 "were truncated in each of %d attempts", MAX_ATTEMPTS);
-	return err ? err : replace(target);
+	if (err)
+		return err;
+	err = output_replace(output);
+	return err ? set_error(err, "%s", output->words) : 0;
 }
 
 static bool ends_in(const char *text, const char *end)
@@ -492,7 +384,7 @@ int kvscratch_save(const char *path, const struct kvscratch_named_pad *pads, uns
 {
 	struct transfer transfer = { .progress = progress, .context = context };
 	bool npy = ends_in(path, ".npy");
-	struct target target;
+	struct output output;
 	int err;
 
 	if (!npy && !ends_in(path, ".safetensors"))
@@ -501,10 +393,12 @@ int kvscratch_save(const char *path, const struct kvscratch_named_pad *pads, uns
 	err = check_pads(pads, count, npy);
 	if (err)
 		return err;
-	err = open_target(&target, path);
-	if (!err)
-		err = save_into(&target, pads, count, npy, &transfer);
-	close_target(&target);
+	err = output_open(&output, path);
+	if (err)
+		set_error(err, "%s", output.words);
+	else
+		err = save_into(&output, pads, count, npy, &transfer);
+	output_close(&output);
 	return err;
 }
 
@@ -524,6 +418,7 @@ struct place {
  * @pads: the pads in it
  * @places: where their rows are
  * @count: how many
+ * @claimed: how many bytes the pads take if they are made as the file says
  */
 struct kvscratch_file {
 	int fd;
@@ -533,6 +428,7 @@ struct kvscratch_file {
 	struct kvscratch_saved_pad *pads;
 	struct place *places;
 	unsigned int count;
+	uint64_t claimed;
 };
 
 static int read_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64_t offset)
@@ -609,6 +505,8 @@ static int add_saved_pad(struct kvscratch_file *file, const struct kvscratch_sav
 		geometry.max_seq_len = 1;
 	if (lay_out(info, &geometry))
 		return about(saved->name, kvscratch_error());
+	if (__builtin_add_overflow(file->claimed, info->data_bytes, &file->claimed))
+		file->claimed = UINT64_MAX;
 	file->places[file->count] = *place;
 	file->pads[file->count++] = *saved;
 	return 0;
@@ -627,21 +525,42 @@ static int check_npy(const struct npy_array *array)
 	return check_shape(array->ndim, array->shape, "");
 }
 
+static int read_npy_header(struct kvscratch_file *file, struct npy_array *array)
+{
+	char prefix[NPY_PREFIX_BYTES];
+	const char *error;
+	uint64_t size;
+	int err;
+
+	if (file->size < sizeof(prefix))
+		return set_error(-EBADMSG, "the .npy header is cut off");
+	err = read_at(file, prefix, sizeof(prefix), 0);
+	if (err)
+		return err;
+	error = npy_header_size(prefix, sizeof(prefix), &size);
+	if (!error && size > file->size)
+		error = "the .npy header is cut off";
+	if (error)
+		return set_error(-EBADMSG, "%s", error);
+	if (size > MAX_NPY_HEADER)
+		return set_error(-EBADMSG, "expected a .npy header of at most %u bytes, got %" PRIu64,
+				 MAX_NPY_HEADER, size);
+	err = read_header(file, size, 0);
+	if (err)
+		return err;
+	error = npy_parse_header(file->header, size, array);
+	return error ? set_error(-EBADMSG, "%s", error) : 0;
+}
+
 static int open_npy(struct kvscratch_file *file)
 {
-	size_t room = file->size < MAX_NPY_HEADER ? file->size : MAX_NPY_HEADER;
 	struct kvscratch_saved_pad saved = { .name = "" };
 	struct kvscratch_info info;
 	struct npy_array array;
-	const char *error;
-	int err = read_header(file, room, 0);
+	int err = read_npy_header(file, &array);
 
-	if (err)
-		return err;
-	error = npy_parse_header(file->header, room, &array);
-	if (error)
-		return set_error(-EBADMSG, "%s", error);
-	err = check_npy(&array);
+	if (!err)
+		err = check_npy(&array);
 	if (!err)
 		err = make_room_for_pads(file, 1);
 	if (err)
@@ -852,6 +771,24 @@ static int open_safetensors(struct kvscratch_file *file, uint64_t length)
 	return err;
 }
 
+/* Say what it is that is neither .npy nor safetensors. */
+static int check_container(const struct kvscratch_file *file)
+{
+	char beginning[4096];
+	size_t size = file->size < sizeof(beginning) ? file->size : sizeof(beginning);
+	const char *found;
+	int err = read_at(file, beginning, size, 0);
+
+	if (err)
+		return err;
+	found = container_name(beginning, size);
+	if (!found && is_text(beginning, size))
+		found = "text";
+	if (!found || found == safetensors_name)
+		return 0;
+	return set_error(-EBADMSG, "expected a .npy or a safetensors file, got %s", found);
+}
+
 static int open_contents(struct kvscratch_file *file)
 {
 	union {
@@ -864,7 +801,8 @@ static int open_contents(struct kvscratch_file *file)
 	if (fstat(file->fd, &stat))
 		return set_error(-errno, "cannot look at the file: %m");
 	if (!S_ISREG(stat.st_mode))
-		return set_error(-EBADMSG, "expected a regular file, got something else");
+		return set_error(-EBADMSG, "expected a regular file, got %s",
+				 file_kind(stat.st_mode));
 	file->size = stat.st_size;
 	if (file->size < sizeof(first))
 		return set_error(-EBADMSG, "expected a .npy or a safetensors file, got %" PRIu64
@@ -874,7 +812,8 @@ static int open_contents(struct kvscratch_file *file)
 		return err;
 	if (!memcmp(first.magic, NPY_MAGIC, NPY_MAGIC_BYTES))
 		return open_npy(file);
-	return open_safetensors(file, le64toh(first.length));
+	err = check_container(file);
+	return err ? err : open_safetensors(file, le64toh(first.length));
 }
 
 int kvscratch_open_file(struct kvscratch_file **out, const char *path)
@@ -919,41 +858,130 @@ const struct kvscratch_saved_pad *kvscratch_file_pads(const struct kvscratch_fil
 
 /* Loading */
 
-static int find_saved(const struct kvscratch_file *file, const char *name, unsigned int *index)
+/* Of the pads of @file, as many as go into the sentence of an error */
+static const char *saved_names(const struct kvscratch_file *file, char *list, size_t size)
 {
 	char printable[PRINTABLE_NAME_BYTES];
+	size_t length = 0;
+
+	snprintf(list, size, "none");
+	for (unsigned int i = 0; i < file->count; i++) {
+		const char *name = printable_name(printable, file->pads[i].name);
+
+		/* that of .npy */
+		if (!*name)
+			name = "one without a name";
+		if (length + strlen(name) + sizeof("  ...") > size) {
+			snprintf(list + length, size - length, " ...");
+			break;
+		}
+		length += snprintf(list + length, size - length, "%s%s", i ? " " : "", name);
+	}
+	return list;
+}
+
+static int find_saved(const struct kvscratch_file *file, const char *name, unsigned int *index)
+{
+	char printable[PRINTABLE_NAME_BYTES], list[96];
 
 	*index = 0;
 	if (!name && file->count == 1)
 		return 0;
 	if (!name)
-		return set_error(-ENOENT, "expected the name of a pad: the file has %u of them",
-				 file->count);
+		return set_error(-EINVAL, "expected the name of a pad: the file has %u of them, %s",
+				 file->count, saved_names(file, list, sizeof(list)));
 	for (; *index < file->count; (*index)++)
 		if (!strcmp(file->pads[*index].name, name))
 			return 0;
-	return set_error(-ENOENT, "expected the name of a pad in the file, got \"%s\"",
-			 printable_name(printable, name));
+	return set_error(-ENOKEY, "expected the name of a pad in the file, which has %s, got \"%s\"",
+			 saved_names(file, list, sizeof(list)), printable_name(printable, name));
 }
 
-/* Planes are apart in a file, together in the rows that an append takes. */
-static int read_rows(const struct kvscratch_file *file, const struct place *place,
-		     const struct kvscratch_info *info, uint64_t first, uint64_t count, char *rows,
-		     char *piece)
+/**
+ * struct batch - rows on their way from a file into a pad
+ * @info: the pad
+ * @most: how many there may be
+ * @planes: their parts, which are apart in a file
+ * @input: the rows as an append takes them
+ */
+struct batch {
+	const struct kvscratch_info *info;
+	uint64_t most;
+	char *planes[KVSCRATCH_MAX_PLANES];
+	char *input;
+};
+
+static void free_batch(struct batch *batch)
+{
+	for (uint32_t i = 0; i < batch->info->nr_planes; i++)
+		free(batch->planes[i]);
+	free(batch->input);
+}
+
+static int make_batch(struct batch *batch, const struct kvscratch_info *info, uint64_t len)
+{
+	uint64_t row_bytes = info->row_bytes > info->input_row_bytes ? info->row_bytes :
+								       info->input_row_bytes;
+	uint64_t most = PIECE_BYTES / row_bytes;
+
+	if (most > len)
+		most = len;
+	*batch = (struct batch){ .info = info, .most = most ? most : 1 };
+	batch->input = malloc(batch->most * info->input_row_bytes);
+	if (!batch->input)
+		return out_of_memory();
+	for (uint32_t i = 0; i < info->nr_planes; i++) {
+		batch->planes[i] = malloc(batch->most * info->planes[i].row_bytes);
+		if (!batch->planes[i])
+			return out_of_memory();
+	}
+	return 0;
+}
+
+static int read_planes(const struct batch *batch, const struct kvscratch_file *file,
+		       const struct place *place, uint64_t first, uint64_t count)
+{
+	int err = 0;
+
+	for (uint32_t i = 0; !err && i < batch->info->nr_planes; i++) {
+		size_t bytes = batch->info->planes[i].row_bytes;
+
+		err = read_at(file, batch->planes[i], count * bytes,
+			      place->planes[i] + first * bytes);
+	}
+	return err;
+}
+
+static void join_planes(const struct batch *batch, uint64_t count)
 {
 	size_t before = 0;
 
-	for (uint32_t i = 0; i < info->nr_planes; i++) {
-		size_t bytes = info->planes[i].row_bytes;
-		int err = read_at(file, piece, count * bytes, place->planes[i] + first * bytes);
+	for (uint32_t i = 0; i < batch->info->nr_planes; i++) {
+		size_t bytes = batch->info->planes[i].row_bytes;
 
-		if (err)
-			return err;
 		for (uint64_t row = 0; row < count; row++)
-			memcpy(rows + row * info->row_bytes + before, piece + row * bytes, bytes);
+			memcpy(batch->input + row * batch->info->row_bytes + before,
+			       batch->planes[i] + row * bytes, bytes);
 		before += bytes;
 	}
-	return 0;
+}
+
+/* A pad that converts takes no stored rows: it is given what they came of, or may have. */
+static int make_input(const struct batch *batch, const char *name, uint64_t count)
+{
+	const struct kvscratch_info *info = batch->info;
+	char words[96];
+
+	if (info->input_dtype == info->dtype) {
+		join_planes(batch, count);
+		return 0;
+	}
+	if (restore_input(info, batch->planes[0], (const uint8_t *)batch->planes[1],
+			  count * info->dim, batch->input))
+		return 0;
+	snprintf(words, sizeof(words), "expected rows of %s that were made of %s, got others",
+		 kvscratch_dtype_name(info->dtype), kvscratch_dtype_name(info->input_dtype));
+	return about(name, words);
 }
 
 static int append_batch(struct kvscratch *pad, const char *rows, uint64_t count)
@@ -971,32 +999,33 @@ static int append_saved(struct kvscratch *pad, const struct kvscratch_file *file
 			unsigned int index, struct transfer *transfer)
 {
 	const struct kvscratch_info *info = &pad->info;
-	uint64_t len = file->pads[index].len;
-	uint64_t batch = PIECE_BYTES / info->row_bytes;
-	char *rows, *piece;
-	int err;
+	const struct kvscratch_saved_pad *saved = &file->pads[index];
+	struct batch batch;
+	int err = make_batch(&batch, info, saved->len);
 
-	if (batch > len)
-		batch = len;
-	if (!batch)
-		batch = 1;
-	rows = malloc(batch * info->row_bytes);
-	piece = malloc(batch * info->planes[0].row_bytes);
-	if (rows && piece)
-		err = begin_transfer(transfer, len * info->row_bytes);
-	else
-		err = out_of_memory();
-	for (uint64_t first = 0, count; !err && first < len; first += count) {
-		count = len - first < batch ? len - first : batch;
-		err = read_rows(file, &file->places[index], info, first, count, rows, piece);
+	if (!err)
+		err = begin_transfer(transfer, saved->len * info->row_bytes);
+	for (uint64_t first = 0, count; !err && first < saved->len; first += count) {
+		count = saved->len - first < batch.most ? saved->len - first : batch.most;
+		err = read_planes(&batch, file, &file->places[index], first, count);
 		if (!err)
-			err = append_batch(pad, rows, count);
+			err = make_input(&batch, saved->name, count);
+		if (!err)
+			err = append_batch(pad, batch.input, count);
 		if (!err)
 			err = advance(transfer, count * info->row_bytes);
 	}
-	free(piece);
-	free(rows);
+	free_batch(&batch);
 	return err;
+}
+
+/* What a file says is believed as far as its size goes, or what every machine has. */
+static int check_claim(const struct kvscratch_file *file)
+{
+	if (file->claimed <= MAX_CLAIM || file->claimed / MAX_CLAIM_RATIO <= file->size)
+		return 0;
+	return set_error(-EINVAL, "expected a max_seq_len: with what the file says its pads would "
+			 "take %" PRIu64 " bytes, and it has %" PRIu64, file->claimed, file->size);
 }
 
 int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, const char *name,
@@ -1011,9 +1040,12 @@ int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, co
 	if (err)
 		return err;
 	geometry = file->pads[index].geometry;
-	geometry.input_dtype = geometry.dtype;
 	if (max_seq_len)
 		geometry.max_seq_len = max_seq_len;
+	else
+		err = check_claim(file);
+	if (err)
+		return err;
 	if (!geometry.max_seq_len)
 		return set_error(-EINVAL, "expected a max_seq_len: the file has no rows and does "
 				 "not say it");
@@ -1046,10 +1078,6 @@ static int check_fit(const struct kvscratch *pad, const struct kvscratch_saved_p
 	if (saved->has_geometry && geometry->frac_bits != info->frac_bits)
 		return set_error(-EINVAL, "fraction bits: expected %" PRIu32 ", got %" PRIu32,
 				 (uint32_t)info->frac_bits, geometry->frac_bits);
-	if (info->input_dtype != info->dtype)
-		return set_error(-EINVAL, "expected a pad that takes rows as they are stored, got "
-				 "one that makes %s of %s", kvscratch_dtype_name(info->dtype),
-				 kvscratch_dtype_name(info->input_dtype));
 	return 0;
 }
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 #include "backend.h"
+#include "output.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -26,6 +28,34 @@ static int send_all(int sock, const char *bytes, size_t count)
 		bytes += sent;
 		count -= sent;
 	}
+	return 0;
+}
+
+static int socket_option(int sock, int option)
+{
+	int value;
+	socklen_t size = sizeof(value);
+
+	return getsockopt(sock, SOL_SOCKET, option, &value, &size) ? -errno : value;
+}
+
+/* Before anything is sent: where messages are cut into packets the rest of one is lost. */
+static int check_socket(int sock)
+{
+	static const char expected[] = "expected a connected Unix stream socket";
+	struct sockaddr_un peer;
+	socklen_t size = sizeof(peer);
+	int domain = socket_option(sock, SO_DOMAIN);
+
+	if (domain < 0)
+		return set_error(domain, "descriptor %d: %s, got %s", sock, expected,
+				 domain == -EBADF ? "none" : "something else");
+	if (domain != AF_UNIX || socket_option(sock, SO_TYPE) != SOCK_STREAM)
+		return set_error(-EPROTOTYPE, "descriptor %d: %s, got one of another kind", sock,
+				 expected);
+	if (getpeername(sock, (struct sockaddr *)&peer, &size))
+		return set_error(-errno, "descriptor %d: %s, got one that is not connected", sock,
+				 expected);
 	return 0;
 }
 
@@ -51,8 +81,10 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 	size_t end = sizeof(uint32_t);
 	uint32_t length;
 	ssize_t sent;
-	int err;
+	int err = check_socket(sock);
 
+	if (err)
+		return err;
 	if (!count || count > KVSCRATCH_MAX_PASSED)
 		return set_error(-EINVAL, "expected 1 to %d handles, got %u", KVSCRATCH_MAX_PASSED,
 				 count);
@@ -82,7 +114,7 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 		sent = sendmsg(sock, &msg, MSG_NOSIGNAL);
 	while (sent < 0 && errno == EINTR);
 	err = sent < 0 ? -errno : send_all(sock, text + sent, end - sent);
-	return err ? cannot("pass handles", err) : 0;
+	return err ? set_error(err, "cannot pass handles: %s", strerror(-err)) : 0;
 }
 
 static int receive_all(int sock, char *bytes, size_t count)
@@ -205,17 +237,27 @@ err_close:
 int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 			      unsigned int max_fds)
 {
-	int count = receive_message(sock, text, text_size, fds, max_fds);
+	int count = check_socket(sock);
 
-	return count < 0 ? cannot("receive handles", count) : count;
+	if (count)
+		return count;
+	count = receive_message(sock, text, text_size, fds, max_fds);
+	return count < 0 ? set_error(count, "cannot receive handles: %s", strerror(-count)) : count;
 }
 
+/* "" is an address, too: one that every user may listen at and connect to. */
 static int unix_address(const char *path, struct sockaddr_un *address)
 {
+	const size_t most = sizeof(address->sun_path) - 1;
+	const size_t length = strlen(path);
+
+	if (!length)
+		return set_error(-EINVAL, "expected the path of a socket, got an empty one");
+	if (length > most)
+		return set_error(-ENAMETOOLONG, "%.80s...: expected a path of at most %zu bytes for "
+				 "a socket, got %zu", path, most, length);
 	*address = (struct sockaddr_un){ .sun_family = AF_UNIX };
-	if (strlen(path) >= sizeof(address->sun_path))
-		return -ENAMETOOLONG;
-	memcpy(address->sun_path, path, strlen(path) + 1);
+	memcpy(address->sun_path, path, length);
 	return 0;
 }
 
@@ -224,23 +266,63 @@ static int fail_socket(const char *path, const char *what, int err)
 	return set_error(err, "%s: cannot %s: %s", path, what, strerror(-err));
 }
 
+/*
+ * Remove the socket of a process that is gone: it refuses connections, which those of
+ * living ones do not. Nothing keeps two from finding the same one at one moment, and then
+ * the socket of the first is lost; who cannot have that takes a lock, as holders do.
+ */
+static int remove_dead_socket(const char *path)
+{
+	struct stat status;
+	int sock;
+
+	if (lstat(path, &status))
+		return errno == ENOENT ? 0 : fail_socket(path, "listen", -errno);
+	if (!S_ISSOCK(status.st_mode))
+		return set_error(-ENOTSOCK, "%s: cannot listen: expected a socket or nothing there, "
+				 "got %s", path, file_kind(status.st_mode));
+	sock = kvscratch_connect(path);
+	if (sock >= 0)
+		close(sock);
+	if (sock != -ECONNREFUSED)
+		return set_error(-EADDRINUSE, "%s: cannot listen: somebody listens there", path);
+	if (unlink(path) && errno != ENOENT)
+		return fail_socket(path, "remove the socket of a process that is gone", -errno);
+	return 0;
+}
+
+static int bind_socket(int sock, const char *path, const struct sockaddr_un *address)
+{
+	int err;
+
+	if (!bind(sock, (const struct sockaddr *)address, sizeof(*address)))
+		return 0;
+	if (errno != EADDRINUSE)
+		return fail_socket(path, "listen", -errno);
+	err = remove_dead_socket(path);
+	if (!err && bind(sock, (const struct sockaddr *)address, sizeof(*address)))
+		err = fail_socket(path, "listen", -errno);
+	return err;
+}
+
 int kvscratch_listen(const char *path)
 {
 	struct sockaddr_un address;
-	int sock;
 	int err = unix_address(path, &address);
+	int sock;
 
 	if (err)
-		return fail_socket(path, "listen", err);
+		return err;
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
 		return fail_socket(path, "listen", -errno);
-	if (bind(sock, (struct sockaddr *)&address, sizeof(address)) || listen(sock, SOMAXCONN)) {
-		err = -errno;
-		close(sock);
-		return fail_socket(path, "listen", err);
-	}
-	return sock;
+	err = bind_socket(sock, path, &address);
+	if (!err && listen(sock, SOMAXCONN))
+		err = fail_socket(path, "listen", -errno);
+	if (!err)
+		return sock;
+	close(sock);
+	return err;
 }
 
 /* connect() waits as long as sending may, while the other side has enough who wait */
@@ -263,14 +345,25 @@ static int connect_socket(int sock, const struct sockaddr_un *address)
 	return err ? err : limit_sending(sock, 0);
 }
 
+/* What is no socket refuses connections, as one that nobody listens on does. */
+static int fail_connect(const char *path, int err)
+{
+	struct stat status;
+
+	if (err == -ECONNREFUSED && !stat(path, &status) && !S_ISSOCK(status.st_mode))
+		return set_error(-ENOTSOCK, "%s: cannot connect: expected a socket, got %s", path,
+				 file_kind(status.st_mode));
+	return fail_socket(path, "connect", err);
+}
+
 int kvscratch_connect(const char *path)
 {
 	struct sockaddr_un address;
-	int sock;
 	int err = unix_address(path, &address);
+	int sock;
 
 	if (err)
-		return fail_socket(path, "connect", err);
+		return err;
 	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (sock < 0)
 		return fail_socket(path, "connect", -errno);
@@ -278,5 +371,5 @@ int kvscratch_connect(const char *path)
 	if (!err)
 		return sock;
 	close(sock);
-	return fail_socket(path, "connect", err);
+	return fail_connect(path, err);
 }

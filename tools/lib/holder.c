@@ -29,10 +29,13 @@ int kvscratch_holder_path(const char *name, char *path, size_t path_size)
 
 	if (err)
 		return err;
-	/* the specification has others than absolute paths ignored */
-	if (!runtime || *runtime != '/')
+	if (!runtime || !*runtime)
 		return set_error(-ENXIO, "XDG_RUNTIME_DIR is not set: held pads have their sockets "
 				 "there");
+	/* as the specification has it: a directory there would be another one elsewhere */
+	if (*runtime != '/')
+		return set_error(-ENXIO, "XDG_RUNTIME_DIR: expected an absolute path, got "
+				 "\"%.80s\"", runtime);
 	length = snprintf(path, path_size, "%s/kvscratch%s%s", runtime, name ? "/" : "",
 			  name ? name : "");
 	if (length >= path_size)
@@ -79,7 +82,7 @@ static int connect_holder(const char *name)
 		return set_error(-ENOENT, "no pads are held as \"%s\": nobody listens on %s", name,
 				 path);
 	if (sock < 0)
-		return set_error(sock, "%s: cannot connect: %s", path, strerror(-sock));
+		return sock;
 	err = check_peer(sock, name);
 	if (!err)
 		err = set_timeouts(sock);

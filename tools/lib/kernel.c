@@ -6,18 +6,37 @@
 #define _FILE_OFFSET_BITS 64
 #include "backend.h"
 #include "device.h"
+#include "output.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
+#define NODE_IS_TAKEN KVSCRATCH_DEVICE ": expected the device of the module, got %s: remove it " \
+	"and load the module; KVSCRATCH_BACKEND=memfd works without"
+
+/* Root makes files of a name that is not there. One is not opened: a FIFO would wait. */
+static int check_node(void)
+{
+	struct stat status;
+
+	/* open() says what else is wrong */
+	if (stat(KVSCRATCH_DEVICE, &status) || S_ISCHR(status.st_mode))
+		return 0;
+	return set_error(-ENODEV, NODE_IS_TAKEN, file_kind(status.st_mode));
+}
+
 static int open_device(int access)
 {
-	int fd = device_open(access);
+	int fd = check_node();
 
+	if (fd)
+		return fd;
+	fd = device_open(access);
 	if (fd == -EACCES)
 		return set_error(fd, "cannot open " KVSCRATCH_DEVICE ": expected permission, as the "
 				 "group of the device has; KVSCRATCH_BACKEND=memfd works without");
@@ -40,6 +59,9 @@ static int kernel_create(int *fd, const struct kvscratch_geometry *geometry)
 	close(node);
 	if (*fd >= 0)
 		return 0;
+	/* what no node of ours says */
+	if (*fd == -ENOTTY)
+		return set_error(-ENODEV, NODE_IS_TAKEN, "another device");
 	return set_error(*fd, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
 			 geometry->max_seq_len, geometry->dim,
 			 kvscratch_dtype_name(geometry->dtype), kvscratch_strerror(*fd));

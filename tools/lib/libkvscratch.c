@@ -6,6 +6,7 @@
 #define _FILE_OFFSET_BITS 64
 #include "../../kvscratch_layout.h"
 #include "backend.h"
+#include "output.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* Errors */
@@ -238,14 +240,16 @@ static int access_of(int fd)
 
 static int find_backend(struct kvscratch **pad, int fd, int access)
 {
+	struct stat status;
+
 	for (size_t i = 0; i < ARRAY_SIZE(backends); i++) {
 		int err = adopt(pad, backends[i], fd, access);
 
 		if (err != -ENOTTY)
 			return err;
 	}
-	return set_error(-ENOTTY, "descriptor %d: expected a handle of a pad, got something else",
-			 fd);
+	return set_error(-ENOTTY, "descriptor %d: expected a handle of a pad, got %s", fd,
+			 fstat(fd, &status) ? "something else" : file_kind(status.st_mode));
 }
 
 int kvscratch_from_fd(struct kvscratch **pad, int fd)

@@ -90,8 +90,9 @@ enum kvscratch_backend {
 /*
  * Make a zero-filled pad of [max_seq_len, dim] elements of @dtype: all its memory is
  * taken here. Errors: EINVAL (a value that the format does not allow), EDQUOT (above
- * the limits: of the module, or half of RAM for a memfd), ENOMEM, EINTR; ENOENT
- * and EACCES of the device.
+ * the limits: of the module, or half of RAM for a memfd), EFBIG (a memfd is beyond
+ * RLIMIT_FSIZE), ENOMEM, EINTR; ENOENT and EACCES of the device, ENODEV when something else
+ * lies in its place.
  */
 int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, uint32_t dtype);
 
@@ -462,7 +463,8 @@ const struct kvscratch_promise *kvscratch_promises(enum kvscratch_backend backen
  * The message is a little-endian u32 with the length of the text that follows,
  * and the text: each name and a newline, in the order of the descriptors,
  * which ride on the first byte. EINVAL for a count or a name that cannot be, EMSGSIZE
- * when the names take more than KVSCRATCH_MAX_NAMES_BYTES.
+ * when the names take more than KVSCRATCH_MAX_NAMES_BYTES, EPROTOTYPE for another kind of
+ * socket, over which nothing is sent.
  */
 int kvscratch_send_handles(int sock, const char *const *names, const int *fds, unsigned int count);
 
@@ -484,9 +486,10 @@ int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 
 /*
  * Listen on, or connect to, the Unix stream socket at @path; returns the socket,
- * close-on-exec. What exists at @path already is EADDRINUSE, also when nobody listens there
- * any more; who listens removes it in the end. Who does not accept within 5 seconds because too
- * many others wait for it is ETIMEDOUT.
+ * close-on-exec. Who listens removes it in the end; one that was left by a process that is
+ * gone makes room, that of another one is EADDRINUSE, and what is no socket ENOTSOCK. An empty
+ * @path is EINVAL: it would be an address that every user can listen at. Who does not accept
+ * within 5 seconds because too many others wait for it is ETIMEDOUT.
  */
 int kvscratch_listen(const char *path);
 int kvscratch_connect(const char *path);
@@ -577,7 +580,8 @@ int kvscratch_holder_path(const char *name, char *path, size_t path_size);
  * before anything is made of it; what is malformed or no pad is EBADMSG, with what was
  * expected and what came. Headers have at most 16 MiB, in .npy 128 KiB; the rows go
  * through a buffer of a few MiB. A safetensors file without the above may come from anybody:
- * each tensor of it has to be a [rows, dim] matrix.
+ * each tensor of it has to be a [rows, dim] matrix, and what else its header says of a
+ * tensor is passed over.
  */
 
 /**
@@ -618,10 +622,14 @@ struct kvscratch_named_pad {
  * token is whole when the shortest pad has it: who loads pads that belong together
  * truncates all to the rows of the shortest.
  *
- * Atomic: a new file is written beside @path, brought to disk and put in its place. Until
- * then, and on every failure, @path is what it was, and nothing is left beside it unless
- * this process is killed; that is then named .kvscratch-XXXXXXXX. A file that is replaced
- * passes on its permission bits; a symbolic link stays and the file behind it is replaced.
+ * Atomic: a new file is written that has no name yet, brought to disk and put in the place
+ * of @path. Until then, and on every failure, @path is what it was, and nothing is left
+ * beside it, also when this process is killed. Where the file system has no files without a
+ * name, or there is no /proc, the new one is named .kvscratch-XXXXXXXX and left by a process
+ * that is killed; who catches the signal has @progress return something else than 0. A file
+ * that is replaced passes on its permission bits and, where this process may give files away,
+ * its owner; a symbolic link stays and the file behind it is replaced. A file beyond
+ * RLIMIT_FSIZE is EFBIG and no SIGXFSZ, whatever the program does about that.
  *
  * Errors: EINVAL (another end of the name, a name that is no UTF-8 or comes twice, no pad
  * or several for .npy, @path is no regular file), EOPNOTSUPP (bf16 or mxint8 in .npy),
@@ -671,21 +679,25 @@ const struct kvscratch_saved_pad *kvscratch_file_pads(const struct kvscratch_fil
  * @progress: hears of it, or NULL
  * @context: for @progress
  *
- * The rows are those that were saved, bit by bit. For that the new pad takes rows as
- * they are stored: its input_dtype is its dtype, even if the pad that was saved converted
- * what was appended to it. On failure there is no pad.
+ * The rows are those that were saved, bit by bit, and the new pad takes what the saved one
+ * took: one that converted what was appended to it does so again, and saturated counts what
+ * was clamped among the rows of the file. On failure there is no pad.
+ *
+ * A small file may say that its pads are large: where they would take more than 256 MiB and
+ * more than 64 times its size, it has to be asked for by @max_seq_len.
  *
  * Errors: EINVAL (@max_seq_len below the rows; 0 and the file has neither rows nor a
- * max_seq_len), ENOENT (no pad of this name, or several and @name is NULL), EBADMSG (the
- * file became shorter), EIO, ECANCELED, and those of kvscratch_new_geometry().
+ * max_seq_len, or one that is far beyond its size), ENOENT (no pad of this name, or several
+ * and @name is NULL), EBADMSG (the file became shorter, or says of rows that they were
+ * converted that no conversion gives), EIO, ECANCELED, and those of kvscratch_new_geometry().
  */
 int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, const char *name,
 		   uint64_t max_seq_len, kvscratch_progress *progress, void *context);
 
 /**
  * kvscratch_load_into() - append saved rows to a pad
- * @pad: a handle that may write, on a pad of the same dim, dtype and frac_bits that takes
- *	rows as they are stored; any frac_bits will do where the file does not say them
+ * @pad: a handle that may write, on a pad of the same dim, dtype and frac_bits; any
+ *	frac_bits will do where the file does not say them
  * @file: the file
  * @name: which of its pads; NULL if there is but one
  * @progress: hears of it, or NULL
@@ -693,11 +705,12 @@ int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, co
  *
  * All rows or none: what was appended before a failure is truncated again. Readers see the
  * rows come in several batches, each whole. Nobody else should write to the pad meanwhile:
- * the truncate would take their rows along.
+ * the truncate would take their rows along. A pad that converts is given what the rows were
+ * made of, or may have been.
  *
- * Errors: EINVAL (the pad is made of something else, or converts), ENOSPC (rows do not
- * fit), ENOENT, EBADMSG (the file became shorter), EIO, ECANCELED, and those of
- * kvscratch_append_rows().
+ * Errors: EINVAL (the pad is made of something else), ENOSPC (rows do not fit), ENOENT,
+ * EBADMSG (the file became shorter, or its rows are none that the conversion of the pad
+ * gives), EIO, ECANCELED, and those of kvscratch_append_rows().
  */
 int kvscratch_load_into(struct kvscratch *pad, const struct kvscratch_file *file, const char *name,
 			kvscratch_progress *progress, void *context);

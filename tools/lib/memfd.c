@@ -14,8 +14,9 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
-#include "../../kvscratch_scale.h"
 #include "backend.h"
+#include "convert.h"
+#include "output.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -144,6 +145,19 @@ static int write_page(int fd, const struct kvscratch_info *info)
 	return written == sizeof(page) ? 0 : -EIO;
 }
 
+static int fill_memfd(int fd, const struct kvscratch_info *info)
+{
+	struct size_signal held;
+	int err;
+
+	hold_size_signal(&held);
+	err = allocate_pages(fd, info->status_offset + page_size());
+	if (!err)
+		err = write_page(fd, info);
+	drop_size_signal(&held, err);
+	return err;
+}
+
 static int memfd_create_pad(int *fd, const struct kvscratch_geometry *geometry)
 {
 	struct kvscratch_info info;
@@ -154,9 +168,7 @@ static int memfd_create_pad(int *fd, const struct kvscratch_geometry *geometry)
 	*fd = new_memfd();
 	if (*fd < 0)
 		return cannot("make a memfd", *fd);
-	err = allocate_pages(*fd, info.status_offset + page_size());
-	if (!err)
-		err = write_page(*fd, &info);
+	err = fill_memfd(*fd, &info);
 	if (!err)
 		return 0;
 	close(*fd);
@@ -337,7 +349,6 @@ static void unlock_writers(int fd)
 
 /* Appending */
 
-#define PIECE_ELEMENTS	2048
 #define PIECE_ROWS	128
 
 static int write_all(int fd, struct iovec *iov, int count, uint64_t at)
@@ -407,24 +418,19 @@ static int write_stored(const struct kvscratch *pad, const char *rows, uint64_t 
 	return 0;
 }
 
-/* Elements from index @at of the pad on, by the code that the kernel runs */
+/* Elements from index @at of the pad on */
 static int convert_piece(const struct kvscratch *pad, const void *in, uint64_t at,
 			 uint32_t count, uint64_t *saturated)
 {
 	const struct kvscratch_info *info = &pad->info;
 	const uint32_t size = kvscratch_dtype_size(info->dtype);
-	__u64 out[PIECE_ELEMENTS];
-	__u8 scales[PIECE_ELEMENTS / KVSCRATCH_MX_BLOCK];
-	long clamped;
+	__u64 out[CONVERT_MOST];
+	__u8 scales[CONVERT_MOST / KVSCRATCH_MX_BLOCK];
+	long clamped = convert_elements(info, in, count, out, scales);
 	int err;
 
-	if (info->dtype == KVSCRATCH_DTYPE_MXINT8)
-		clamped = kvs_scale_mxint8(info->input_dtype, in, count / KVSCRATCH_MX_BLOCK,
-					   (__s8 *)out, scales);
-	else
-		clamped = kvs_scale_fixed(info->input_dtype, in, count, info->frac_bits, size, out);
-	if (clamped == KVS_SCALE_NOT_FINITE)
-		return -EDOM;
+	if (clamped < 0)
+		return clamped;
 	*saturated += clamped;
 	err = write_piece(pad, 0, at * size, out, (size_t)count * size);
 	if (!err && info->nr_planes > 1)
@@ -440,10 +446,10 @@ static int write_converted(const struct kvscratch *pad, const char *rows, uint64
 	uint64_t at = first * pad->info.dim;
 	uint64_t left = nr_rows * pad->info.dim;
 	/* aligned to its elements, which @rows need not be */
-	__u64 in[PIECE_ELEMENTS];
+	__u64 in[CONVERT_MOST];
 
 	while (left) {
-		uint32_t count = left < PIECE_ELEMENTS ? left : PIECE_ELEMENTS;
+		uint32_t count = left < CONVERT_MOST ? left : CONVERT_MOST;
 		int err;
 
 		memcpy(in, rows, (size_t)count * size);
@@ -493,11 +499,14 @@ static int append_locked(struct kvscratch *pad, const void *rows, uint64_t nr_ro
 static int memfd_append(struct kvscratch *pad, const void *rows, uint64_t nr_rows)
 {
 	int lock = lock_writers(pad);
+	struct size_signal held;
 	int err;
 
 	if (lock < 0)
 		return lock;
+	hold_size_signal(&held);
 	err = append_locked(pad, rows, nr_rows);
+	drop_size_signal(&held, err);
 	unlock_writers(lock);
 	return err;
 }
@@ -556,11 +565,14 @@ static int truncate_locked(struct kvscratch *pad, uint64_t len, uint32_t flags)
 static int memfd_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	int lock = lock_writers(pad);
+	struct size_signal held;
 	int err;
 
 	if (lock < 0)
 		return lock;
+	hold_size_signal(&held);
 	err = truncate_locked(pad, len, flags);
+	drop_size_signal(&held, err);
 	unlock_writers(lock);
 	return err;
 }

@@ -14,7 +14,7 @@
 
 /* magic, two bytes of version, and the length in two or, from 2.0 on, four bytes */
 #define PREFIX_V1 (NPY_MAGIC_BYTES + 2 + 2)
-#define PREFIX_V2 (NPY_MAGIC_BYTES + 2 + 4)
+#define PREFIX_V2 NPY_PREFIX_BYTES
 /* NumPy pads headers so that the data is aligned to this */
 #define ALIGNMENT 64
 
@@ -31,14 +31,30 @@ static const char *const descrs[] = {
 
 #define NR_DESCRS (sizeof(descrs) / sizeof(descrs[0]))
 
+/* What NumPy reads as well, and other programs write */
+static const char *const names[NR_DESCRS] = {
+	[KVSCRATCH_DTYPE_F64] = "float64",
+	[KVSCRATCH_DTYPE_F32] = "float32",
+	[KVSCRATCH_DTYPE_F16] = "float16",
+	[KVSCRATCH_DTYPE_I64] = "int64",
+	[KVSCRATCH_DTYPE_I32] = "int32",
+	[KVSCRATCH_DTYPE_I16] = "int16",
+	[KVSCRATCH_DTYPE_I8] = "int8",
+	[KVSCRATCH_DTYPE_U8] = "uint8",
+};
+
 static uint32_t dtype_of(const char *descr)
 {
-	/* single bytes have no order, whatever is said about it */
-	bool single = strlen(descr) == 3 && strchr("|<>", descr[0]) && descr[2] == '1';
+	/* no order is this machine's, and single bytes have none, whatever is said about it */
+	bool native = *descr && (strchr("=|", *descr) || *descr == *NATIVE);
+	const char *type = descr + (*descr && strchr("<>=|", *descr));
 
-	for (uint32_t dtype = 0; dtype < NR_DESCRS; dtype++)
-		if (descrs[dtype] && !strcmp(descrs[dtype] + single, descr + single))
-			return dtype;
+	for (uint32_t dtype = 0; dtype < NR_DESCRS; dtype++) {
+		if (!descrs[dtype])
+			continue;
+		if (!strcmp(names[dtype], type) || !strcmp(descrs[dtype] + 1, type))
+			return type == descr || native || *descrs[dtype] == '|' ? dtype : 0;
+	}
 	return 0;
 }
 
@@ -50,7 +66,7 @@ struct cursor {
 
 static void skip_blanks(struct cursor *cursor)
 {
-	while (cursor->at < cursor->end && (*cursor->at == ' ' || *cursor->at == '\n'))
+	while (cursor->at < cursor->end && *cursor->at && strchr(" \t\r\n\f", *cursor->at))
 		cursor->at++;
 }
 
@@ -81,6 +97,9 @@ static bool take_string(struct cursor *cursor, char *text, size_t size)
 	const char *start, *close;
 
 	skip_blanks(cursor);
+	/* as Python 2 has it for what is not ASCII, too */
+	if (cursor->at < cursor->end && (*cursor->at == 'u' || *cursor->at == 'U'))
+		cursor->at++;
 	if (cursor->at == cursor->end || (*cursor->at != '\'' && *cursor->at != '"'))
 		return false;
 	start = cursor->at + 1;
@@ -112,7 +131,11 @@ static bool take_number(struct cursor *cursor, uint64_t *number)
 		*number = *number * 10 + digit;
 		cursor->at++;
 	}
-	return cursor->at > start;
+	if (cursor->at == start)
+		return false;
+	/* a long integer of Python 2 */
+	take(cursor, "L");
+	return true;
 }
 
 /* A tuple of numbers; that of one ends with a comma */
@@ -192,32 +215,44 @@ static const char *parse_literal(struct cursor *cursor, struct npy_array *array)
 	return NULL;
 }
 
+static bool has_long_length(const unsigned char *file)
+{
+	return file[6] == 2 || file[6] == 3;
+}
+
+const char *npy_header_size(const void *bytes, size_t size, uint64_t *header)
+{
+	const unsigned char *file = bytes;
+
+	if (size < NPY_PREFIX_BYTES || memcmp(file, NPY_MAGIC, NPY_MAGIC_BYTES))
+		return "expected a .npy header";
+	*header = PREFIX_V1 + (file[8] | file[9] << 8);
+	if (has_long_length(file))
+		*header += PREFIX_V2 - PREFIX_V1 + ((uint64_t)file[10] << 16) +
+			   ((uint64_t)file[11] << 24);
+	else if (file[6] != 1)
+		return "expected .npy version 1, 2 or 3";
+	return NULL;
+}
+
 const char *npy_parse_header(const void *bytes, size_t size, struct npy_array *array)
 {
 	const unsigned char *file = bytes;
 	struct cursor cursor;
 	const char *error;
-	uint64_t length;
-	size_t prefix;
+	uint64_t header;
 
 	*array = (struct npy_array){ 0 };
-	if (size < PREFIX_V2 || memcmp(file, NPY_MAGIC, NPY_MAGIC_BYTES))
-		return "expected a .npy header";
-	length = file[8] | file[9] << 8;
-	prefix = PREFIX_V1;
-	if (file[6] == 2 || file[6] == 3) {
-		length |= (uint64_t)file[10] << 16 | (uint64_t)file[11] << 24;
-		prefix = PREFIX_V2;
-	} else if (file[6] != 1) {
-		return "expected .npy version 1, 2 or 3";
-	}
-	if (length > size - prefix)
+	error = npy_header_size(bytes, size, &header);
+	if (error)
+		return error;
+	if (header > size)
 		return "the .npy header is cut off";
-	cursor.at = (const char *)file + prefix;
-	cursor.end = cursor.at + length;
+	cursor.at = (const char *)file + (has_long_length(file) ? PREFIX_V2 : PREFIX_V1);
+	cursor.end = (const char *)file + header;
 	error = parse_literal(&cursor, array);
 	array->dtype = dtype_of(array->descr);
-	array->data_offset = prefix + length;
+	array->data_offset = header;
 	return error;
 }
 

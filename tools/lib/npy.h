@@ -2,7 +2,8 @@
 /*
  * The header of .npy files, versions 1.0 to 3.0 as numpy.lib.format describes
  * them: a magic string, two version bytes, the length of the header, a Python
- * dict literal with the keys descr, fortran_order and shape, and the data.
+ * dict literal with the keys descr, fortran_order and shape, and the data. Of the literals
+ * and the types that numpy.load() takes these are those that are in use, of Python 2 too.
  */
 #ifndef NPY_H
 #define NPY_H
@@ -13,6 +14,8 @@
 
 #define NPY_MAGIC "\x93NUMPY"
 #define NPY_MAGIC_BYTES 6
+/* What tells how long the header is: magic string, version and length */
+#define NPY_PREFIX_BYTES 12
 #define NPY_MAX_DIMS 32
 /* Longest header that npy_write_header() makes */
 #define NPY_HEADER_BYTES 128
@@ -35,6 +38,16 @@ struct npy_array {
 	uint64_t shape[NPY_MAX_DIMS];
 	size_t data_offset;
 };
+
+/**
+ * npy_header_size() - how long the header of a .npy file is
+ * @bytes: the file, or NPY_PREFIX_BYTES of it
+ * @size: how much that is
+ * @header: receives the length, @bytes included
+ *
+ * Returns NULL, or what is wrong: a constant string.
+ */
+const char *npy_header_size(const void *bytes, size_t size, uint64_t *header);
 
 /**
  * npy_parse_header() - read the header of a .npy file

@@ -346,6 +346,87 @@ static int parse_offsets(struct parser *parser, struct safetensors_tensor *tenso
 	return 0;
 }
 
+/* What others may put beside what we know, and how deep they may nest it */
+#define MAX_DEPTH 100
+
+static bool take_word(struct parser *parser, const char *word)
+{
+	size_t length = strlen(word);
+
+	if ((size_t)(parser->end - parser->at) < length || memcmp(parser->at, word, length))
+		return false;
+	parser->at += length;
+	return true;
+}
+
+static bool take_digits(struct parser *parser)
+{
+	const char *start = parser->at;
+
+	while (parser->at < parser->end && *parser->at >= '0' && *parser->at <= '9')
+		parser->at++;
+	return parser->at > start;
+}
+
+/* Any number of JSON */
+static bool take_any_number(struct parser *parser)
+{
+	take(parser, '-');
+	if (!take(parser, '0') && !take_digits(parser))
+		return false;
+	if (take(parser, '.') && !take_digits(parser))
+		return false;
+	if (!take(parser, 'e') && !take(parser, 'E'))
+		return true;
+	if (!take(parser, '+'))
+		take(parser, '-');
+	return take_digits(parser);
+}
+
+/* Any value that is not made of others */
+static int skip_scalar(struct parser *parser)
+{
+	static const char what[] = "a value of JSON";
+	const char *unused;
+
+	if (parser->at < parser->end && *parser->at == '"')
+		return parse_string(parser, &unused, what);
+	if (take_word(parser, "true") || take_word(parser, "false") || take_word(parser, "null") ||
+	    take_any_number(parser))
+		return 0;
+	return unexpected(parser, what);
+}
+
+static int skip_value(struct parser *parser, unsigned int depth)
+{
+	const char *unused;
+	size_t count = 0;
+	char close;
+	int more, err;
+
+	skip_blanks(parser);
+	if (take(parser, '['))
+		close = ']';
+	else if (take(parser, '{'))
+		close = '}';
+	else
+		return skip_scalar(parser);
+	if (depth == MAX_DEPTH)
+		return set_error(-EBADMSG, "safetensors header: expected at most %d values in one "
+				 "another, got more at byte %td", MAX_DEPTH,
+				 parser->at - parser->start);
+	while ((more = goes_on(parser, count++, close)) > 0) {
+		err = close == '}' ? parse_string(parser, &unused, "a key") : 0;
+		if (!err && close == '}')
+			err = begin(parser, ':', "':'");
+		if (!err)
+			err = skip_value(parser, depth + 1);
+		if (err)
+			return err;
+	}
+	return more;
+}
+
 enum key { KEY_DTYPE = 1, KEY_SHAPE = 2, KEY_DATA_OFFSETS = 4, ALL_KEYS = 7 };
 
 static enum key key_by_name(const char *name)
@@ -364,8 +445,10 @@ static int parse_value(struct parser *parser, enum key key, struct safetensors_t
 		return parse_dtype(parser, tensor->name, &tensor->dtype);
 	case KEY_SHAPE:
 		return parse_shape(parser, tensor);
-	default:
+	case KEY_DATA_OFFSETS:
 		return parse_offsets(parser, tensor);
+	default:
+		return skip_value(parser, 0);
 	}
 }
 
@@ -374,22 +457,23 @@ static int parse_tensor(struct parser *parser, struct safetensors_tensor *tensor
 {
 	char name[PRINTABLE_NAME_BYTES], got[PRINTABLE_NAME_BYTES];
 	const char *text;
+	size_t count = 0;
 	int keys = 0;
 	int more, err = begin(parser, '{', "an object as what a tensor is");
 
 	if (err)
 		return err;
-	while ((more = goes_on(parser, keys, '}')) > 0) {
+	while ((more = goes_on(parser, count++, '}')) > 0) {
 		enum key key;
 
 		err = parse_string(parser, &text, "a key of a tensor");
 		if (err)
 			return err;
 		key = key_by_name(text);
-		if (!key || keys & key)
+		if (keys & key)
 			return set_error(-EBADMSG, "tensor \"%s\": expected dtype, shape and "
-					 "data_offsets, got %s\"%s\"",
-					 printable_name(name, tensor->name), key ? "a second " : "",
+					 "data_offsets, got a second \"%s\"",
+					 printable_name(name, tensor->name),
 					 printable_name(got, text));
 		err = begin(parser, ':', "':'");
 		if (!err)
@@ -448,8 +532,12 @@ static int add_tensor(struct safetensors *file, const struct safetensors_tensor 
 
 static int parse_metadata(struct parser *parser, struct safetensors *file)
 {
-	int more, err = begin(parser, '{', "an object as " METADATA);
+	int more, err;
 
+	skip_blanks(parser);
+	if (take_word(parser, "null"))
+		return 0;
+	err = begin(parser, '{', "an object as " METADATA);
 	if (err)
 		return err;
 	while ((more = goes_on(parser, file->nr_metadata, '}')) > 0) {

@@ -5,13 +5,13 @@
  *
  *   "NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
  *
- * with offsets into the data, and may have one named __metadata__, of strings. Tensors
+ * with offsets into the data, and may have one named __metadata__, of strings or null. Tensors
  * lie one behind the other, without overlap and gap, and fill the data; they are in C
  * order and little-endian. Blanks behind the object align the data.
  *
- * The parser takes that and nothing else: no other key, no other type, no number
- * but a whole one, no string with a NUL, no name twice. There is no nesting beyond the
- * above, and so no recursion.
+ * The parser takes that and nothing else: no other type, no number but a whole one, no
+ * string with a NUL, no name twice. What else an entry of a tensor says has to be JSON, up to
+ * a depth, and is passed over, as the format's own library does.
  */
 #ifndef SAFETENSORS_H
 #define SAFETENSORS_H

@@ -65,6 +65,8 @@ const char *kvscratch_strerror(int err)
 		return "the pad has changed";
 	case EDQUOT:
 		return "larger than the module's limits allow";
+	case EFBIG:
+		return "File too large: pads without the module are files, see ulimit -f";
 	case EINVAL:
 		return "a value that the pad or the format does not allow";
 	case ENOMEM:

@@ -67,12 +67,21 @@ struct view {
 
 /* Errors */
 
+static PyObject *raise_os_error(PyObject *type, int err)
+{
+	/* OSError picks its subclass by errno */
+	PyObject *error = PyObject_CallFunction(type, "is", -err, kvscratch_error());
+
+	if (error) {
+		PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+		Py_DECREF(error);
+	}
+	return NULL;
+}
+
 /* Raise what a negative errno of the library means; its sentence belongs to this thread. */
 static PyObject *raise_error(int err)
 {
-	PyObject *type = PyExc_OSError;
-	PyObject *error;
-
 	switch (-err) {
 	case EINVAL:
 	case EDOM:
@@ -83,23 +92,16 @@ static PyObject *raise_error(int err)
 	case ENOMEM:
 		PyErr_SetString(PyExc_MemoryError, kvscratch_error());
 		return NULL;
-	case ENOSPC:
-		type = full_error;
-		break;
+	case ENOKEY:
+		PyErr_SetString(PyExc_KeyError, kvscratch_error());
+		return NULL;
 	}
-	/* OSError picks its subclass by errno */
-	error = PyObject_CallFunction(type, "is", -err, kvscratch_error());
-	if (error) {
-		PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-		Py_DECREF(error);
-	}
-	return NULL;
+	return raise_os_error(PyExc_OSError, err);
 }
-
-/* Raise @err, unless a signal handler of Python, of which these tell, has raised something. */
+/* Raise @err, unless a signal handler of Python has raised something. */
 static PyObject *raise_unless_raised(int err)
 {
-	return err == -EINTR || err == -ECANCELED ? NULL : raise_error(err);
+	return PyErr_Occurred() ? NULL : raise_error(err);
 }
 
 static PyObject *none_or_error(int err)
@@ -214,6 +216,21 @@ static PyObject *wrap_handle(PyTypeObject *type, struct kvscratch *handle)
 	return (PyObject *)pad;
 }
 
+/* A converter of PyArg_Parse: what an integer is worth that C has no room for is a wrong value. */
+static int parse_number(PyObject *object, void *number)
+{
+	PyObject *index = PyNumber_Index(object);
+	int overflow;
+
+	if (!index)
+		return 0;
+	*(long long *)number = PyLong_AsLongLongAndOverflow(index, &overflow);
+	if (overflow)
+		PyErr_Format(PyExc_ValueError, "expected an integer of 64 bits, got %S", index);
+	Py_DECREF(index);
+	return !overflow;
+}
+
 /* 0 after an exception */
 static uint32_t dtype_by_name(const char *argument, const char *name)
 {
@@ -243,8 +260,9 @@ static PyObject *pad_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 	struct kvscratch *handle;
 	int err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL|s$zL:Scratchpad", names, &max_seq_len,
-					 &dim, &dtype, &input_dtype, &frac_bits))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&O&|s$zO&:Scratchpad", names,
+					 parse_number, &max_seq_len, parse_number, &dim, &dtype,
+					 &input_dtype, parse_number, &frac_bits))
 		return NULL;
 	if (!in_range("max_seq_len", max_seq_len, KVSCRATCH_MAX_SEQ_LEN) ||
 	    !in_range("dim", dim, KVSCRATCH_MAX_ROW_BYTES) ||
@@ -284,13 +302,23 @@ static int access_by_mode(const char *mode)
 	return -1;
 }
 
+/* A converter of PyArg_Parse, for a descriptor or what has a fileno() */
+static int parse_fd(PyObject *object, void *fd)
+{
+	*(int *)fd = PyObject_AsFileDescriptor(object);
+	if (*(int *)fd >= 0)
+		return 1;
+	if (PyErr_ExceptionMatches(PyExc_OverflowError))
+		PyErr_Format(PyExc_ValueError, "fd: expected 0 to %d, got %S", INT_MAX, object);
+	return 0;
+}
+
 static int attach(struct kvscratch **handle, PyObject *source, int access)
 {
-	const char *name = PyUnicode_Check(source) ? PyUnicode_AsUTF8AndSize(source, NULL) : NULL;
-	int fd = name ? -1 : PyObject_AsFileDescriptor(source);
-	int err;
+	const char *name = NULL;
+	int fd = -1, err;
 
-	if (!name && fd < 0)
+	if (PyUnicode_Check(source) ? !PyArg_Parse(source, "s", &name) : !parse_fd(source, &fd))
 		return -1;
 	Py_BEGIN_ALLOW_THREADS
 	if (name)
@@ -322,10 +350,10 @@ static PyObject *pad_attach(PyObject *type, PyObject *args, PyObject *keywords)
 static PyObject *pad_from_fd(PyObject *type, PyObject *argument)
 {
 	struct kvscratch *handle;
-	long fd = PyLong_AsLong(argument);
+	long long fd;
 	int err;
 
-	if (fd == -1 && PyErr_Occurred())
+	if (!parse_number(argument, &fd))
 		return NULL;
 	if (!in_range("fd", fd, INT_MAX))
 		return NULL;
@@ -523,7 +551,8 @@ static PyObject *pad_append(PyObject *self, PyObject *array)
 			err = append_rows(handle, &rows);
 			Py_END_ALLOW_THREADS
 		} while (again(err));
-		result = none_or_error(err);
+		/* of anything else it says that a disk is full */
+		result = err == -ENOSPC ? raise_os_error(full_error, err) : none_or_error(err);
 	}
 	drop_pad(pad);
 release:
@@ -540,7 +569,8 @@ static PyObject *pad_truncate(PyObject *self, PyObject *args, PyObject *keywords
 	long long len;
 	int zero = 0, err;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "L|p:truncate", names, &len, &zero))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&|p:truncate", names, parse_number,
+					 &len, &zero))
 		return NULL;
 	if (!in_range("n", len, KVSCRATCH_MAX_SEQ_LEN))
 		return NULL;
@@ -949,8 +979,9 @@ static PyObject *pad_load(PyObject *type, PyObject *args, PyObject *keywords)
 	PyObject *path, *pad = NULL;
 	const char *name = NULL;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&|zL:load", names,
-					 PyUnicode_FSConverter, &path, &name, &max_seq_len))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&|zO&:load", names,
+					 PyUnicode_FSConverter, &path, &name, parse_number,
+					 &max_seq_len))
 		return NULL;
 	if (in_range("max_seq_len", max_seq_len, KVSCRATCH_MAX_SEQ_LEN)) {
 		file = open_file(PyBytes_AsString(path));
@@ -1135,8 +1166,9 @@ static PyMethodDef pad_methods[] = {
 	{ "load", (PyCFunction)(void (*)(void))pad_load, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
 	  "load($type, /, path, name=None, max_seq_len=0)\n--\n\n"
 	  "A new pad of rows that were saved; name says which, where a file has several.\n"
-	  "max_seq_len is its capacity, 0 the one of the file. The pad takes rows as they are\n"
-	  "stored, also when the one that was saved converted them." },
+	  "max_seq_len is its capacity, 0 the one of the file, which is refused where it is far\n"
+	  "beyond the size of the file. The pad takes what the one that was saved took: one that\n"
+	  "converted its input does so again." },
 	{ "_load_all", pad_load_all, METH_O | METH_CLASS, NULL },
 	{ "_copy_rows", pad_copy_rows, METH_VARARGS, NULL },
 	{ "_wait", pad_wait, METH_VARARGS, NULL },
@@ -1289,7 +1321,7 @@ static Py_ssize_t parse_handles(PyObject *list, struct handles *handles)
 		return -1;
 	}
 	for (Py_ssize_t i = 0; i < count; i++)
-		if (!PyArg_ParseTuple(PyList_GetItem(list, i), "si", &handles->name[i],
+		if (!PyArg_ParseTuple(PyList_GetItem(list, i), "sO&", &handles->name[i], parse_fd,
 				      &handles->fds[i]))
 			return -1;
 	return count;
@@ -1326,7 +1358,7 @@ static PyObject *module_send_handles(PyObject *module, PyObject *args)
 	int sock, err;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "iO!:send_handles", &sock, &PyList_Type, &list))
+	if (!PyArg_ParseTuple(args, "O&O!:send_handles", parse_fd, &sock, &PyList_Type, &list))
 		return NULL;
 	count = parse_handles(list, &handles);
 	if (count < 0)

@@ -50,11 +50,12 @@ send_handles() over a Unix socket and Scratchpad.attach("NAME/PAD") of a holder.
 Files. save() and load() keep pads in .safetensors files, or one in .npy.
 
 Exceptions. ValueError: a wrong shape, value or range, a malformed file, or a closed pad.
-TypeError: elements of another type. Full, an OSError: the rows do not fit. MemoryError: no
-memory for a pad. RuntimeError: a handle of the process that forked this one, or one that
-another thread waits with. OSError with its errno, and its subclasses: whatever else the
-system refuses. The text is the library's, "Scratchpad full: 2 / 2 tokens"; of an
-OSError it is in strerror.
+TypeError: an argument or elements of another type. KeyError: a file or a holder has no pad
+of this name. IndexError: a pad has no such row. Full, an OSError: the rows do not fit a pad.
+MemoryError: no memory for a pad. RuntimeError: a handle of the process that forked this
+one, or one that another thread waits with. OSError with its errno, and its subclasses,
+FileNotFoundError for a file or a socket that is not there: whatever else the system refuses.
+The text is the library's, "Scratchpad full: 2 / 2 tokens"; of an OSError it is in strerror.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import operator
 import os
 import selectors
 import struct
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from typing import Protocol, TypeVar, Union
 
     import numpy
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -95,6 +97,7 @@ _LEN_MASK = 0xffffffff
 _MAX_TIMEOUT_MS = 0x7fffffff
 # elements that share a scale
 _MX_BLOCK = 32
+_MAX_FRAC_BITS = 62
 
 
 @functools.cache
@@ -156,6 +159,7 @@ class Scratchpad(_kvscratch.Pad):
 
     def get_token(self, i: int) -> NDArray[Any]:
         """A copy of row i, [dim], as it was at one moment; IndexError when there is none."""
+        i = operator.index(i)
         rows = len(self)
         if not -rows <= i < rows:
             raise IndexError(f"expected a row of {rows}, got {i}")
@@ -180,22 +184,28 @@ class Scratchpad(_kvscratch.Pad):
         """Sleep until the pad's state is another than state, or until it has rows rows.
 
         state is that of the pad or of a View. Returns False when timeout seconds passed
-        without. A handle of its own for each thread: RuntimeError when two share one.
+        without. ValueError for more rows than fit. A handle of its own for each thread:
+        RuntimeError when two share one.
         """
         if (state is None) == (rows is None):
             raise TypeError("wait: expected either state or rows")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        if state is not None:
+            state = operator.index(state)
+        if rows is not None and not 0 <= operator.index(rows) <= self.capacity:
+            raise ValueError(f"rows: expected 0 to {self.capacity}, the rows that fit, got {rows}")
+        # a float32 of NumPy would make the clock one too, in which it stands still
+        deadline = None if timeout is None else time.monotonic() + float(timeout + 0)
         while True:
             now = self.state
             if now != state if rows is None else now & _LEN_MASK >= rows:
                 return True
             left_ms = -1
             if deadline is not None:
-                left_ms = math.ceil((deadline - time.monotonic()) * 1000)
+                left_ms = math.ceil(min((deadline - time.monotonic()) * 1000, _MAX_TIMEOUT_MS))
                 if left_ms <= 0:
                     return False
             # returns after a signal as well, hence the loop
-            self._wait(now, min(left_ms, _MAX_TIMEOUT_MS))
+            self._wait(now, left_ms)
 
     def save(self, path: str | os.PathLike[str], name: str = "pad") -> None:
         """Save the committed rows as .npy or, under a name, as .safetensors; see save()."""
@@ -221,9 +231,10 @@ class Scratchpad(_kvscratch.Pad):
                 f"dtype={self.dtype} backend={self.backend}>")
 
 
-def _fds(handles: Mapping[str, FileDescriptor]) -> list[tuple[str, int]]:
-    return [(name, handle if isinstance(handle, int) else handle.fileno())
-            for name, handle in handles.items()]
+def _entries(named: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if not hasattr(named, "items"):
+        raise TypeError(f"expected a mapping of names, got {type(named).__name__}")
+    return list(named.items())
 
 
 def _pads(handles: list[tuple[str, int]]) -> dict[str, Scratchpad]:
@@ -249,16 +260,19 @@ def send_handles(sock: socket.socket, handles: Mapping[str, FileDescriptor]) -> 
     The receiver gets them with the rights that they have: pass open_reader() of a pad to
     who shall only read. A name has no white space; at most 253 handles fit.
     """
-    _kvscratch.send_handles(sock.fileno(), _fds(handles))
+    _kvscratch.send_handles(sock, _entries(handles))
 
 
 def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
     """What send_handles() of the other side passed: the pads by their names, in its order."""
+    if not hasattr(sock, "fileno"):
+        raise TypeError(f"expected a socket, got {type(sock).__name__}")
+    fd = sock.fileno()
     # waits here, where a signal is heard
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
+    with selectors.PollSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
         selector.select()
-    return _pads(_kvscratch.receive_handles(sock.fileno()))
+    return _pads(_kvscratch.receive_handles(fd))
 
 
 def holder_get(name: str, mode: str = "r") -> dict[str, Scratchpad]:
@@ -275,7 +289,7 @@ def holder_put(name: str, handles: Mapping[str, FileDescriptor]) -> None:
 
     What the handles are open for is what it can hand out. They stay the caller's.
     """
-    _kvscratch.holder_put(name, _fds(handles))
+    _kvscratch.holder_put(name, _entries(handles))
 
 
 def save(path: str | os.PathLike[str], pads: Mapping[str, Scratchpad]) -> None:
@@ -285,7 +299,7 @@ def save(path: str | os.PathLike[str], pads: Mapping[str, Scratchpad]) -> None:
     as a whole or left as it was. A writer that puts a token into one pad after the other may be
     between two of them: who loads pads that belong together truncates all to the shortest.
     """
-    _kvscratch.save(path, list(pads.items()))
+    _kvscratch.save(path, _entries(pads))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Scratchpad]:
@@ -293,18 +307,41 @@ def load(path: str | os.PathLike[str]) -> dict[str, Scratchpad]:
     return dict(Scratchpad._load_all(path))
 
 
-def dequantize(elements: NDArray[Any], scales: NDArray[numpy.uint8] | None = None,
+def dequantize(elements: ArrayLike, scales: ArrayLike | None = None,
                frac_bits: int = 0) -> NDArray[numpy.float32]:
     """The values of scaled integers, as float32.
 
     elements [..., dim] of an mxint8 pad have scales [..., dim / 32]; those of i8, i16, i32
-    and i64 have frac_bits fraction bits.
+    and i64 have frac_bits fraction bits. Each value is the float32 next to the exact one.
     """
     import numpy
-    if scales is None:
-        return numpy.ldexp(elements, -frac_bits).astype(numpy.float32)
+    elements = numpy.asarray(elements)
+    if scales is not None:
+        return _dequantize_blocks(numpy, elements, numpy.asarray(scales), frac_bits)
+    if elements.dtype.kind != "i" and elements.dtype != numpy.uint8:
+        raise TypeError(f"expected elements of i8, i16, i32 or i64, got {elements.dtype}")
+    exponent = -operator.index(frac_bits)
+    if not -_MAX_FRAC_BITS <= exponent <= 0:
+        raise ValueError(f"frac_bits: expected 0 to {_MAX_FRAC_BITS}, got {frac_bits}")
+    # in floats from the start: ldexp() of i8 is a float16, and a double would round twice
+    return cast("NDArray[numpy.float32]", numpy.ldexp(elements.astype(numpy.float32), exponent))
+
+
+def _dequantize_blocks(numpy: Any, elements: NDArray[Any], scales: NDArray[Any],
+                       frac_bits: int) -> NDArray[numpy.float32]:
+    if frac_bits:
+        raise ValueError("expected either scales or frac_bits, got both")
+    if elements.dtype != numpy.int8 or scales.dtype != numpy.uint8:
+        raise TypeError("expected elements of int8 and scales of uint8, got "
+                        f"{elements.dtype} and {scales.dtype}")
+    if not elements.ndim or elements.shape[-1] % _MX_BLOCK:
+        raise ValueError(f"expected rows of a multiple of {_MX_BLOCK} elements, got a shape of "
+                         f"{elements.shape}")
+    shape = (*elements.shape[:-1], elements.shape[-1] // _MX_BLOCK)
+    if scales.shape != shape:
+        raise ValueError(f"scales: expected a shape of {shape}, got {scales.shape}")
     # a block shares the scale 2^(s - 127), and its elements count in 2^-6
     exponents = numpy.repeat(scales.astype(numpy.int32) - 127 - 6, _MX_BLOCK, axis=-1)
     values = numpy.ldexp(elements.astype(numpy.float32), exponents)
     values[numpy.repeat(scales == 255, _MX_BLOCK, axis=-1)] = numpy.nan
-    return values
+    return cast("NDArray[numpy.float32]", values)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kvscratch
+from conftest import python
 from kvscratch import Scratchpad
 
 ROWS = np.arange(9, dtype=np.float32).reshape(3, 3)
@@ -45,6 +46,7 @@ def test_safetensors(pad, tmp_path):
             assert (back[name].dtype, back[name].capacity) == (saved.dtype, 4)
             assert np.array_equal(back[name].as_tensor(), saved.as_tensor())
         assert np.array_equal(back["scaled"].scales(), scaled.scales())
+        assert back["scaled"].input_dtype == "f32"
     with Scratchpad.load(path, "bf16") as one:
         assert one.as_tensor().tolist() == [[1, 2, 3]]
     # what was loaded goes with the last reference, which nothing_leaks looks for
@@ -72,8 +74,10 @@ def test_what_cannot_be_saved(pad, tmp_path):
 def test_what_cannot_be_loaded(pad, tmp_path):
     path = tmp_path / "a.safetensors"
     pad.save(path, name="k0")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(KeyError) as caught:
         Scratchpad.load(path, "k1")
+    assert caught.value.args == (
+        'expected the name of a pad in the file, which has k0, got "k1"',)
     path.write_bytes(path.read_bytes()[:-1] + b"x" * 2)
     for load in (Scratchpad.load, kvscratch.load):
         with pytest.raises(ValueError) as caught:
@@ -81,6 +85,51 @@ def test_what_cannot_be_loaded(pad, tmp_path):
         assert "expected" in str(caught.value)
     with pytest.raises(FileNotFoundError):
         Scratchpad.load(tmp_path / "nothing.npy")
+
+
+def test_a_file_of_another_number_of_pads(pad, tmp_path):
+    path = tmp_path / "a.safetensors"
+    for pads, names in (({"k0": pad, "v0": pad}, "k0 v0"),
+                        ({f"layer.{i}": pad for i in range(99)},
+                         " ".join(f"layer.{i}" for i in range(11)) + " ...")):
+        kvscratch.save(path, pads)
+        with pytest.raises(ValueError) as caught:
+            Scratchpad.load(path)
+        assert str(caught.value) == ("expected the name of a pad: the file has "
+                                     f"{len(pads)} of them, {names}")
+    path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError) as caught:
+        Scratchpad.load(path)
+    assert str(caught.value) == "expected the name of a pad: the file has 0 of them, none"
+    with pytest.raises(KeyError):
+        Scratchpad.load(path, "k0")
+
+
+FULL_DISK = """
+import ctypes, os, sys, kvscratch
+CLONE_NEWNS, CLONE_NEWUSER, MS_PRIVATE, MS_REC = 0x20000, 0x10000000, 1 << 18, 1 << 14
+libc = ctypes.CDLL(None)
+if libc.unshare(CLONE_NEWNS | (CLONE_NEWUSER if os.geteuid() else 0)):
+    sys.exit("skip")
+libc.mount(None, b"/", None, MS_PRIVATE | MS_REC, None)
+assert not libc.mount(b"none", os.fsencode(sys.argv[1]), b"tmpfs", 0, b"size=64k")
+with kvscratch.Scratchpad(32, 4096, "u8") as pad:
+    pad.append(memoryview(bytes(32 * 4096)).cast("B", (32, 4096)))
+    try:
+        pad.save(sys.argv[1] + "/a.npy")
+    except OSError as error:
+        print(type(error).__name__, error.errno, os.listdir(sys.argv[1]))
+"""
+
+
+def test_a_full_disk_is_no_full_pad(tmp_path):
+    try:
+        said = python(FULL_DISK, tmp_path)
+    except AssertionError as error:
+        if str(error).startswith("skip\n"):
+            pytest.skip("neither root nor user namespaces")
+        raise
+    assert said == f"OSError {errno.ENOSPC} []\n"
 
 
 def test_save_hears_signals(tmp_path):

@@ -2,6 +2,7 @@
 """Handles: who may do what, between threads and between processes."""
 
 import errno
+import fractions
 import os
 import signal
 import socket
@@ -279,6 +280,36 @@ def test_wait_in_vain(pad):
     message = "wait: expected either state or rows"
     assert error_of(TypeError, pad.wait) == message
     assert error_of(TypeError, pad.wait, 0, rows=1) == message
+
+
+def test_wait_for_what_cannot_come(pad):
+    pad.append(ROW)
+    for rows in (5, -1, 2 ** 70):
+        for waiting in (pad, pad.open_reader()):
+            with pytest.raises(ValueError) as caught:
+                waiting.wait(rows=rows)
+            assert str(caught.value) == f"rows: expected 0 to 4, the rows that fit, got {rows}"
+    assert pad.wait(rows=0) and pad.wait(rows=True)
+    for wrong in ({"rows": 1.0}, {"rows": "1"}, {"state": "1"}, {"state": None}, {},
+                  {"rows": 2, "timeout": "1"}, {"rows": 1, "state": 0}):
+        with pytest.raises(TypeError):
+            pad.wait(**wrong)
+    with pytest.raises(ValueError):
+        pad.wait(rows=2, timeout=float("nan"))
+
+
+def test_timeouts_of_any_type(pad):
+    for kind in (int, float, np.float16, np.float32, np.uint8, fractions.Fraction):
+        assert not pad.wait(rows=1, timeout=kind(0))
+    # in float32 the clock of a machine that is up for long has no seconds
+    calls = []
+    pad_of_calls = type("Calls", (Scratchpad,), {
+        "_wait": lambda self, state, timeout_ms: calls.append(timeout_ms) or self.append(ROW)})
+    for timeout in (np.float16(3), np.float32(3), np.uint8(3), 3, float("inf"), 1e300):
+        with pad_of_calls(1, 3) as long:
+            assert long.wait(rows=1, timeout=timeout)
+    assert all(2900 <= call <= 3000 for call in calls[:4]), calls
+    assert calls[4:] == [0x7fffffff] * 2
 
 
 def test_wait_hears_signals(pad):

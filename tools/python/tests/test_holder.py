@@ -75,7 +75,10 @@ def test_read_only_holder(hold, pad):
     hold("story", "--max-seq-len", "4", "--dim", "3")
     assert error_of(PermissionError, Scratchpad.attach, "story", "rw") == errno.EACCES
     assert error_of(PermissionError, kvscratch.holder_put, "story", {"k0": pad}) == errno.EACCES
-    assert error_of(FileNotFoundError, Scratchpad.attach, "story/k9") == errno.ENOENT
+    for missing in (Scratchpad.attach, kvscratch.holder_drop):
+        with pytest.raises(KeyError) as caught:
+            missing("story/k9")
+        assert caught.value.args == ('story: there is no pad "k9"',)
 
 
 def test_no_holder(hold):
