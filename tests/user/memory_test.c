@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Memory: who pays for a pad, what the limits refuse, and that failures and
- * races leave nothing behind.
+ * Memory: who pays for a pad, what the limits refuse, that failures and kills leave
+ * nothing behind, and that nobody else is killed for it.
  */
 #include "cgroup.h"
 #include "common.h"
+
+#define MIN_AVAILABLE "/sys/module/kvscratch/parameters/min_available_bytes"
+#define BYTES_TOTAL "/sys/module/kvscratch/parameters/bytes_total"
 
 /* The module's limits, restored after each test */
 
 FIXTURE(memory) {
 	uint64_t saved_per_pad;
 	uint64_t saved_total;
+	uint64_t saved_available;
 	/* cgroups, empty and without limits */
 	char creator[64];
 	char other[64];
@@ -19,6 +23,7 @@ FIXTURE(memory) {
 FIXTURE_SETUP(memory) {
 	self->saved_per_pad = number_in_file(MAX_PER_PAD, NULL);
 	self->saved_total = number_in_file(MAX_TOTAL, NULL);
+	self->saved_available = number_in_file(MIN_AVAILABLE, NULL);
 	make_cgroup(self->creator, sizeof(self->creator), "creator");
 	make_cgroup(self->other, sizeof(self->other), "other");
 }
@@ -26,6 +31,7 @@ FIXTURE_SETUP(memory) {
 FIXTURE_TEARDOWN(memory) {
 	write_number(MAX_PER_PAD, self->saved_per_pad);
 	write_number(MAX_TOTAL, self->saved_total);
+	write_number(MIN_AVAILABLE, self->saved_available);
 	EXPECT_EQ(0, rmdir(self->creator));
 	EXPECT_EQ(0, rmdir(self->other));
 }
@@ -35,6 +41,21 @@ static int try_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {
 	int fd = new_pad(max_seq_len, row_bytes);
 
+	if (fd < 0)
+		return fd;
+	close(fd);
+	return 0;
+}
+
+/* The same of @nr planes of [max_seq_len, dim] bytes each */
+static int try_planes(uint32_t nr, uint64_t max_seq_len, uint32_t dim)
+{
+	static struct kvscratch_plane planes[KVSCRATCH_MAX_PLANES];
+	int fd;
+
+	for (uint32_t i = 0; i < nr; i++)
+		planes[i] = (struct kvscratch_plane) { .dim = dim, .dtype = KVSCRATCH_DTYPE_U8 };
+	fd = device_create_planes(max_seq_len, planes, nr);
 	if (fd < 0)
 		return fd;
 	close(fd);
@@ -51,12 +72,13 @@ TEST_F_TIMEOUT(memory, is_charged_to_the_creator, TEST_SECONDS)
 
 	set_limits(64 * MIB, 64 * MIB);
 	if (start_child(&child)) {
-		int fd = device_open(O_RDWR);
+		int fd;
 
 		join_cgroup(self->creator);
 		CHILD_CHECK(say(child.line));
 		CHILD_CHECK(hear(child.line));
-		CHILD_CHECK(!device_create(fd, bytes / 4096, 4096, KVSCRATCH_DTYPE_U8));
+		fd = new_pad(bytes / 4096, 4096);
+		CHILD_CHECK(fd >= 0);
 		CHILD_CHECK(say(child.line));
 		CHILD_CHECK(hear(child.line));
 		close(fd);
@@ -92,13 +114,12 @@ TEST_F_TIMEOUT(memory, full_cgroup_refuses_and_kills_nobody, TEST_SECONDS)
 	}
 	ASSERT_TRUE(hear(sibling.line));
 	if (start_child(&child)) {
-		int fd = device_open(O_RDWR);
-
 		join_cgroup(self->creator);
-		CHILD_CHECK(device_create(fd, 64 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8) ==
-			    -ENOMEM);
-		/* the handle is still good for what fits */
-		CHILD_CHECK(!device_create(fd, 4 * MIB / 4096, 4096, KVSCRATCH_DTYPE_U8));
+		/* of huge chunks, and of pages */
+		CHILD_CHECK(try_pad(64 * MIB / 4096, 4096) == -ENOMEM);
+		CHILD_CHECK(try_planes(64, MIB / 4096, 4096) == -ENOMEM);
+		/* what fits still does */
+		CHILD_CHECK(!try_pad(4 * MIB / 4096, 4096));
 		_exit(0);
 	}
 	EXPECT_EQ(0, end_child(&child));
@@ -118,7 +139,7 @@ TEST_F_TIMEOUT(memory, failed_creates_give_everything_back, TEST_SECONDS)
 	limit_cgroup(self->creator, 6 * MIB);
 	if (start_child(&child)) {
 		join_cgroup(self->creator);
-		/* often enough that lost page arrays (512 KiB each) would show */
+		/* often enough that lost chunks would show */
 		for (int i = 0; i < 8; i++)
 			CHILD_CHECK(try_pad(256 * MIB / 4096, 4096) == -ENOMEM);
 		_exit(0);
@@ -169,9 +190,12 @@ TEST_F_TIMEOUT(memory, charge_stays_with_the_creator, TEST_SECONDS)
 
 TEST_F_TIMEOUT(memory, limit_of_one_pad_is_exact, TEST_SECONDS)
 {
-	const uint64_t page = page_bytes();
-	/* the page array of the last one is the first to take a second page */
-	const uint64_t data_pages[] = { 1, 6, page / 8 - 1, page / 8 };
+	const uint64_t page = page_bytes(), chunk = KVSCRATCH_CHUNK_BYTES / page;
+	/* a table, a huge chunk, one of each, two of them; around where they begin */
+	const uint64_t data_pages[] = {
+		1, 6, chunk / 2, chunk / 2 + 1, chunk, chunk + 1, chunk + chunk / 2,
+		chunk + chunk / 2 + 1, 2 * chunk,
+	};
 
 	for (size_t i = 0; i < ARRAY_SIZE(data_pages); i++) {
 		uint64_t rows = data_pages[i] * page;
@@ -180,13 +204,50 @@ TEST_F_TIMEOUT(memory, limit_of_one_pad_is_exact, TEST_SECONDS)
 		set_limits(limit, 1 << 30);
 		EXPECT_EQ(0, try_pad(rows, 1))
 			TH_LOG("%llu rows", (unsigned long long)rows);
-		EXPECT_EQ(-EDQUOT, try_pad(rows + 1, 1))
-			TH_LOG("%llu rows", (unsigned long long)rows);
+		/* a huge chunk has room for another page */
+		if (charged_bytes(rows + 1, 1) > limit) {
+			EXPECT_EQ(-EDQUOT, try_pad(rows + 1, 1))
+				TH_LOG("%llu rows", (unsigned long long)rows);
+		}
 		set_limits(limit - 1, 1 << 30);
 		EXPECT_EQ(-EDQUOT, try_pad(rows, 1))
 			TH_LOG("%llu rows", (unsigned long long)rows);
 	}
 	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* What INFO says is what the limits count, also of many planes, scales and conversions. */
+TEST_F_TIMEOUT(memory, limits_count_what_info_tells, TEST_SECONDS)
+{
+	const struct kvscratch_plane planes[] = {
+		{ .dim = 64, .dtype = KVSCRATCH_DTYPE_F32 },
+		{ .dim = 4096, .dtype = KVSCRATCH_DTYPE_I8, .input_dtype = KVSCRATCH_DTYPE_F16 },
+		{ .dim = 2048, .dtype = KVSCRATCH_DTYPE_MXINT8 },
+		{ .dim = 1, .dtype = KVSCRATCH_DTYPE_I32 },
+		{ .dim = 3000, .dtype = KVSCRATCH_DTYPE_U8 },
+	};
+	struct kvscratch_pad_info info;
+	int fd = device_create_planes(700, planes, ARRAY_SIZE(planes));
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, device_pad_info(fd, &info));
+	EXPECT_EQ(info.allocated_bytes, number_in_file(BYTES_TOTAL, NULL));
+	/* no less than its rows, no more than a chunk for each array, and a little, beyond */
+	EXPECT_LT(700ull * info.row_bytes, info.allocated_bytes);
+	EXPECT_GT(700ull * info.row_bytes + 7 * KVSCRATCH_CHUNK_BYTES, info.allocated_bytes);
+	close(fd);
+	EXPECT_EQ(0, number_in_file(BYTES_TOTAL, NULL));
+
+	set_limits(info.allocated_bytes, info.allocated_bytes);
+	fd = device_create_planes(700, planes, ARRAY_SIZE(planes));
+	EXPECT_LE(0, fd);
+	close(fd);
+	set_limits(info.allocated_bytes - 1, 1 << 30);
+	EXPECT_EQ(-EDQUOT, device_create_planes(700, planes, ARRAY_SIZE(planes)));
+	set_limits(1 << 30, info.allocated_bytes - 1);
+	EXPECT_EQ(-EDQUOT, device_create_planes(700, planes, ARRAY_SIZE(planes)));
+	EXPECT_EQ(0, nothing_accounted());
+	EXPECT_EQ(0, number_in_file(BYTES_TOTAL, NULL));
 }
 
 TEST_F_TIMEOUT(memory, limit_of_all_pads_is_exact, TEST_SECONDS)
@@ -279,7 +340,7 @@ TEST_F_TIMEOUT(memory, fdinfo_tells_the_bytes, TEST_SECONDS)
 		ASSERT_LE(0, fd);
 		snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
 		EXPECT_EQ(charged_bytes(shapes[i].rows, shapes[i].row_bytes),
-			  number_in_file(path, "bytes"));
+			  number_in_file(path, "kvscratch-bytes"));
 		close(fd);
 	}
 }
@@ -326,142 +387,195 @@ TEST_F_TIMEOUT(memory, flood_ends_at_the_cgroup, TEST_SECONDS)
 	EXPECT_EQ(0, nothing_accounted());
 }
 
-/* Races for one handle, which parent and child share as it is one open file */
+/* Who else needs memory */
 
-/* CREATE of @rows, or ATTACH to @source when that is 0 */
-static int bind_handle(int fd, uint64_t rows, int source)
+static uint64_t available_bytes(void)
 {
-	return rows ? device_create(fd, rows, 4096, KVSCRATCH_DTYPE_U8) :
-		      device_attach(fd, source);
+	return number_in_file("/proc/meminfo", "MemAvailable") << 10;
 }
 
-static void meet(unsigned int *arrived)
+static long long oom_kills(void)
 {
-	__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL);
-	while (__atomic_load_n(arrived, __ATOMIC_ACQUIRE) < 2)
-		sched_yield();
+	return number_in_file("/proc/vmstat", "oom_kill ");
 }
 
-TEST_F_TIMEOUT(memory, one_of_two_binds_a_handle, TEST_SECONDS)
+TEST_F_TIMEOUT(memory, create_leaves_the_reserve, TEST_SECONDS)
 {
-	unsigned int *arrived = mmap(NULL, sizeof(*arrived), PROT_READ | PROT_WRITE,
-				     MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	int sources[2];
-
-	ASSERT_NE(MAP_FAILED, (void *)arrived);
-	set_limits(64 * MIB, 64 * MIB);
-	sources[0] = new_pad(1, 4096);
-	sources[1] = new_pad(2, 4096);
-	ASSERT_LE(0, sources[0]);
-	ASSERT_LE(0, sources[1]);
-	for (unsigned int round = 0; round < 300; round++) {
-		/* two CREATEs, one and one, two ATTACHes */
-		const uint64_t rows[2] = { round % 3 < 2 ? 64 : 0, round % 3 < 1 ? 65 : 0 };
-		int fd = device_open(O_RDWR);
-		struct kvscratch_info info;
-		struct child child;
-		int results[2];
-		int winner;
-
-		ASSERT_LE(0, fd);
-		*arrived = 0;
-		if (start_child(&child)) {
-			meet(arrived);
-			_exit(-bind_handle(fd, rows[1], sources[1]));
-		}
-		meet(arrived);
-		results[0] = bind_handle(fd, rows[0], sources[0]);
-		results[1] = -end_child(&child);
-		winner = results[0] ? 1 : 0;
-		ASSERT_EQ(0, results[winner]);
-		ASSERT_EQ(-EBUSY, results[!winner]);
-		ASSERT_EQ(0, device_info(fd, &info));
-		ASSERT_EQ(rows[winner] ? rows[winner] : (uint64_t)winner + 1, info.max_seq_len);
-		close(fd);
-	}
-	close(sources[0]);
-	close(sources[1]);
-	munmap(arrived, sizeof(*arrived));
+	set_limits(INT64_MAX, INT64_MAX);
+	write_number(MIN_AVAILABLE, available_bytes() - 48 * MIB);
+	EXPECT_EQ(-ENOMEM, try_pad(64 * MIB / 4096, 4096));
+	EXPECT_EQ(-ENOMEM, try_planes(64, MIB / 4096, 4096));
+	EXPECT_EQ(0, try_pad(16 * MIB / 4096, 4096));
+	write_number(MIN_AVAILABLE, INT64_MAX);
+	EXPECT_EQ(-ENOMEM, try_pad(1, 1));
+	write_number(MIN_AVAILABLE, 0);
+	EXPECT_EQ(0, try_pad(64 * MIB / 4096, 4096));
 	EXPECT_EQ(0, nothing_accounted());
 }
 
-/*
- * The same without luck: a child's call is stopped where it reads its argument,
- * after it has seen an unbound handle, until another call is through.
- */
+#define BYSTANDER_BYTES (8 * MIB)
 
-TEST_F_TIMEOUT(memory, loser_of_a_race_leaves_nothing, TEST_SECONDS)
+/* Somebody who has memory of his own, is asked for more, and is still there */
+static void stand_by(int line)
 {
-	const size_t page = page_bytes();
-	const char *name = "stopped";
-	uint8_t *filler = calloc(1, page);
-	int probe = syscall(SYS_userfaultfd, O_CLOEXEC);
+	for (int i = 0; i < 2; i++) {
+		uint8_t *at = mmap(NULL, BYSTANDER_BYTES, PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	if (probe < 0 && errno == ENOSYS)
-		SKIP(return, "the kernel has no userfaultfd");
-	ASSERT_LE(0, probe);
-	close(probe);
-	ASSERT_NE(NULL, filler);
-	set_limits(MIB, MIB);
-	/* bit 0: the stopped call is an ATTACH; bit 1: the other one is */
-	for (unsigned int kind = 0; kind < 4; kind++) {
-		int source = new_pad(1, 4096);
-		int fd = device_open(O_RDWR);
-		uint8_t *arg = mmap(NULL, page, PROT_READ | PROT_WRITE,
-				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		const struct kvscratch_attach attach = {
-			.size = sizeof(attach),
-			.src_fd = source,
-		};
-		const struct kvscratch_create create = {
-			.size = sizeof(create),
-			.max_seq_len = 3,
-			.dim = 4096,
-			.dtype = KVSCRATCH_DTYPE_U8,
-		};
-		struct uffdio_copy copy = {
-			.dst = (uintptr_t)arg,
-			.src = (uintptr_t)filler,
-			.len = page,
-		};
-		struct kvscratch_info info;
-		struct child child;
-		char text[16];
-		int faults;
-
-		ASSERT_LE(0, source);
-		ASSERT_LE(0, fd);
-		ASSERT_NE(MAP_FAILED, (void *)arg);
-		if (kind & 1)
-			memcpy(filler, &attach, sizeof(attach));
-		else
-			memcpy(filler, &create, sizeof(create));
-		if (start_child(&child)) {
-			unsigned int cmd = kind & 1 ? KVSCRATCH_IOC_ATTACH : KVSCRATCH_IOC_CREATE;
-
-			faults = stop_at(arg, page);
-			CHILD_CHECK(!kvscratch_send_handles(child.line, &name, &faults, 1));
-			_exit(ioctl(fd, cmd, arg) ? errno : 0);
-		}
-		ASSERT_EQ(1, kvscratch_receive_handles(child.line, text, sizeof(text), &faults, 1));
-		/* blocks until the call has faulted */
-		ASSERT_TRUE(await_stop(faults));
-		EXPECT_EQ(0, bind_handle(fd, kind & 2 ? 0 : 2, source));
-		ASSERT_EQ(0, ioctl(faults, UFFDIO_COPY, &copy));
-		EXPECT_EQ(EBUSY, end_child(&child))
-			TH_LOG("kind %u", kind);
-		EXPECT_EQ(0, device_info(fd, &info));
-		EXPECT_EQ(kind & 2 ? 1 : 2, info.max_seq_len);
-
-		close(faults);
-		munmap(arg, page);
-		close(fd);
-		close(source);
-		EXPECT_EQ(0, nothing_accounted())
-			TH_LOG("kind %u", kind);
-		set_limits(MIB, MIB);
+		CHILD_CHECK(at != MAP_FAILED);
+		memset(at, 1, BYSTANDER_BYTES);
+		CHILD_CHECK(say(line));
+		CHILD_CHECK(hear(line));
 	}
-	free(filler);
+	_exit(0);
+}
+
+/* Whatever pads are made of, memory ends with ENOMEM for who makes them, and for nobody else. */
+TEST_F_TIMEOUT(memory, flood_ends_at_the_reserve_and_kills_nobody, TEST_SECONDS)
+{
+	const struct {
+		uint32_t planes;
+		uint64_t rows;
+		uint32_t row_bytes;
+	} shapes[] = {
+		/* huge chunks, tables, and little but tables of tables */
+		{ 1, 48 * MIB / 4096, 4096 },
+		{ 1, MIB / 4096, 4096 },
+		{ 4096, 1, 1 },
+		{ 1, 1, 1 },
+	};
+	long long kills = oom_kills();
+
+	ASSERT_LE(0, kills);
+	for (size_t i = 0; i < ARRAY_SIZE(shapes); i++) {
+		static struct kvscratch_plane planes[KVSCRATCH_MAX_PLANES];
+		struct child bystander, flood;
+
+		for (uint32_t j = 0; j < shapes[i].planes; j++)
+			planes[j] = (struct kvscratch_plane) {
+				.dim = shapes[i].row_bytes, .dtype = KVSCRATCH_DTYPE_U8,
+			};
+		set_limits(INT64_MAX, INT64_MAX);
+		if (start_child(&bystander))
+			stand_by(bystander.line);
+		ASSERT_TRUE(hear(bystander.line));
+		if (start_child(&flood)) {
+			int fd, node = device_open(O_WRONLY);
+
+			CHILD_CHECK(node >= 0);
+			do
+				fd = device_create_on(node, shapes[i].rows, planes,
+						      shapes[i].planes);
+			while (fd >= 0);
+			/* descriptors end first where pads are small */
+			CHILD_CHECK(fd == -ENOMEM || fd == -EMFILE);
+			CHILD_CHECK(shapes[i].planes * shapes[i].rows == 1 || fd == -ENOMEM);
+			CHILD_CHECK(say(flood.line));
+			hear(flood.line);
+			_exit(0);
+		}
+		ASSERT_TRUE(hear(flood.line))
+			TH_LOG("shape %zu", i);
+		/* the bystander wants more while all of that is there */
+		EXPECT_TRUE(say(bystander.line));
+		EXPECT_TRUE(hear(bystander.line));
+		EXPECT_TRUE(say(bystander.line));
+		EXPECT_EQ(0, end_child(&bystander))
+			TH_LOG("shape %zu", i);
+		EXPECT_EQ(0, end_child(&flood));
+		EXPECT_EQ(kills, oom_kills());
+		EXPECT_EQ(0, nothing_accounted());
+	}
+}
+
+/* Kills */
+
+#define KILL_ROUNDS 24
+
+/* A CREATE takes long, and ends soon when it is killed: everything it has goes at once. */
+TEST_F_TIMEOUT(memory, killed_creates_leave_nothing, TEST_SECONDS)
+{
+	const uint64_t available = available_bytes();
+	uint32_t random = 1;
+	int unfinished = 0;
+
+	set_limits(INT64_MAX, INT64_MAX);
+	for (int round = 0; round < KILL_ROUNDS; round++) {
+		struct child child;
+
+		if (start_child(&child)) {
+			static struct kvscratch_plane planes[256];
+			const bool huge = round % 2;
+
+			for (int i = 0; i < 256; i++)
+				planes[i] = (struct kvscratch_plane) {
+					.dim = 4096, .dtype = KVSCRATCH_DTYPE_U8,
+				};
+			/* 192 MiB of huge chunks or of pages */
+			if (device_create_planes(huge ? 3 * 512 : 256, planes,
+						 huge ? 32 : 192) < 0)
+				_exit(1);
+			say(child.line);
+			hear(child.line);
+			_exit(2);
+		}
+		while (!number_in_file(BYTES_TOTAL, NULL))
+			sched_yield();
+		random = random * 1103515245 + 12345;
+		for (volatile uint32_t spin = random >> 12 & 0xfffff; spin; spin--)
+			;
+		ASSERT_EQ(0, kill(child.pid, SIGKILL));
+		/* an answer that is there already, or the end */
+		unfinished += !hear(child.line);
+		ASSERT_EQ(128 + SIGKILL, end_child(&child));
+		ASSERT_EQ(0, number_in_file(BYTES_TOTAL, NULL));
+	}
+	/* kills that come too late prove nothing */
+	EXPECT_LT(0, unfinished);
+	EXPECT_LT(available - 32 * MIB, available_bytes());
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* Nodes: needs a kernel that has two, say by numa=fake=2 */
+
+#define NODE "/sys/devices/system/node"
+
+static uint64_t node_free_bytes(int node)
+{
+	char path[64], key[32];
+
+	snprintf(path, sizeof(path), NODE "/node%d/meminfo", node);
+	snprintf(key, sizeof(key), "Node %d MemFree", node);
+	return number_in_file(path, key) << 10;
+}
+
+TEST_F_TIMEOUT(memory, keeps_to_the_cpuset_of_the_creator, TEST_SECONDS)
+{
+	const uint64_t spill = 24 * MIB;
+	uint64_t wanted, before;
+	struct child child;
+	char path[96];
+
+	if (access(NODE "/node1", F_OK))
+		SKIP(return, "this machine has one node");
+	write_file(CGROUPS "/cgroup.subtree_control", "+cpuset");
+	snprintf(path, sizeof(path), "%s/cpuset.mems", self->creator);
+	write_file(path, "0");
+	set_limits(INT64_MAX, INT64_MAX);
+	before = node_free_bytes(1);
+	wanted = node_free_bytes(0) + spill;
+	ASSERT_LT(2 * spill, before);
+	if (start_child(&child)) {
+		join_cgroup(self->creator);
+		CHILD_CHECK(try_pad(wanted / 4096, 4096) == -ENOMEM);
+		CHILD_CHECK(try_planes(wanted / MIB, MIB / 4096, 4096) == -ENOMEM);
+		_exit(0);
+	}
+	EXPECT_EQ(0, end_child(&child));
+	/* and without a cpuset there is enough for it: the test can fail */
+	EXPECT_EQ(0, try_pad(wanted / 4096, 4096));
+	write_file(CGROUPS "/cgroup.subtree_control", "-cpuset");
+	EXPECT_EQ(0, nothing_accounted());
 }
 
 TEST_HARNESS_MAIN
