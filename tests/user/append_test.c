@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * write(), writev() and io_uring: whole rows, all or nothing, whatever the
- * source does and whoever is killed.
+ * source does and whoever is killed; who waits for whom, and who does not.
  */
 #include "common.h"
 #include "ring.h"
+#include "stall.h"
 
-#include <sched.h>
 #include <sys/inotify.h>
-#include <time.h>
 
 #define ROW_BYTES 4096u
 #define ROWS 64u
@@ -138,12 +137,13 @@ TEST_F(append, a_hole_in_the_source_commits_nothing)
 	EXPECT_EQ(0, memcmp(view_row(&self->view, 1), rows, (ROWS - 1) * ROW_BYTES));
 }
 
-/* What a failed append and dropped rows leave behind is gone after ZERO. */
-/* A batch that is copied in several pieces of 2 MiB */
+/* A batch that is copied in many pieces of 128 KiB, into several chunks */
 TEST_F_TIMEOUT(append, a_hole_in_a_large_batch_commits_nothing, TEST_SECONDS)
 {
 	const size_t row_bytes = 1 << 20, bytes = 5 * row_bytes;
-	const size_t holes[] = { 1 << 20, (2 << 20) - 4096, 3 << 20, bytes - 4096 };
+	const size_t holes[] = {
+		0, (128 << 10) - 4096, 128 << 10, 1 << 20, (2 << 20) - 4096, 2 << 20, bytes - 4096,
+	};
 	uint8_t *rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			     -1, 0);
 	struct iovec whole = { .iov_base = rows, .iov_len = bytes };
@@ -169,6 +169,7 @@ TEST_F_TIMEOUT(append, a_hole_in_a_large_batch_commits_nothing, TEST_SECONDS)
 	munmap(rows, bytes);
 }
 
+/* What a failed append and dropped rows leave behind is gone after ZERO. */
 TEST_F(append, zero_scrubs_failed_and_dropped_rows)
 {
 	uint8_t *rows = source_rows();
@@ -191,6 +192,143 @@ TEST_F(append, zero_scrubs_failed_and_dropped_rows)
 	EXPECT_TRUE(all_zero(view_row(&self->view, 3), (ROWS - 3) * ROW_BYTES));
 	ASSERT_EQ(0, device_truncate(self->pad, 0, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero(self->view.data, ROWS * ROW_BYTES));
+}
+
+/* Tokens: a row of each plane in turn */
+
+static const struct kvscratch_plane token_planes[] = {
+	{ .dim = 1000, .dtype = KVSCRATCH_DTYPE_F32 },
+	{ .dim = 4096, .dtype = KVSCRATCH_DTYPE_I8, .input_dtype = KVSCRATCH_DTYPE_F32 },
+	{ .dim = 3, .dtype = KVSCRATCH_DTYPE_U8 },
+	{ .dim = 2048, .dtype = KVSCRATCH_DTYPE_MXINT8, .input_dtype = KVSCRATCH_DTYPE_F16 },
+	{ .dim = 64, .dtype = KVSCRATCH_DTYPE_MXINT8 },
+};
+
+#define TOKEN_BYTES (4000u + 4 * 4096 + 3 + 2 * 2048 + 64 + 2)
+#define TOKENS 20u
+
+/*
+ * What is appended as token @n: small whole numbers where a plane converts, of which fixed
+ * point without fraction bits keeps each; else bytes.
+ */
+static void fill_token(uint8_t *token, uint32_t n)
+{
+	/* 1.0: an element of 64 and a scale of 127 */
+	const uint16_t one = 0x3c00;
+
+	fill_row(token, TOKEN_BYTES, n);
+	for (uint32_t i = 0; i < 4096; i++) {
+		float value = (int)((n * 7 + i) % 255) - 127;
+
+		memcpy(token + 4000 + 4 * i, &value, 4);
+	}
+	for (uint32_t i = 0; i < 2048; i++)
+		memcpy(token + 4000 + 4 * 4096 + 3 + 2 * i, &one, 2);
+}
+
+static bool token_is(const uint8_t *map, const struct kvscratch_plane *planes, uint32_t n)
+{
+	uint8_t *token = malloc(TOKEN_BYTES);
+	const uint8_t *data[ARRAY_SIZE(token_planes)], *scales[ARRAY_SIZE(token_planes)];
+	const uint8_t *last = token + TOKEN_BYTES - 66;
+	bool good = true;
+
+	if (!token)
+		abort();
+	fill_token(token, n);
+	for (uint32_t i = 0; i < ARRAY_SIZE(token_planes); i++) {
+		data[i] = map + planes[i].offset + (size_t)n * planes[i].row_bytes;
+		scales[i] = map + planes[i].scales_offset + (size_t)n * planes[i].scales_row_bytes;
+	}
+	good &= !memcmp(data[0], token, 4000);
+	for (uint32_t i = 0; i < 4096; i++)
+		good &= (int8_t)data[1][i] == (int)((n * 7 + i) % 255) - 127;
+	good &= !memcmp(data[2], token + 4000 + 4 * 4096, 3);
+	for (uint32_t i = 0; i < 2048; i++)
+		good &= data[3][i] == 64 && scales[3][i / 32] == 127;
+	good &= !memcmp(data[4], last, 64) && !memcmp(scales[4], last + 64, 2);
+	free(token);
+	return good;
+}
+
+TEST_F_TIMEOUT(append, tokens_of_several_planes, TEST_SECONDS)
+{
+	struct kvscratch_plane planes[ARRAY_SIZE(token_planes)];
+	struct kvscratch_pad_info info;
+	uint8_t *tokens = mmap(NULL, TOKENS * TOKEN_BYTES, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	const uint8_t *map;
+	int pad = device_create_planes(TOKENS, token_planes, ARRAY_SIZE(token_planes));
+
+	ASSERT_NE(MAP_FAILED, (void *)tokens);
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, device_pad_info(pad, &info));
+	ASSERT_EQ(ARRAY_SIZE(planes), device_planes(pad, 0, planes, ARRAY_SIZE(planes)));
+	ASSERT_EQ(TOKEN_BYTES, info.input_row_bytes);
+	map = mmap(NULL, info.mapping_bytes, PROT_READ, MAP_SHARED, pad, 0);
+	ASSERT_NE(MAP_FAILED, (void *)map);
+	for (uint32_t n = 0; n < TOKENS; n++)
+		fill_token(tokens + n * TOKEN_BYTES, n);
+
+	EXPECT_ERRNO(EINVAL, write(pad, tokens, TOKEN_BYTES - 1));
+	EXPECT_ERRNO(EINVAL, write(pad, tokens, TOKEN_BYTES + 4000));
+	EXPECT_EQ(TOKEN_BYTES, write(pad, tokens, TOKEN_BYTES));
+	/* a hole in each page of the rest: in every plane of some token */
+	for (size_t hole = 4096; hole < TOKENS * TOKEN_BYTES; hole += 4096) {
+		size_t bytes = (TOKENS - 1) * TOKEN_BYTES;
+
+		ASSERT_EQ(0, mprotect(tokens + hole, 4096, PROT_NONE));
+		EXPECT_ERRNO(EFAULT, write(pad, tokens, bytes));
+		EXPECT_EQ(1, len_of(pad));
+		ASSERT_EQ(0, mprotect(tokens + hole, 4096, PROT_READ));
+		/* the last of them may lie behind what was to be read */
+		if (hole + 8192 > bytes)
+			break;
+	}
+	EXPECT_TRUE(token_is(map, planes, 0));
+	EXPECT_ERRNO(ENOSPC, write(pad, tokens, TOKENS * TOKEN_BYTES));
+	EXPECT_EQ((ssize_t)((TOKENS - 1) * TOKEN_BYTES),
+		  write(pad, tokens + TOKEN_BYTES, (TOKENS - 1) * TOKEN_BYTES));
+	EXPECT_EQ(TOKENS, len_of(pad));
+	for (uint32_t n = 0; n < TOKENS; n++)
+		EXPECT_TRUE(token_is(map, planes, n));
+
+	/* and ZERO scrubs elements and scales of all of them */
+	ASSERT_EQ(0, device_truncate(pad, 2, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_TRUE(token_is(map, planes, 1));
+	for (uint32_t i = 0; i < ARRAY_SIZE(planes); i++) {
+		EXPECT_TRUE(all_zero(map + planes[i].offset + 2 * planes[i].row_bytes,
+				     (TOKENS - 2) * planes[i].row_bytes));
+		if (planes[i].scales_row_bytes)
+			EXPECT_TRUE(all_zero(map + planes[i].scales_offset +
+					     2 * planes[i].scales_row_bytes,
+					     (TOKENS - 2) * planes[i].scales_row_bytes));
+	}
+	munmap((void *)map, info.mapping_bytes);
+	munmap(tokens, TOKENS * TOKEN_BYTES);
+	close(pad);
+}
+
+/* One value of one plane that cannot be converted is none of all planes. */
+TEST_F(append, a_nan_in_a_token_commits_nothing)
+{
+	uint8_t *tokens = malloc(3 * TOKEN_BYTES);
+	int pad = device_create_planes(TOKENS, token_planes, ARRAY_SIZE(token_planes));
+	const uint16_t nan = 0x7e00, one = 0x3c00;
+	uint8_t *last = tokens + 2 * TOKEN_BYTES + 4000 + 4 * 4096 + 3 + 2 * 2047;
+
+	ASSERT_NE(NULL, tokens);
+	ASSERT_LE(0, pad);
+	for (uint32_t n = 0; n < 3; n++)
+		fill_token(tokens + n * TOKEN_BYTES, n);
+	memcpy(last, &nan, 2);
+	EXPECT_ERRNO(EDOM, write(pad, tokens, 3 * TOKEN_BYTES));
+	EXPECT_EQ(0, len_of(pad));
+	memcpy(last, &one, 2);
+	EXPECT_EQ((ssize_t)(3 * TOKEN_BYTES), write(pad, tokens, 3 * TOKEN_BYTES));
+	EXPECT_EQ(3, len_of(pad));
+	free(tokens);
+	close(pad);
 }
 
 /*
@@ -327,14 +465,113 @@ TEST_F(append, io_uring_needs_no_worker)
 	close(ring.fd);
 }
 
+/* One row of room, and two who want it: each of them gets its answer, every time. */
+#define LAST_ROW_ROUNDS 2000u
+
+static void write_when_told(int pad, const uint32_t *round, uint32_t *done, int *result)
+{
+	uint8_t row[ROW_BYTES] = { 0 };
+
+	for (uint32_t next = 1; next <= LAST_ROW_ROUNDS; next++) {
+		while (__atomic_load_n(round, __ATOMIC_ACQUIRE) != next)
+			sched_yield();
+		*result = device_append(pad, row, ROW_BYTES);
+		__atomic_store_n(done, next, __ATOMIC_RELEASE);
+	}
+	_exit(0);
+}
+
+TEST_F_TIMEOUT(append, io_uring_gets_its_enospc, TEST_SECONDS)
+{
+	struct {
+		uint32_t round;
+		uint32_t done;
+		int result;
+	} *shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE,
+			 MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	uint8_t *rows = source_rows();
+	struct io_uring_sqe sqe = {
+		.opcode = IORING_OP_WRITE,
+		.fd = self->pad,
+		.addr = (uintptr_t)rows,
+		.len = ROW_BYTES,
+	};
+	struct child writer;
+	struct ring ring;
+
+	ASSERT_NE(MAP_FAILED, (void *)shared);
+	ASSERT_EQ(0, ring_open(&ring));
+	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, ROWS));
+	if (start_child(&writer))
+		write_when_told(self->pad, &shared->round, &shared->done, &shared->result);
+	for (uint32_t round = 1; round <= LAST_ROW_ROUNDS; round++) {
+		int result;
+
+		ASSERT_EQ(0, device_truncate(self->pad, ROWS - 1, 0));
+		__atomic_store_n(&shared->round, round, __ATOMIC_RELEASE);
+		result = ring_do(&ring, &sqe);
+		while (__atomic_load_n(&shared->done, __ATOMIC_ACQUIRE) != round)
+			sched_yield();
+		ASSERT_EQ(ROWS, len_of(self->pad));
+		ASSERT_EQ(shared->result ? (int)ROW_BYTES : -ENOSPC, result);
+		ASSERT_EQ(result == -ENOSPC ? 0 : -ENOSPC, shared->result);
+	}
+	EXPECT_EQ(0, end_child(&writer));
+	munmap(shared, sizeof(*shared));
+	close(ring.fd);
+}
+
+/* Who must not wait does not fail for a co-writer that only has the lock for a moment. */
+#define NOWAIT_ROUNDS 5000
+
+static void append_for_ever(int pad)
+{
+	uint8_t row[ROW_BYTES];
+
+	memset(row, 1, sizeof(row));
+	for (;;) {
+		int err = device_append(pad, row, sizeof(row));
+
+		if (err == -ENOSPC)
+			err = device_truncate(pad, 0, 0);
+		CHILD_CHECK(!err);
+	}
+}
+
+TEST_F_TIMEOUT(append, nowait_is_no_eagain_beside_short_appends, TEST_SECONDS)
+{
+	uint8_t *rows = source_rows();
+	struct iovec iov = { rows, ROW_BYTES };
+	uint64_t generation;
+	struct child writer;
+
+	if (start_child(&writer))
+		append_for_ever(self->pad);
+	for (int i = 0; i < NOWAIT_ROUNDS; i++) {
+		if (pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT) == ROW_BYTES)
+			continue;
+		ASSERT_EQ(ENOSPC, errno);
+		ASSERT_EQ(0, device_truncate(self->pad, 0, 0));
+	}
+	/* without the other at work this would show nothing */
+	generation = generation_of(self->pad);
+	while (generation_of(self->pad) == generation)
+		sched_yield();
+	kill(writer.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&writer));
+}
+
 /* An event for a watcher would be an allocation in each append. */
 TEST_F(append, inotify_sees_nothing)
 {
 	int watch = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
 	int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
 	char events[4096];
+	char path[32];
 
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", self->pad);
 	ASSERT_LE(0, watch);
+	ASSERT_LE(0, inotify_add_watch(watch, path, IN_ALL_EVENTS));
 	ASSERT_LE(0, inotify_add_watch(watch, KVSCRATCH_DEVICE, IN_ALL_EVENTS));
 	ASSERT_LE(0, inotify_add_watch(watch, "/dev", IN_ALL_EVENTS));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 3));
@@ -471,69 +708,60 @@ TEST_F_TIMEOUT(append, sigkill_commits_whole_batches, TEST_SECONDS)
 }
 
 /*
- * A writer whose source page does not arrive: its memory is registered with
- * userfaultfd, and nobody serves the fault.
+ * A writer whose source page does not arrive
  */
 
 FIXTURE(stuck)
 {
 	int pad;
-	int uffd;
-	uint8_t *source;
-	pid_t writer;
+	/* another open file of it */
+	int other;
+	struct stall writer;
 	struct kvscratch_view view;
 };
 
 #define STUCK_ROWS 4
 
-static void write_from_a_page_that_never_comes(int pad, void *source, int sock)
-{
-	const char *const name = "uffd";
-	int uffd = stop_at(source, STUCK_ROWS * ROW_BYTES);
-
-	CHILD_CHECK(!kvscratch_send_handles(sock, &name, &uffd, 1));
-	_exit(device_append(pad, source, STUCK_ROWS * ROW_BYTES) ? 2 : 0);
-}
-
 FIXTURE_SETUP(stuck)
 {
-	int socks[2];
-	char name[16];
-
 	self->pad = new_pad(ROWS, ROW_BYTES);
 	ASSERT_LE(0, self->pad);
+	self->other = device_reopen(self->pad, O_RDWR);
+	ASSERT_LE(0, self->other);
 	ASSERT_EQ(0, device_map(self->pad, &self->view));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 2));
-	ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM, 0, socks));
-	/* untouched, so that each process has its own, at the same address */
-	self->source = mmap(NULL, STUCK_ROWS * ROW_BYTES, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	ASSERT_NE(MAP_FAILED, self->source);
-	self->writer = fork_child();
-	ASSERT_LE(0, self->writer);
-	if (!self->writer)
-		write_from_a_page_that_never_comes(self->pad, self->source, socks[1]);
-	ASSERT_EQ(1, kvscratch_receive_handles(socks[0], name, sizeof(name), &self->uffd, 1));
-	/* the event says that the writer now waits inside its copy */
-	ASSERT_TRUE(await_stop(self->uffd));
-	close(socks[0]);
-	close(socks[1]);
+	start_stall(&self->writer, self->pad, STUCK_ROWS * ROW_BYTES, stalled_append);
 }
 
 FIXTURE_TEARDOWN(stuck)
 {
-	kill(self->writer, SIGKILL);
-	wait_for(self->writer);
-	munmap(self->source, STUCK_ROWS * ROW_BYTES);
+	/* a test that ended it has taken it away */
+	if (self->writer.child.pid)
+		kill_stall(&self->writer);
 	device_unmap(&self->view);
-	close(self->uffd);
+	close(self->other);
 	close(self->pad);
+}
+
+static int kill_writer(FIXTURE_DATA(stuck) *self)
+{
+	int status = kill_stall(&self->writer);
+
+	self->writer.child.pid = 0;
+	return status;
+}
+
+static short polled(int fd)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN | POLLOUT | POLLPRI | POLLRDHUP };
+
+	return poll(&p, 1, 0) < 0 ? -1 : p.revents;
 }
 
 TEST_F_TIMEOUT(stuck, readers_do_not_wait, TEST_SECONDS)
 {
 	uint8_t row[ROW_BYTES];
-	struct pollfd poll_in = { .fd = self->pad, .events = POLLIN | POLLOUT | POLLPRI };
+	struct kvscratch_plane plane;
 	struct kvscratch_view view;
 	char path[64];
 	int reader, fd;
@@ -542,9 +770,11 @@ TEST_F_TIMEOUT(stuck, readers_do_not_wait, TEST_SECONDS)
 	EXPECT_EQ(2, kvscratch_view_state(&self->view));
 	EXPECT_EQ(ROW_BYTES, pread(self->pad, row, ROW_BYTES, ROW_BYTES));
 	EXPECT_TRUE(row_is(row, ROW_BYTES, 1));
-	EXPECT_EQ(1, poll(&poll_in, 1, -1));
-	EXPECT_EQ(POLLIN | POLLOUT, poll_in.revents);
+	EXPECT_EQ(POLLIN, polled(self->pad));
+	EXPECT_EQ(0, device_seen(self->pad, 2));
+	EXPECT_EQ(0, polled(self->pad));
 	EXPECT_EQ(ROW_BYTES, lseek(self->pad, ROW_BYTES, SEEK_SET));
+	EXPECT_EQ(1, device_planes(self->pad, 0, &plane, 1));
 	reader = device_open_reader(self->pad);
 	ASSERT_LE(0, reader);
 	EXPECT_EQ(0, device_map(reader, &view));
@@ -564,8 +794,7 @@ TEST_F_TIMEOUT(stuck, nowait_is_eagain, TEST_SECONDS)
 	struct iovec iov = { rows, ROW_BYTES };
 
 	EXPECT_ERRNO(EAGAIN, pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT));
-	kill(self->writer, SIGKILL);
-	EXPECT_EQ(128 + SIGKILL, wait_for(self->writer));
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
 	/* its pad is free again and nothing of its rows was committed */
 	EXPECT_EQ(2, len_of(self->pad));
 	EXPECT_EQ(ROW_BYTES, pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT));
@@ -574,31 +803,114 @@ TEST_F_TIMEOUT(stuck, nowait_is_eagain, TEST_SECONDS)
 }
 
 /*
- * What io_uring relies on: it meets EAGAIN by polling for room, and has to come
+ * What io_uring relies on: it meets EAGAIN by polling for EPOLLOUT, and has to come
  * again also when the append in its way took the last row.
  */
 TEST_F_TIMEOUT(stuck, epollout_after_eagain, TEST_SECONDS)
 {
 	uint8_t *rows = source_rows();
 	struct iovec iov = { rows, ROW_BYTES };
-	struct pollfd room = { .fd = self->pad, .events = POLLOUT };
-	int other = device_open(O_RDWR);
+	struct pollfd writable = { .fd = self->other, .events = POLLOUT };
 
-	ASSERT_LE(0, other);
-	ASSERT_EQ(0, device_attach(other, self->pad));
 	for (int i = 0; i < 2; i++)
 		EXPECT_ERRNO(EAGAIN, pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT));
-	kill(self->writer, SIGKILL);
-	EXPECT_EQ(128 + SIGKILL, wait_for(self->writer));
-	ASSERT_EQ(0, append_rows(other, ROW_BYTES, 0, ROWS - 2));
+	/* who polls then sleeps, on this open file or on another */
+	EXPECT_EQ(POLLIN, polled(self->pad));
+	EXPECT_EQ(POLLIN, polled(self->other));
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
+	EXPECT_EQ(1, poll(&writable, 1, -1));
+	EXPECT_EQ(POLLOUT, writable.revents);
+	ASSERT_EQ(0, append_rows(self->other, ROW_BYTES, 0, ROWS - 2));
 
-	/* each of the two gets its answer */
+	/* each of the two gets its answer, and a full pad stays writable */
 	for (int i = 0; i < 2; i++) {
-		EXPECT_EQ(1, poll(&room, 1, 0));
+		EXPECT_EQ(POLLIN | POLLOUT, polled(self->pad));
 		EXPECT_ERRNO(ENOSPC, pwritev2(self->pad, &iov, 1, -1, RWF_NOWAIT));
 	}
-	EXPECT_EQ(0, poll(&room, 1, 0));
-	close(other);
+	EXPECT_EQ(POLLIN | POLLOUT, polled(self->pad));
+}
+
+/* A sleeper in poll() for EPOLLOUT is woken by the end of the turn, whatever the end is. */
+TEST_F_TIMEOUT(stuck, the_end_of_a_turn_wakes_pollers, TEST_SECONDS)
+{
+	for (int round = 0; round < 2; round++) {
+		pid_t poller = fork_child();
+		struct pollfd p = { .fd = self->other, .events = POLLOUT };
+
+		ASSERT_LE(0, poller);
+		if (!poller)
+			_exit(poll(&p, 1, -1) == 1 && p.revents == POLLOUT ? 0 : 1);
+		EXPECT_EQ('S', await_sleep(poller));
+		if (round) {
+			EXPECT_EQ(128 + SIGKILL, kill_writer(self));
+		} else {
+			ASSERT_TRUE(serve_stall(&self->writer, source_rows()));
+			EXPECT_EQ(0, end_stall(&self->writer));
+			EXPECT_EQ(2 + STUCK_ROWS, len_of(self->pad));
+		}
+		EXPECT_EQ(0, wait_for(poller));
+		if (!round)
+			start_stall(&self->writer, self->pad, STUCK_ROWS * ROW_BYTES,
+				    stalled_append);
+	}
+}
+
+/* O_NONBLOCK is of the open file, and every call that would wait looks at it. */
+TEST_F_TIMEOUT(stuck, nonblock_is_eagain, TEST_SECONDS)
+{
+	uint8_t row[ROW_BYTES] = { 0 };
+
+	ASSERT_EQ(0, fcntl(self->other, F_SETFL, O_NONBLOCK));
+	for (int i = 0; i < 2; i++) {
+		EXPECT_ERRNO(EAGAIN, write(self->other, row, ROW_BYTES));
+		EXPECT_EQ(-EAGAIN, device_truncate(self->other, 0, 0));
+		EXPECT_EQ(-EAGAIN, device_truncate(self->other, 0, KVSCRATCH_TRUNCATE_ZERO));
+		EXPECT_EQ(-EAGAIN, device_seal(self->other));
+		EXPECT_EQ(-EAGAIN, device_open_writer(self->other, 0));
+	}
+	EXPECT_EQ(2, kvscratch_view_state(&self->view));
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
+	EXPECT_EQ(0, device_truncate(self->other, 1, 0));
+	EXPECT_EQ(ROW_BYTES, write(self->other, row, ROW_BYTES));
+	EXPECT_EQ(0, device_seal(self->other));
+}
+
+/* Beside a stalled append a request sleeps in poll: it keeps no worker, and nothing spins. */
+TEST_F_TIMEOUT(stuck, io_uring_waits_its_turn_without_a_worker, TEST_SECONDS)
+{
+	uint8_t *rows = source_rows();
+	struct io_uring_sqe sqe = {
+		.opcode = IORING_OP_WRITE,
+		.fd = self->other,
+		.addr = (uintptr_t)rows,
+		.len = ROW_BYTES,
+	};
+	struct ring ring;
+
+	ASSERT_EQ(0, ring_open(&ring));
+	/* with a truncate that nobody has acknowledged */
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
+	ASSERT_EQ(0, device_truncate(self->pad, 1, 0));
+	start_stall(&self->writer, self->pad, STUCK_ROWS * ROW_BYTES, stalled_append);
+	ASSERT_EQ(0, ring_submit(&ring, &sqe));
+	EXPECT_FALSE(ring_is_done(&ring));
+	EXPECT_EQ(1, nr_tasks());
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
+	EXPECT_EQ(ROW_BYTES, ring_wait(&ring));
+	EXPECT_EQ(2, len_of(self->pad));
+	EXPECT_TRUE(row_is(view_row(&self->view, 1), ROW_BYTES, 0));
+
+	/* the append in its way takes the last rows */
+	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, ROWS - 2 - STUCK_ROWS));
+	start_stall(&self->writer, self->pad, STUCK_ROWS * ROW_BYTES, stalled_append);
+	ASSERT_EQ(0, ring_submit(&ring, &sqe));
+	EXPECT_FALSE(ring_is_done(&ring));
+	ASSERT_TRUE(serve_stall(&self->writer, rows));
+	EXPECT_EQ(0, end_stall(&self->writer));
+	self->writer.child.pid = 0;
+	EXPECT_EQ(-ENOSPC, ring_wait(&ring));
+	EXPECT_EQ(ROWS, len_of(self->pad));
+	close(ring.fd);
 }
 
 static void ignore_signal(int signal)
@@ -623,18 +935,14 @@ static pid_t fork_appender(int pad, int restart)
 
 TEST_F_TIMEOUT(stuck, a_second_writer_waits_its_turn, TEST_SECONDS)
 {
-	struct uffdio_copy copy = {
-		.dst = (uintptr_t)self->source,
-		.src = (uintptr_t)source_rows(),
-		.len = STUCK_ROWS * ROW_BYTES,
-	};
 	pid_t second = fork_appender(self->pad, 0);
 
 	ASSERT_LE(0, second);
 	await_sleep(second);
 	EXPECT_EQ(2, len_of(self->pad));
-	ASSERT_EQ(0, ioctl(self->uffd, UFFDIO_COPY, &copy));
-	EXPECT_EQ(0, wait_for(self->writer));
+	ASSERT_TRUE(serve_stall(&self->writer, source_rows()));
+	EXPECT_EQ(0, end_stall(&self->writer));
+	self->writer.child.pid = 0;
 	EXPECT_EQ(0, wait_for(second));
 	/* the whole batch of the first, then the row of the second */
 	ASSERT_EQ(2 + STUCK_ROWS + 1, len_of(self->pad));
@@ -669,7 +977,7 @@ TEST_F_TIMEOUT(stuck, writers_wait_interruptibly, TEST_SECONDS)
 	EXPECT_EQ(2, len_of(self->pad));
 	EXPECT_EQ(0, generation_of(self->pad));
 
-	EXPECT_EQ(0, kill(self->writer, SIGKILL));
+	EXPECT_EQ(128 + SIGKILL, kill_writer(self));
 	EXPECT_EQ(0, wait_for(restarted));
 	EXPECT_EQ(3, len_of(self->pad));
 	EXPECT_TRUE(row_is(view_row(&self->view, 2), ROW_BYTES, 9));

@@ -92,16 +92,16 @@ static inline int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 
 static inline uint64_t len_of(int fd)
 {
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 
-	return device_info(fd, &info) ? UINT64_MAX : info.len;
+	return device_pad_info(fd, &info) ? UINT64_MAX : info.len;
 }
 
 static inline uint64_t generation_of(int fd)
 {
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 
-	return device_info(fd, &info) ? UINT64_MAX : info.generation;
+	return device_pad_info(fd, &info) ? UINT64_MAX : info.generation;
 }
 
 /* Each byte of a row depends on @seed and its place: a torn row shows. */

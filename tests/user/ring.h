@@ -23,6 +23,7 @@ static inline int ring_open(struct ring *ring)
 	struct io_uring_params params = { 0 };
 	char *sq, *cq;
 
+	*ring = (struct ring) { 0 };
 	ring->fd = syscall(__NR_io_uring_setup, 1, &params);
 	if (ring->fd < 0)
 		return -errno;
@@ -43,22 +44,41 @@ static inline int ring_open(struct ring *ring)
 	return 0;
 }
 
-/* Submit one request and return its result */
-static inline int ring_do(struct ring *ring, const struct io_uring_sqe *sqe)
+/* Submit one request; 0 or -errno */
+static inline int ring_submit(struct ring *ring, const struct io_uring_sqe *sqe)
+{
+	*ring->sqe = *sqe;
+	ring->sq_array[0] = 0;
+	__atomic_store_n(ring->sq_tail, *ring->sq_tail + 1, __ATOMIC_RELEASE);
+	return syscall(__NR_io_uring_enter, ring->fd, 1, 0, 0, NULL, 0) == 1 ? 0 : -errno;
+}
+
+/* Whether a request has its result already */
+static inline bool ring_is_done(const struct ring *ring)
+{
+	return __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) != *ring->cq_head;
+}
+
+/* Wait for a request and return its result */
+static inline int ring_wait(struct ring *ring)
 {
 	unsigned int head = *ring->cq_head;
 	int result;
 
-	*ring->sqe = *sqe;
-	ring->sq_array[0] = 0;
-	__atomic_store_n(ring->sq_tail, *ring->sq_tail + 1, __ATOMIC_RELEASE);
-	if (syscall(__NR_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) != 1)
-		return -errno;
-	if (__atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) == head)
-		return -ENODATA;
+	while (!ring_is_done(ring))
+		if (syscall(__NR_io_uring_enter, ring->fd, 0, 1, IORING_ENTER_GETEVENTS, NULL, 0))
+			return -errno;
 	result = ring->cqes[head & ring->cq_mask].res;
 	__atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
 	return result;
+}
+
+/* Submit one request and return its result */
+static inline int ring_do(struct ring *ring, const struct io_uring_sqe *sqe)
+{
+	int err = ring_submit(ring, sqe);
+
+	return err ? err : ring_wait(ring);
 }
 
 #endif
