@@ -18,6 +18,7 @@
  * The same seed gives the same programs, as far as what they reach is the same;
  * that of programs that fork depends on the scheduler.
  */
+#include "../../kvscratch_layout.h"
 #include "../user/common.h"
 
 #include <ctype.h>
@@ -50,11 +51,11 @@
 #define NR_VIEWS 3
 #define NR_PADS 8
 #define NR_PROCESSES 3
-#define MAX_ARGS 10
-#define MAX_CALLS 16
+#define MAX_ARGS 14
+#define MAX_CALLS 20
 #define MAX_PROGRAMS 4096
 /* Of one process: a fork repeats what follows it */
-#define MAX_REPEATED_CALLS 32
+#define MAX_REPEATED_CALLS 40
 
 /* What the fuzzer itself cannot do without, for all that a program did */
 #define NEED(condition) do { \
@@ -206,12 +207,26 @@ static unsigned int count_points(uint8_t by, uint8_t not_by)
 }
 
 /*
- * The model: what is known of each pad, and which handle is bound to which. @shadow
- * holds the committed rows as read() gives them.
+ * The model: what is known of each pad, and which open file each handle is. @shadow
+ * holds rows as read() gives them: the committed ones, and those that a writer staged.
  */
 
+#define MODEL_PLANES 6
+
+struct file;
+
+struct plane {
+	struct kvscratch_plane geometry;
+	/* where a row of it begins in a token */
+	uint32_t at;
+	/* ends of what COMMIT may publish, and of what KEEP may stage */
+	uint64_t staged, whole;
+};
+
 struct pad {
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
+	struct plane planes[MODEL_PLANES];
+	struct file *writer;
 	/* rows are there that the model cannot know */
 	bool opaque;
 	/* no byte beyond the committed rows may be set */
@@ -219,44 +234,129 @@ struct pad {
 	uint8_t shadow[LIMIT_BYTES];
 };
 
+/* An open file of a pad; copies of a handle share it */
+struct file {
+	unsigned int handles;
+	struct pad *pad;
+	bool writer;
+	uint64_t seen;
+};
+
 static struct handle {
 	int fd;
-	struct pad *pad;
+	/* NULL for what is no pad: the node, or nothing */
+	struct file *file;
 } handles[NR_HANDLES];
 
+static struct file files[NR_HANDLES + 1];
 static struct pad pads[NR_PADS];
 static unsigned int nr_pads;
 /* Nobody else has the handles: the model is exact. */
 static bool alone;
 
+static struct pad *pad_of(const struct handle *handle)
+{
+	return handle->file ? handle->file->pad : NULL;
+}
+
+static int access_of(int fd)
+{
+	return fcntl(fd, F_GETFL) & O_ACCMODE;
+}
+
 static bool readable(int fd)
 {
-	int mode = fcntl(fd, F_GETFL) & O_ACCMODE;
+	int mode = access_of(fd);
 
 	/* there is a fourth one, that may do neither */
 	return mode == O_RDONLY || mode == O_RDWR;
 }
 
-static struct pad *pad_of_fd(int fd)
+static bool writable(int fd)
 {
-	for (int i = 0; i < NR_HANDLES; i++)
-		if (handles[i].fd == fd && fd >= 0)
-			return handles[i].pad;
-	return NULL;
+	int mode = access_of(fd);
+
+	return mode == O_WRONLY || mode == O_RDWR;
 }
 
-static void check_info(const struct pad *pad, const struct kvscratch_info *now)
+static struct file *new_file(struct pad *pad)
+{
+	for (size_t i = 0; i < ARRAY_LEN(files); i++)
+		if (!files[i].handles) {
+			files[i] = (struct file) { .handles = 1, .pad = pad };
+			return &files[i];
+		}
+	abort();
+}
+
+static uint64_t state_of(const struct pad *pad)
+{
+	return pad->info.generation << 32 | pad->info.len;
+}
+
+static void drop_staged(struct pad *pad)
+{
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		pad->planes[i].staged = pad->info.len;
+}
+
+static void end_role(struct pad *pad)
+{
+	drop_staged(pad);
+	pad->writer = NULL;
+	pad->info.flags &= ~KVSCRATCH_PAD_WRITER;
+}
+
+static void start_role(struct pad *pad, struct file *file)
+{
+	drop_staged(pad);
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		pad->planes[i].whole = pad->info.len;
+	file->writer = true;
+	pad->writer = file;
+	pad->info.epoch++;
+	pad->info.flags |= KVSCRATCH_PAD_WRITER;
+}
+
+/* What forbids a handle to change its pad, in the order of the uapi header; 0 when nothing does */
+static int forbidden(const struct file *file, bool only_writer)
+{
+	const struct pad *pad = file->pad;
+
+	if (pad->info.flags & KVSCRATCH_PAD_SEALED)
+		return EROFS;
+	if (file->writer)
+		return pad->writer == file ? 0 : ESTALE;
+	if (only_writer)
+		return ENOLCK;
+	return pad->writer ? EBUSY : 0;
+}
+
+static void expect_errno(const char *call, int expected, long result, int error)
+{
+	int got = result < 0 ? error : 0;
+
+	if (alone && got != expected)
+		broken("%s: errno %d instead of %d", call, got, expected);
+}
+
+static void check_info(const struct pad *pad, const struct kvscratch_pad_info *now)
 {
 	if (now->len > now->max_seq_len)
 		broken("%llu rows of %llu", now->len, now->max_seq_len);
-	if (now->generation < pad->info.generation)
-		broken("generation %llu after %llu", now->generation, pad->info.generation);
+	if (now->generation < pad->info.generation || now->epoch < pad->info.epoch)
+		broken("generation %llu after %llu, epoch %u after %u", now->generation,
+		       pad->info.generation, now->epoch, pad->info.epoch);
 	if (alone && (now->len != pad->info.len || now->generation != pad->info.generation ||
 		      now->trunc_len != pad->info.trunc_len))
 		broken("len %llu, generation %llu, trunc_len %llu instead of %llu, %llu, %llu",
 		       now->len, now->generation, now->trunc_len, pad->info.len,
 		       pad->info.generation, pad->info.trunc_len);
-	if (now->max_seq_len != pad->info.max_seq_len || now->row_bytes != pad->info.row_bytes ||
+	if (alone && (now->epoch != pad->info.epoch || now->flags != pad->info.flags))
+		broken("epoch %u, flags %#x instead of %u, %#x", now->epoch, now->flags,
+		       pad->info.epoch, pad->info.flags);
+	if (now->id != pad->info.id || now->max_seq_len != pad->info.max_seq_len ||
+	    now->nr_planes != pad->info.nr_planes || now->row_bytes != pad->info.row_bytes ||
 	    now->status_offset != pad->info.status_offset)
 		broken("the geometry has changed");
 }
@@ -265,37 +365,40 @@ static void check_info(const struct pad *pad, const struct kvscratch_info *now)
 static void check_handle(const struct handle *handle)
 {
 	unsigned long count = stop_counting();
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 
-	if (handle->pad && !is_child) {
-		if (device_info(handle->fd, &info))
-			broken("a bound handle without INFO");
+	if (handle->file && !is_child) {
+		if (device_pad_info(handle->fd, &info))
+			broken("a handle without INFO");
 		else
-			check_info(handle->pad, &info);
+			check_info(pad_of(handle), &info);
 	}
 	go_on_counting(count);
 }
 
-static void check_fdinfo(int fd, const struct kvscratch_info *info)
+static void check_fdinfo(int fd, const struct kvscratch_pad_info *info)
 {
-	char path[64], pad[96], text[1024] = "";
-	int file;
+	char path[64];
 
 	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
-	file = open(path, O_RDONLY | O_CLOEXEC);
-	if (file < 0 || read(file, text, sizeof(text) - 1) < 0)
-		broken("%s: %s", path, strerror(errno));
-	close(file);
-	snprintf(pad, sizeof(pad), "pad:\tScratchpad(len=%llu, capacity=%llu, dim=%u)\n",
-		 info->len, info->max_seq_len, info->dim);
-	if (!strstr(text, pad))
-		broken("fdinfo lacks %s", pad);
-	if ((uint64_t)number_in_file(path, "generation") != info->generation)
-		broken("fdinfo has another generation than %llu", info->generation);
+	if ((uint64_t)number_in_file(path, "kvscratch-id") != info->id ||
+	    (uint64_t)number_in_file(path, "kvscratch-len") != info->len ||
+	    (uint64_t)number_in_file(path, "kvscratch-generation") != info->generation ||
+	    number_in_file(path, "kvscratch-epoch") != info->epoch)
+		broken("fdinfo is not what INFO says");
 }
 
-static void check_rows(const struct pad *pad, int fd, const struct kvscratch_view *view,
-		       uint64_t rows)
+/* Compare @rows rows of one array of a view with what begins at @at of each token. */
+static void check_array(const struct pad *pad, const uint8_t *rows_in_view, uint32_t row_bytes,
+			uint32_t at, uint64_t rows)
+{
+	for (uint64_t row = 0; row < rows; row++)
+		if (memcmp(rows_in_view + row * row_bytes,
+			   pad->shadow + row * pad->info.row_bytes + at, row_bytes))
+			broken("a view shows another row %llu", (unsigned long long)row);
+}
+
+static void check_rows(const struct pad *pad, int fd, const uint8_t *view, uint64_t rows)
 {
 	static uint8_t read_back[LIMIT_BYTES];
 	size_t bytes = rows * pad->info.row_bytes;
@@ -304,56 +407,74 @@ static void check_rows(const struct pad *pad, int fd, const struct kvscratch_vie
 		broken("%zu bytes of committed rows cannot be read", bytes);
 	else if (memcmp(read_back, pad->shadow, bytes))
 		broken("committed rows have changed");
-	if (view->info.nr_planes == 1 && memcmp(view->data, pad->shadow, bytes))
-		broken("a view shows other rows");
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++) {
+		const struct plane *plane = &pad->planes[i];
+
+		check_array(pad, view + plane->geometry.offset, plane->geometry.row_bytes, plane->at,
+			    rows);
+		check_array(pad, view + plane->geometry.scales_offset,
+			    plane->geometry.scales_row_bytes,
+			    plane->at + plane->geometry.row_bytes, rows);
+	}
+}
+
+static void check_zero_beyond(const struct pad *pad, const uint8_t *view, uint64_t len)
+{
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++) {
+		const struct kvscratch_plane *plane = &pad->planes[i].geometry;
+		uint64_t rows = pad->info.max_seq_len - len;
+
+		if (!all_zero(view + plane->offset + len * plane->row_bytes,
+			      rows * plane->row_bytes) ||
+		    !all_zero(view + plane->scales_offset + len * plane->scales_row_bytes,
+			      rows * plane->scales_row_bytes))
+			broken("plane %u is not zero beyond its rows", i);
+	}
 }
 
 /* Of a pad that nobody uses any more, through a handle that can read */
-static void check_view(const struct pad *pad, int fd)
+static void check_view(const struct pad *pad, int fd, const struct kvscratch_pad_info *info)
 {
-	struct kvscratch_view view;
-	uint64_t state;
+	const uint8_t *view = mmap(NULL, info->mapping_bytes, PROT_READ, MAP_SHARED, fd, 0);
+	const struct kvscratch_status *status;
+	uint64_t word;
 
-	if (device_map(fd, &view)) {
+	if (view == MAP_FAILED) {
 		broken("cannot map a pad: %s", strerror(errno));
 		return;
 	}
-	state = kvscratch_view_state(&view);
-	if (kvscratch_state_len(state) != view.info.len ||
-	    kvscratch_state_generation(state) != (uint32_t)view.info.generation)
-		broken("the status page says %#llx", (unsigned long long)state);
-	state = kvscratch_word_load(&view.status->trunc);
-	if (kvscratch_state_len(state) != view.info.trunc_len ||
-	    kvscratch_state_generation(state) != (uint32_t)view.info.generation)
-		broken("the status page says trunc %#llx", (unsigned long long)state);
+	status = (const void *)(view + info->status_offset);
+	word = kvscratch_word_load(&status->state);
+	if (word != (info->generation << 32 | info->len) || status->generation != info->generation)
+		broken("the status page says %#llx", (unsigned long long)word);
+	word = kvscratch_word_load(&status->trunc);
+	if (word != (info->generation << 32 | info->trunc_len))
+		broken("the status page says trunc %#llx", (unsigned long long)word);
+	word = kvscratch_word_load(&status->writer);
+	if (word != ((uint64_t)info->epoch << 32 | info->flags))
+		broken("the status page says writer %#llx", (unsigned long long)word);
 	/* of those who came later only the beginning is known */
-	if (!pad->opaque && view.info.generation == pad->info.generation)
-		check_rows(pad, fd, &view, pad->info.len);
-	for (uint32_t i = 0; alone && pad->zero_beyond && i < view.info.nr_planes; i++) {
-		const struct kvscratch_plane *plane = &view.info.planes[i];
-
-		if (!all_zero((const uint8_t *)view.data + plane->offset +
-			      view.info.len * plane->row_bytes,
-			      (view.info.max_seq_len - view.info.len) * plane->row_bytes))
-			broken("plane %u is not zero beyond its rows", i);
-	}
-	device_unmap(&view);
+	if (!pad->opaque && info->generation == pad->info.generation)
+		check_rows(pad, fd, view, pad->info.len);
+	if (alone && pad->zero_beyond)
+		check_zero_beyond(pad, view, info->len);
+	munmap((void *)view, info->mapping_bytes);
 }
 
 static void check_quiet_handle(const struct handle *handle)
 {
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 
-	if (!handle->pad)
+	if (!handle->file)
 		return;
-	if (device_info(handle->fd, &info)) {
-		broken("a bound handle without INFO at the end");
+	if (device_pad_info(handle->fd, &info)) {
+		broken("a handle without INFO at the end");
 		return;
 	}
-	check_info(handle->pad, &info);
+	check_info(pad_of(handle), &info);
 	check_fdinfo(handle->fd, &info);
 	if (readable(handle->fd))
-		check_view(handle->pad, handle->fd);
+		check_view(pad_of(handle), handle->fd, &info);
 }
 
 static int max_total_fd;
@@ -382,7 +503,7 @@ static void check_nothing_is_left(void)
 
 /* Memory that calls are given: an arena with nothing behind it, and a read-only page */
 
-static uint8_t *arena, *arena_end, *read_only, *views;
+static uint8_t *arena, *arena_end, *read_only, *views, *plane_memory;
 
 static void *map_at(void *at, size_t bytes, int prot)
 {
@@ -399,6 +520,8 @@ static void map_memory(void)
 	map_at(arena, ARENA_BYTES, PROT_READ | PROT_WRITE);
 	arena_end = arena + ARENA_BYTES;
 	read_only = map_at(NULL, IMAGE_BYTES, PROT_READ);
+	plane_memory = map_at(NULL, 2 * PAGE, PROT_NONE);
+	map_at(plane_memory, PAGE, PROT_READ | PROT_WRITE);
 	/* views go here, so that one call takes all of them away */
 	views = map_at(NULL, NR_VIEWS * VIEW_STRIDE, PROT_NONE);
 }
@@ -486,12 +609,16 @@ static struct handle *handle_at(uint64_t arg)
 
 static void release(struct handle *handle)
 {
+	struct file *file = handle->file;
+
 	if (handle->fd >= 0)
 		close(handle->fd);
 	*handle = (struct handle) { .fd = -1 };
+	if (file && !--file->handles && alone && file->pad->writer == file)
+		end_role(file->pad);
 }
 
-static void do_open(const uint64_t *arg)
+static void do_node(const uint64_t *arg)
 {
 	struct handle *handle = handle_at(arg[0]);
 
@@ -499,89 +626,461 @@ static void do_open(const uint64_t *arg)
 	handle->fd = open(KVSCRATCH_DEVICE, (arg[1] & (O_ACCMODE | O_NONBLOCK | O_APPEND)) | O_CLOEXEC);
 }
 
+/* Planes in memory with nothing behind it, each beginning @stride after the one before */
+#define IMAGE_PLANES 8
+
+static void *put_planes(const struct kvscratch_plane *planes, uint64_t stride)
+{
+	uint8_t *at;
+
+	if (stride > PAGE / IMAGE_PLANES)
+		stride = PAGE / IMAGE_PLANES;
+	at = plane_memory + PAGE - IMAGE_PLANES * stride;
+	memset(plane_memory, 0, PAGE);
+	for (int i = 0; i < IMAGE_PLANES; i++)
+		memcpy(at + i * stride, &planes[i],
+		       stride < sizeof(*planes) ? stride : sizeof(*planes));
+	return at;
+}
+
+/* What was asked for, and where the same arithmetic puts it */
+static void check_new_pad(const struct pad *pad, const struct kvscratch_create *create,
+			  const struct kvscratch_plane *wanted)
+{
+	struct kvscratch_plane planes[IMAGE_PLANES];
+	struct kvs_layout layout;
+
+	memcpy(planes, wanted, sizeof(planes));
+	if (create->nr_planes > MODEL_PLANES ||
+	    !kvs_layout_init(&layout, planes, create->nr_planes, create->max_seq_len, PAGE)) {
+		broken("a pad that cannot be");
+		return;
+	}
+	if (pad->info.nr_planes != create->nr_planes ||
+	    pad->info.max_seq_len != create->max_seq_len ||
+	    pad->info.row_bytes != layout.row_bytes ||
+	    pad->info.input_row_bytes != layout.input_row_bytes ||
+	    pad->info.status_offset != layout.status_offset ||
+	    memcmp(pad->info.tag, create->tag, sizeof(create->tag)))
+		broken("a new pad is not what was asked for");
+	for (uint32_t i = 0; i < create->nr_planes; i++)
+		if (memcmp(&pad->planes[i].geometry, &planes[i], sizeof(planes[i])))
+			broken("plane %u of a new pad is not what was asked for", i);
+}
+
+static void describe_planes(struct pad *pad, int fd)
+{
+	struct kvscratch_plane planes[MODEL_PLANES];
+	uint32_t at = 0;
+
+	if (device_planes(fd, 0, planes, MODEL_PLANES) != (int)pad->info.nr_planes) {
+		broken("a new pad without PLANES");
+		pad->info.nr_planes = 0;
+	}
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++) {
+		pad->planes[i] = (struct plane) { .geometry = planes[i], .at = at };
+		at += planes[i].row_bytes + planes[i].scales_row_bytes;
+	}
+}
+
 static void do_create(const uint64_t *arg)
 {
 	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_plane planes[IMAGE_PLANES] = { 0 };
 	struct kvscratch_create create = {
-		.size = arg[1],
-		.flags = arg[2],
-		.max_seq_len = arg[3],
-		.dim = arg[4],
-		.dtype = arg[5],
-		.input_dtype = arg[6],
-		.frac_bits = arg[7],
+		.size = arg[2],
+		.flags = arg[3],
+		.max_seq_len = arg[4],
+		.nr_planes = arg[9],
+		.plane_bytes = arg[10],
+		.tag = { arg[11] },
 	};
 	unsigned long count;
 	struct pad *pad;
+	int fd;
 
-	if (call_ioctl(handle, KVSCRATCH_IOC_CREATE, &create, sizeof(create), arg[8], arg[9]))
+	/* those after the first differ by what bits of one argument say */
+	for (int i = 0; i < IMAGE_PLANES; i++) {
+		uint32_t step = i * (arg[11] >> 4 & 7);
+
+		planes[i].dim = arg[5] + i * (arg[11] & 15);
+		planes[i].dtype = step ? 1 + (arg[6] + step) % 10 : arg[6];
+		planes[i].input_dtype = step ? 0 : arg[7];
+		planes[i].frac_bits = step ? 0 : arg[8];
+		memset(planes[i].label, arg[11] >> 8, i);
+	}
+	create.planes = (uintptr_t)put_planes(planes, create.plane_bytes);
+	fd = call_ioctl(handle_at(arg[1]), KVSCRATCH_IOC_CREATE, &create, sizeof(create), arg[12],
+			arg[13]);
+	if (fd < 0)
 		return;
-	if (handle->pad)
-		broken("a bound handle was bound again");
-	if (nr_pads == NR_PADS)
+	release(handle);
+	handle->fd = fd;
+	if (nr_pads == NR_PADS) {
+		release(handle);
 		return;
+	}
 	pad = &pads[nr_pads++];
-	/* before it can be looked at, others may have appended to it */
-	pad->opaque = !alone;
-	pad->zero_beyond = true;
+	*pad = (struct pad) { .zero_beyond = true };
 	count = stop_counting();
-	if (device_info(handle->fd, &pad->info))
+	if (device_pad_info(fd, &pad->info))
 		broken("a new pad without INFO");
+	describe_planes(pad, fd);
 	go_on_counting(count);
-	if (alone && (pad->info.len || pad->info.generation))
-		broken("a new pad has rows");
-	if (pad->info.max_seq_len != create.max_seq_len || pad->info.dim != create.dim ||
-	    pad->info.dtype != create.dtype)
-		broken("a new pad is not what was asked for");
-	handle->pad = pad;
+	if (pad->info.len || pad->info.generation || pad->info.epoch || pad->info.flags)
+		broken("a new pad has rows, a generation or a writer");
+	check_new_pad(pad, &create, planes);
+	handle->file = new_file(pad);
+}
+
+static int expected_open(const struct handle *from, const struct kvscratch_open *open)
+{
+	const uint32_t both = KVSCRATCH_ACCESS_READ | KVSCRATCH_ACCESS_WRITE;
+	const struct pad *pad = pad_of(from);
+
+	if ((open->access & KVSCRATCH_ACCESS_READ && !readable(from->fd)) ||
+	    (open->access & KVSCRATCH_ACCESS_WRITE && !writable(from->fd)))
+		return EACCES;
+	if (open->flags & ~3u || open->reserved || !open->access || open->access & ~both)
+		return EINVAL;
+	if (!open->flags)
+		return 0;
+	if (!(open->flags & KVSCRATCH_OPEN_WRITER) || open->access != KVSCRATCH_ACCESS_WRITE)
+		return EINVAL;
+	if (pad->info.flags & KVSCRATCH_PAD_SEALED)
+		return EROFS;
+	if (open->flags & KVSCRATCH_OPEN_TAKEOVER)
+		return 0;
+	/* also through a handle that was the writer: it asks for another one */
+	return pad->writer ? EBUSY : 0;
+}
+
+static void do_open(const uint64_t *arg)
+{
+	struct handle *to = handle_at(arg[0]), *from = handle_at(arg[1]);
+	struct kvscratch_open open = {
+		.size = arg[2],
+		.flags = arg[3],
+		.access = arg[4],
+		.reserved = arg[5],
+	};
+	bool plain = arg[2] == sizeof(open) && arg[7] % NR_PLACES == IN_ARENA;
+	struct pad *pad = pad_of(from);
+	int expected = pad && plain && alone ? expected_open(from, &open) : 0;
+	int fd = call_ioctl(from, KVSCRATCH_IOC_OPEN, &open, sizeof(open), arg[6], arg[7]);
+
+	if (pad && plain)
+		expect_errno("OPEN", expected, fd, errno);
+	if (fd < 0)
+		return;
+	if (!pad) {
+		broken("OPEN of what is no pad");
+		close(fd);
+		return;
+	}
+	release(to);
+	*to = (struct handle) { .fd = fd, .file = new_file(pad) };
+	if (open.flags && alone)
+		start_role(pad, to->file);
+	check_handle(to);
 }
 
 static void do_info(const uint64_t *arg)
 {
-	struct kvscratch_info info = { .size = arg[1], .flags = arg[2] };
+	struct kvscratch_pad_info info = { .size = arg[1], .flags = arg[2] };
 
 	call_ioctl(handle_at(arg[0]), KVSCRATCH_IOC_INFO, &info, sizeof(info), arg[3], arg[4]);
+}
+
+static void do_planes(const uint64_t *arg)
+{
+	static struct kvscratch_plane planes[IMAGE_PLANES];
+	struct kvscratch_planes request = {
+		.size = arg[1],
+		.first = arg[2],
+		.count = arg[3],
+		.plane_bytes = arg[4],
+		.planes = (uintptr_t)put_planes(planes, arg[4]),
+	};
+
+	call_ioctl(handle_at(arg[0]), KVSCRATCH_IOC_PLANES, &request, sizeof(request), arg[5],
+		   arg[6]);
+}
+
+static int expected_truncate(const struct handle *handle, const struct kvscratch_truncate *truncate)
+{
+	const struct pad *pad = pad_of(handle);
+	bool expects = truncate->flags & KVSCRATCH_TRUNCATE_EXPECT;
+	int err;
+
+	if (!writable(handle->fd))
+		return EACCES;
+	if (truncate->flags & ~3u ||
+	    (!expects && (truncate->expected_generation || truncate->expected_len)))
+		return EINVAL;
+	err = forbidden(handle->file, false);
+	if (err)
+		return err;
+	if (expects && (truncate->expected_generation != pad->info.generation ||
+			truncate->expected_len != pad->info.len))
+		return ECANCELED;
+	return truncate->len > pad->info.len ? EINVAL : 0;
+}
+
+static void truncated(struct pad *pad, const struct kvscratch_truncate *truncate)
+{
+	if (truncate->flags & KVSCRATCH_TRUNCATE_ZERO)
+		pad->zero_beyond = true;
+	else if (truncate->len < pad->info.len)
+		pad->zero_beyond = false;
+	pad->info.len = truncate->len;
+	pad->info.trunc_len = truncate->len;
+	pad->info.generation++;
+	drop_staged(pad);
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		if (truncate->flags & KVSCRATCH_TRUNCATE_ZERO &&
+		    pad->planes[i].whole > pad->info.len)
+			pad->planes[i].whole = pad->info.len;
 }
 
 static void do_truncate(const uint64_t *arg)
 {
 	struct handle *handle = handle_at(arg[0]);
-	struct kvscratch_truncate truncate = { .size = arg[1], .flags = arg[2], .len = arg[3] };
-	struct pad *pad = handle->pad;
-	int err = call_ioctl(handle, KVSCRATCH_IOC_TRUNCATE, &truncate, sizeof(truncate), arg[4],
-			     arg[5]);
+	struct kvscratch_truncate truncate = {
+		.size = arg[1],
+		.flags = arg[2],
+		.len = arg[3],
+		.expected_generation = arg[4],
+		.expected_len = arg[5],
+	};
+	bool plain = arg[1] == sizeof(truncate) && arg[7] % NR_PLACES == IN_ARENA;
+	struct pad *pad = pad_of(handle);
+	int expected = pad && plain && alone ? expected_truncate(handle, &truncate) : 0;
+	int err = call_ioctl(handle, KVSCRATCH_IOC_TRUNCATE, &truncate, sizeof(truncate), arg[6],
+			     arg[7]);
 
+	if (pad && plain)
+		expect_errno("TRUNCATE", expected, err, errno);
+	if (!err && pad && alone)
+		truncated(pad, &truncate);
+	check_handle(handle);
+}
+
+/* Rows of a pad as they are now, for what the model cannot compute */
+static void read_shadow(struct pad *pad, uint64_t from, uint64_t to)
+{
+	unsigned long count = stop_counting();
+	size_t bytes = (to - from) * pad->info.row_bytes;
+	uint64_t at = from * pad->info.row_bytes;
+	bool done = false;
+
+	for (int i = 0; i < NR_HANDLES && !done; i++)
+		if (pad_of(&handles[i]) == pad && readable(handles[i].fd)) {
+			if (pread(handles[i].fd, pad->shadow + at, bytes, at) != (ssize_t)bytes)
+				broken("committed rows cannot be read");
+			done = true;
+		}
+	if (!done)
+		pad->opaque = true;
+	go_on_counting(count);
+}
+
+static int expected_commit(const struct handle *handle, const struct kvscratch_commit *commit)
+{
+	const struct pad *pad = pad_of(handle);
+	int err;
+
+	if (commit->flags)
+		return EINVAL;
+	err = forbidden(handle->file, true);
+	if (err)
+		return err;
+	if (commit->len < pad->info.len)
+		return EINVAL;
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		if (commit->len > pad->planes[i].staged)
+			return EINVAL;
+	return 0;
+}
+
+static bool converts(const struct plane *plane)
+{
+	return plane->geometry.input_dtype != plane->geometry.dtype;
+}
+
+static bool any_converts(const struct pad *pad)
+{
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		if (converts(&pad->planes[i]))
+			return true;
+	return false;
+}
+
+static void do_commit(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_commit commit = { .size = arg[1], .flags = arg[2], .len = arg[3] };
+	bool plain = arg[1] == sizeof(commit) && arg[5] % NR_PLACES == IN_ARENA;
+	struct pad *pad = pad_of(handle);
+	int expected = pad && plain && alone ? expected_commit(handle, &commit) : 0;
+	int err = call_ioctl(handle, KVSCRATCH_IOC_COMMIT, &commit, sizeof(commit), arg[4], arg[5]);
+
+	if (pad && plain)
+		expect_errno("COMMIT", expected, err, errno);
 	if (!err && pad && alone) {
-		if (truncate.len > pad->info.len)
-			broken("truncated to %llu rows of %llu", truncate.len, pad->info.len);
-		if (truncate.flags & KVSCRATCH_TRUNCATE_ZERO)
-			pad->zero_beyond = true;
-		else if (truncate.len < pad->info.len)
-			pad->zero_beyond = false;
-		pad->info.len = truncate.len;
-		pad->info.trunc_len = truncate.len;
-		pad->info.generation++;
+		uint64_t len = pad->info.len;
+
+		pad->info.len = commit.len;
+		drop_staged(pad);
+		if (any_converts(pad))
+			read_shadow(pad, len, commit.len);
 	}
 	check_handle(handle);
 }
 
-static void do_attach(const uint64_t *arg)
+/* Where the source does not matter; -1 when it will tell */
+static int expected_stage(const struct handle *handle, const struct kvscratch_stage *stage)
+{
+	const struct pad *pad = pad_of(handle);
+	bool keep = stage->flags & KVSCRATCH_STAGE_KEEP;
+	const struct plane *plane;
+	int err;
+
+	if (stage->flags & ~KVSCRATCH_STAGE_KEEP || stage->reserved ||
+	    stage->plane >= pad->info.nr_planes || (keep && stage->addr))
+		return EINVAL;
+	err = forbidden(handle->file, true);
+	if (err)
+		return err;
+	plane = &pad->planes[stage->plane];
+	if (stage->row < pad->info.len || stage->row > plane->staged)
+		return EINVAL;
+	if (stage->rows > pad->info.max_seq_len - stage->row)
+		return ENOSPC;
+	if (!keep)
+		return -1;
+	return stage->row + stage->rows > plane->whole ? EINVAL : 0;
+}
+
+/* Rows of one plane as they came, into the tokens of the model */
+static void stage_shadow(struct pad *pad, const struct plane *plane, uint64_t row, uint64_t rows,
+			 const uint8_t *from)
+{
+	uint32_t bytes = plane->geometry.row_bytes + plane->geometry.scales_row_bytes;
+
+	for (; rows; rows--, row++, from += bytes)
+		memcpy(pad->shadow + row * pad->info.row_bytes + plane->at, from, bytes);
+}
+
+static void staged(struct pad *pad, const struct kvscratch_stage *stage, bool copied)
+{
+	struct plane *plane = &pad->planes[stage->plane];
+	uint64_t end = stage->row + stage->rows;
+
+	pad->zero_beyond = false;
+	if (!copied) {
+		plane->staged = stage->row;
+		plane->whole = stage->row;
+		return;
+	}
+	if (end > plane->staged)
+		plane->staged = end;
+	if (end > plane->whole)
+		plane->whole = end;
+}
+
+static void do_stage(const uint64_t *arg)
+{
+	static uint64_t pattern[ARENA_BYTES / sizeof(uint64_t)];
+	struct handle *handle = handle_at(arg[0]);
+	struct pad *pad = pad_of(handle);
+	uint32_t nr = arg[3];
+	uint32_t row_bytes = pad && nr < pad->info.nr_planes ?
+			     pad->planes[nr].geometry.input_row_bytes : 1;
+	size_t bytes = arg[5] > ARENA_BYTES / row_bytes ? ARENA_BYTES : arg[5] * row_bytes;
+	enum place place = arg[8] % NR_PLACES;
+	struct kvscratch_stage stage = {
+		/* a longer one would have a tail of which nothing is known */
+		.size = arg[1] < sizeof(stage) ? arg[1] : sizeof(stage),
+		.flags = arg[2],
+		.plane = nr,
+		.row = arg[4],
+		.rows = arg[5],
+	};
+	int expected, err;
+
+	for (size_t i = 0; i < ARRAY_LEN(pattern) && i * sizeof(*pattern) < bytes; i++)
+		pattern[i] = arg[6] + i * arg[7];
+	if (!(stage.flags & KVSCRATCH_STAGE_KEEP))
+		stage.addr = (uintptr_t)put(place, pattern, bytes);
+	expected = pad && alone ? expected_stage(handle, &stage) : -1;
+	err = ioctl(handle->fd, KVSCRATCH_IOC_STAGE, &stage) ? errno : 0;
+	if (!pad || !alone) {
+		check_handle(handle);
+		return;
+	}
+	if (stage.size != sizeof(stage))
+		expected = EINVAL;
+	if (expected >= 0 && err != expected)
+		broken("STAGE: errno %d instead of %d", err, expected);
+	if (expected < 0 && err && err != EFAULT && err != EDOM)
+		broken("STAGE: errno %d", err);
+	if (stage.flags & KVSCRATCH_STAGE_KEEP ? !err : expected < 0 || !err)
+		staged(pad, &stage, !err);
+	if (!err && !(stage.flags & KVSCRATCH_STAGE_KEEP)) {
+		if (place == IN_A_VIEW)
+			pad->opaque = true;
+		else if (!converts(&pad->planes[nr]))
+			stage_shadow(pad, &pad->planes[nr], stage.row, stage.rows,
+				     (void *)(uintptr_t)stage.addr);
+	}
+	check_handle(handle);
+}
+
+static void do_seal(const uint64_t *arg)
 {
 	struct handle *handle = handle_at(arg[0]);
-	struct kvscratch_attach attach = {
+	struct kvscratch_seal seal = { .size = arg[1], .flags = arg[2] };
+	bool plain = arg[1] == sizeof(seal) && arg[4] % NR_PLACES == IN_ARENA;
+	struct pad *pad = pad_of(handle);
+	int expected = 0, err;
+
+	if (pad && plain && alone) {
+		expected = !writable(handle->fd) ? EACCES : seal.flags ? EINVAL :
+			   forbidden(handle->file, false);
+		/* once more is fine */
+		if (expected == EROFS)
+			expected = 0;
+	}
+	err = call_ioctl(handle, KVSCRATCH_IOC_SEAL, &seal, sizeof(seal), arg[3], arg[4]);
+	if (pad && plain)
+		expect_errno("SEAL", expected, err, errno);
+	if (!err && pad && alone) {
+		drop_staged(pad);
+		pad->info.flags |= KVSCRATCH_PAD_SEALED;
+	}
+	check_handle(handle);
+}
+
+static void do_seen(const uint64_t *arg)
+{
+	struct handle *handle = handle_at(arg[0]);
+	struct kvscratch_seen seen = {
 		.size = arg[1],
 		.flags = arg[2],
-		/* numbers that are no handle stay what they are */
-		.src_fd = arg[3] < NR_HANDLES ? handles[arg[3]].fd : (int)arg[3],
-		.reserved = arg[4],
+		.generation = arg[3],
+		.len = arg[4],
 	};
 
-	if (call_ioctl(handle, KVSCRATCH_IOC_ATTACH, &attach, sizeof(attach), arg[5], arg[6]))
-		return;
-	if (handle->pad)
-		broken("a bound handle was attached");
-	handle->pad = pad_of_fd(attach.src_fd);
-	check_handle(handle);
+	if (!call_ioctl(handle, KVSCRATCH_IOC_SEEN, &seen, sizeof(seen), arg[5], arg[6]) &&
+	    handle->file)
+		handle->file->seen = seen.generation << 32 | seen.len;
+}
+
+static bool is_ours(unsigned int cmd)
+{
+	return cmd == KVSCRATCH_IOC_CREATE ||
+	       (cmd >= KVSCRATCH_IOC_OPEN && cmd <= KVSCRATCH_IOC_PLANES);
 }
 
 /* A number that is no ioctl of the module */
@@ -590,7 +1089,7 @@ static void do_ioctl(const uint64_t *arg)
 	unsigned int cmd = (arg[1] & ~0xff00u) | KVSCRATCH_IOC_MAGIC << 8;
 	uint32_t size = arg[2];
 
-	if (cmd >= KVSCRATCH_IOC_CREATE && cmd <= KVSCRATCH_IOC_ATTACH)
+	if (is_ours(cmd))
 		return;
 	if (!call_ioctl(handle_at(arg[0]), cmd, &size, sizeof(size), 0, arg[3]))
 		broken("there is an ioctl %#x", cmd);
@@ -619,11 +1118,10 @@ static ssize_t transfer(bool write, int fd, void *at, size_t bytes, const uint64
 }
 
 /* The model of a pad that took @bytes bytes; @from is NULL when nobody knows which */
-static void appended(struct pad *pad, int fd, const void *from, size_t bytes)
+static void appended(struct pad *pad, const void *from, size_t bytes)
 {
 	uint64_t rows = bytes / pad->info.input_row_bytes;
 	uint64_t at = pad->info.len * pad->info.row_bytes;
-	uint64_t stored = rows * pad->info.row_bytes;
 
 	if (rows > pad->info.max_seq_len - pad->info.len) {
 		broken("%llu rows after %llu of %llu", (unsigned long long)rows, pad->info.len,
@@ -631,14 +1129,25 @@ static void appended(struct pad *pad, int fd, const void *from, size_t bytes)
 		return;
 	}
 	pad->info.len += rows;
-	if (from && pad->info.input_dtype == pad->info.dtype) {
-		memcpy(pad->shadow + at, from, stored);
-	} else if (readable(fd)) {
-		if (pread(fd, pad->shadow + at, stored, at) != (ssize_t)stored)
-			broken("appended rows cannot be read");
-	} else {
-		pad->opaque = true;
-	}
+	drop_staged(pad);
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		pad->planes[i].whole = pad->info.len;
+	if (from && !any_converts(pad))
+		memcpy(pad->shadow + at, from, rows * pad->info.row_bytes);
+	else
+		read_shadow(pad, pad->info.len - rows, pad->info.len);
+}
+
+/* Whoever got as far as the copy has overwritten what lay there. */
+static void append_failed(struct pad *pad, int err)
+{
+	if (err != EFAULT && err != EDOM)
+		return;
+	pad->zero_beyond = false;
+	drop_staged(pad);
+	for (uint32_t i = 0; i < pad->info.nr_planes; i++)
+		if (pad->planes[i].whole > pad->info.len)
+			pad->planes[i].whole = pad->info.len;
 }
 
 static void do_write(const uint64_t *arg)
@@ -646,27 +1155,29 @@ static void do_write(const uint64_t *arg)
 	static uint64_t pattern[ARENA_BYTES / sizeof(uint64_t)];
 	struct handle *handle = handle_at(arg[0]);
 	const uint64_t how[] = { arg[1], arg[4], arg[5], arg[9] };
-	struct pad *pad = handle->pad;
+	struct pad *pad = pad_of(handle);
 	size_t bytes = arg[2] * (pad ? pad->info.input_row_bytes : 1) + arg[3];
 	enum place place = arg[8] % NR_PLACES;
-	unsigned long count;
 	ssize_t written;
 	void *from;
+	int err;
 
 	for (size_t i = 0; i < ARRAY_LEN(pattern) && i * sizeof(*pattern) < bytes; i++)
 		pattern[i] = arg[6] + i * arg[7];
 	from = put(place, pattern, bytes);
 	written = transfer(true, handle->fd, from, bytes, how);
+	err = errno;
 	if (written >= 0 && (size_t)written != bytes)
 		broken("a write of %zu bytes took %zd", bytes, written);
 	if (pad && alone) {
-		count = stop_counting();
+		if (written > 0 && forbidden(handle->file, false))
+			broken("a write that is forbidden took %zd", written);
 		/* a pad may have been appended to itself */
 		if (written > 0)
-			appended(pad, handle->fd, place == IN_A_VIEW ? NULL : from, written);
-		else
-			pad->zero_beyond = false;
-		go_on_counting(count);
+			appended(pad, place == IN_A_VIEW ? NULL : from, written);
+		/* which the kernel refuses before it calls the module */
+		else if (written < 0 && place != IN_THE_KERNEL)
+			append_failed(pad, err);
 	}
 	check_handle(handle);
 }
@@ -675,10 +1186,18 @@ static void do_read(const uint64_t *arg)
 {
 	static const uint8_t zeros[ARENA_BYTES];
 	const uint64_t how[] = { arg[1], arg[3], arg[4], arg[6] };
+	const struct handle *handle = handle_at(arg[0]);
+	const struct pad *pad = pad_of(handle);
 	void *to = put(arg[5], zeros, arg[2]);
+	ssize_t got = transfer(false, handle->fd, to, arg[2], how);
 
-	if (transfer(false, handle_at(arg[0])->fd, to, arg[2], how) > (ssize_t)LIMIT_BYTES)
+	if (got > (ssize_t)LIMIT_BYTES)
 		broken("read more than there is");
+	/* pread() */
+	if (pad && alone && !pad->opaque && got > 0 && arg[1] % 4 == 2 &&
+	    (arg[4] + got > pad->info.len * pad->info.row_bytes ||
+	     memcmp(to, pad->shadow + arg[4], got)))
+		broken("pread() gives %zd other bytes", got);
 }
 
 static void do_seek(const uint64_t *arg)
@@ -686,14 +1205,36 @@ static void do_seek(const uint64_t *arg)
 	lseek(handle_at(arg[0])->fd, arg[1], arg[2]);
 }
 
+static void check_poll(const struct handle *handle, int events)
+{
+	const struct file *file = handle->file;
+	const struct pad *pad = file->pad;
+	int expected = 0;
+
+	if (state_of(pad) != file->seen)
+		expected |= POLLIN;
+	if (pad->info.flags & KVSCRATCH_PAD_SEALED)
+		expected |= POLLRDHUP;
+	/* it would neither wait nor be EBUSY */
+	if (writable(handle->fd) && forbidden(file, false) != EBUSY)
+		expected |= POLLOUT;
+	events &= POLLIN | POLLOUT | POLLPRI | POLLRDHUP | POLLERR | POLLHUP;
+	if (events != expected)
+		broken("poll says %#x instead of %#x", events, expected);
+}
+
 static void do_poll(const uint64_t *arg)
 {
-	struct pollfd pollfd = { .fd = handle_at(arg[0])->fd, .events = arg[1] };
+	const struct handle *handle = handle_at(arg[0]);
+	struct pollfd pollfd = { .fd = handle->fd, .events = arg[1] };
 	struct epoll_event event = { .events = arg[1] };
 	int epoll;
 
 	if (arg[2] % 2 == 0) {
+		pollfd.events |= POLLIN | POLLOUT | POLLPRI | POLLRDHUP;
 		poll(&pollfd, 1, 0);
+		if (handle->file && alone)
+			check_poll(handle, pollfd.revents);
 		return;
 	}
 	epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -708,7 +1249,7 @@ static void do_mmap(const uint64_t *arg)
 	int flags = arg[5] & allowed;
 	/* what does not fit its place has to be refused anyway */
 	bool fits = arg[3] <= VIEW_STRIDE;
-	const struct pad *pad = handle_at(arg[1])->pad;
+	const struct pad *pad = pad_of(handle_at(arg[1]));
 	/* what is left of the number in an offset of 64 bits */
 	uint64_t page = arg[2] & UINT64_MAX / PAGE;
 	uint64_t pages = arg[3] / PAGE + !!(arg[3] % PAGE);
@@ -824,6 +1365,13 @@ static void do_splice(const uint64_t *arg)
 		broken("a pad spliced %zd bytes", moved);
 }
 
+static void share_file(struct handle *to, const struct handle *from)
+{
+	to->file = to->fd < 0 ? NULL : from->file;
+	if (to->file)
+		to->file->handles++;
+}
+
 static void do_dup(const uint64_t *arg)
 {
 	struct handle *from = handle_at(arg[0]), *to = handle_at(arg[1]);
@@ -832,7 +1380,7 @@ static void do_dup(const uint64_t *arg)
 		return;
 	release(to);
 	to->fd = fcntl(from->fd, F_DUPFD_CLOEXEC, 0);
-	to->pad = from->pad;
+	share_file(to, from);
 }
 
 static void do_pass(const uint64_t *arg)
@@ -850,7 +1398,8 @@ static void do_pass(const uint64_t *arg)
 	    kvscratch_receive_handles(ends[1], text, sizeof(text), &fd, 1) != 1)
 		broken("a handle was not passed");
 	else
-		*to = (struct handle) { .fd = fd, .pad = from->pad };
+		to->fd = fd;
+	share_file(to, from);
 	close(ends[0]);
 	close(ends[1]);
 }
@@ -887,13 +1436,18 @@ static const struct call_type {
 	const char *args;
 	unsigned int size;
 } call_types[] = {
-	{ "open", do_open, "ha", 0 },
-	{ "create", do_create, "hz0nnttf0q", sizeof(struct kvscratch_create) },
-	{ "info", do_info, "hz00q", sizeof(struct kvscratch_info) },
-	{ "truncate", do_truncate, "hzfn0q", sizeof(struct kvscratch_truncate) },
-	{ "attach", do_attach, "hz0h00q", sizeof(struct kvscratch_attach) },
-	{ "ioctl", do_ioctl, "hczq", 0 },
+	{ "node", do_node, "Ha", 0 },
+	{ "create", do_create, "hHz0nnttfPZv0q", sizeof(struct kvscratch_create) },
+	{ "open", do_open, "hhz3300q", sizeof(struct kvscratch_open) },
+	{ "info", do_info, "hz00q", sizeof(struct kvscratch_pad_info) },
+	{ "truncate", do_truncate, "hz3nNN0q", sizeof(struct kvscratch_truncate) },
 	{ "write", do_write, "hnn0fbvvqn", 0 },
+	{ "stage", do_stage, "hz1nnnvvq", sizeof(struct kvscratch_stage) },
+	{ "commit", do_commit, "hz0n0q", sizeof(struct kvscratch_commit) },
+	{ "seal", do_seal, "hz00q", sizeof(struct kvscratch_seal) },
+	{ "seen", do_seen, "hz0nn0q", sizeof(struct kvscratch_seen) },
+	{ "planes", do_planes, "hznnZ0q", sizeof(struct kvscratch_planes) },
+	{ "ioctl", do_ioctl, "hczq", 0 },
 	{ "read", do_read, "hnbfbqn", 0 },
 	{ "seek", do_seek, "hbn", 0 },
 	{ "poll", do_poll, "hbn", 0 },
@@ -1120,6 +1674,8 @@ static uint64_t sample(char kind, unsigned int size)
 	switch (kind) {
 	case 'h': /* a handle: few, so that they meet */
 		return one_in(2) ? 0 : below(NR_HANDLES);
+	case 'H': /* a handle of the node, mostly */
+		return one_in(8) ? below(NR_HANDLES) : NR_HANDLES - 1;
 	case 'a': /* an access mode */
 		return one_in(3) ? below(4) : O_RDWR;
 	case 'z':
@@ -1128,12 +1684,22 @@ static uint64_t sample(char kind, unsigned int size)
 		return one_in(8) ? 1ull << below(32) : 0;
 	case 'n': /* a small number */
 		return one_in(3) ? below(2) : one_in(2) ? below(8) : 1u << below(9);
+	case 'N': /* what is expected, if anything is */
+		return one_in(2) ? 0 : below(8);
+	case 'P': /* planes */
+		return one_in(3) ? 1 : below(MODEL_PLANES + 3);
+	case 'Z': /* the size of one */
+		return one_in(4) ? sample_size(sizeof(struct kvscratch_plane)) :
+		       sizeof(struct kvscratch_plane) + 8 * below(3);
+	case '1': /* a flag */
+	case '3': /* two of them */
+		return one_in(8) ? 1ull << below(32) : below(kind == '1' ? 2 : 4);
 	case 't': /* a dtype */
 		return below(12);
 	case 'f': /* flags, or fraction bits */
 		return one_in(2) ? 0 : one_in(2) ? 1u << below(7) : below(64);
 	case 'c': /* an ioctl number */
-		return below(6) | (one_in(2) ? random_word() << 16 : 0);
+		return below(12) | (one_in(2) ? random_word() << 16 : 0);
 	case 'q':
 		return one_in(2) ? 0 : below(NR_PLACES);
 	case 'l': /* a length: pages */
@@ -1152,7 +1718,7 @@ static uint64_t sample(char kind, unsigned int size)
 static struct call random_call(void)
 {
 	/* most calls are of no use on a handle without a pad */
-	const unsigned int type = one_in(3) ? below(7) : below(ARRAY_LEN(call_types));
+	const unsigned int type = one_in(3) ? below(9) : below(ARRAY_LEN(call_types));
 	struct call call = { .type = &call_types[type] };
 
 	for (unsigned int i = 0; call.type->args[i]; i++)
