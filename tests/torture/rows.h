@@ -51,6 +51,8 @@ struct row_id {
  * @words: words per row
  * @rows: capacity
  * @max_batch: rows of the largest append
+ * @planes: over how many planes the words of a row are spread evenly; more than one
+ *	only where rows are stored as they come
  */
 struct shape {
 	uint32_t dtype;
@@ -59,7 +61,10 @@ struct shape {
 	uint32_t words;
 	uint32_t rows;
 	uint32_t max_batch;
+	uint32_t planes;
 };
+
+#define MAX_PLANES 8
 
 #define MX_WORD_ELEMENTS 8
 #define MX_ELEMENT_BITS 7

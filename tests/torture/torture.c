@@ -69,6 +69,10 @@ enum place {
 	IN_WRITEV,
 	IN_URING,
 	IN_FAULTING_WRITE,
+	IN_STAGE,
+	IN_FAULTING_STAGE,
+	IN_COMMIT,
+	IN_TAKEOVER,
 	IN_TRUNCATE,
 	IN_CREATE,
 	IN_OPEN,
@@ -86,6 +90,10 @@ static const char *const place_names[NR_PLACES] = {
 	[IN_WRITEV] = "writev",
 	[IN_URING] = "io_uring",
 	[IN_FAULTING_WRITE] = "a write that faults",
+	[IN_STAGE] = "STAGE",
+	[IN_FAULTING_STAGE] = "a STAGE that faults",
+	[IN_COMMIT] = "COMMIT",
+	[IN_TAKEOVER] = "TAKEOVER",
 	[IN_TRUNCATE] = "TRUNCATE",
 	[IN_CREATE] = "CREATE",
 	[IN_OPEN] = "OPEN",
@@ -100,6 +108,9 @@ enum count {
 	APPENDS,
 	ROWS_APPENDED,
 	ROWS_VERIFIED,
+	STAGES,
+	COMMITS,
+	TAKEOVERS,
 	TRUNCATES,
 	ZERO_TRUNCATES,
 	ZERO_CHECKS,
@@ -129,8 +140,6 @@ enum count {
  * @truncates_started: never reset
  * @truncates_done: never reset
  * @min_kept: the fewest rows that its truncates left
- * @generation: of the pad before its latest truncate
- * @zeroing: whether that was with ZERO
  * @steps: things that it did, of whatever kind
  * @seen_generation: of the last state that a reader went through
  * @seen_len: of that as well
@@ -146,8 +155,6 @@ struct notes {
 	uint32_t truncates_started;
 	uint32_t truncates_done;
 	uint32_t min_kept;
-	uint32_t generation;
-	uint32_t zeroing;
 	uint32_t steps;
 	uint32_t seen_generation;
 	uint32_t seen_len;
@@ -168,15 +175,18 @@ static struct notes *me;
 #define STORE(variable, value) __atomic_store_n(&(variable), value, __ATOMIC_RELEASE)
 
 static const struct shape shapes[] = {
-	{ KVSCRATCH_DTYPE_U8, 0, 64, 8, MAX_ROWS, 32 },
+	{ KVSCRATCH_DTYPE_U8, 0, 64, 8, MAX_ROWS, 32, 1 },
 	/* rows across pages */
-	{ KVSCRATCH_DTYPE_U8, 0, 200, 25, 512, 32 },
-	{ KVSCRATCH_DTYPE_U8, 0, 4104, 513, 128, 16 },
-	/* batches of more than the 2 MiB that are copied in one go */
-	{ KVSCRATCH_DTYPE_U8, 0, 65536, 8192, 96, 40 },
+	{ KVSCRATCH_DTYPE_U8, 0, 200, 25, 512, 32, 1 },
+	{ KVSCRATCH_DTYPE_U8, 0, 4104, 513, 128, 16, 1 },
+	/* batches of far more than what is copied in one go, in huge pages */
+	{ KVSCRATCH_DTYPE_U8, 0, 65536, 8192, 96, 40, 1 },
+	/* tokens of several planes, in small pages and in huge ones */
+	{ KVSCRATCH_DTYPE_U8, 0, 192, 24, 512, 16, 8 },
+	{ KVSCRATCH_DTYPE_U8, 0, 65536, 8192, 96, 8, 4 },
 	/* converted */
-	{ KVSCRATCH_DTYPE_I64, KVSCRATCH_DTYPE_F64, 100, 100, 256, 24 },
-	{ KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 256, 32, 256, 24 },
+	{ KVSCRATCH_DTYPE_I64, KVSCRATCH_DTYPE_F64, 100, 100, 256, 24, 1 },
+	{ KVSCRATCH_DTYPE_MXINT8, KVSCRATCH_DTYPE_F32, 256, 32, 256, 24, 1 },
 };
 
 /**
@@ -185,6 +195,8 @@ static const struct shape shapes[] = {
  * @cut: truncates keep multiples of this many rows: there, and nowhere else, a
  *	batch may end early
  * @lone: one writer at a time: generations and zeros are exact
+ * @fenced: who writes takes the role of the writer, whoever has it
+ * @role: the handle that got it, or -1
  * @fd: a handle, or -1
  * @access: its access mode
  * @view: a view
@@ -194,9 +206,12 @@ struct pad {
 	const struct shape *shape;
 	uint32_t cut;
 	bool lone;
+	bool fenced;
+	int role;
 	int fd;
 	int access;
 	struct kvscratch_view view;
+	struct kvscratch_plane planes[MAX_PLANES];
 	uint64_t *words;
 };
 
@@ -359,13 +374,20 @@ static void complain_about(const struct scan *scan)
 
 static const uint64_t *view_row(const struct pad *pad, uint32_t row)
 {
-	const uint8_t *scales = kvscratch_view_scales(&pad->view);
-	size_t scale_bytes = mx_scale_bytes(pad->shape);
+	const struct shape *shape = pad->shape;
+	const uint8_t *data = pad->view.data;
+	size_t words = shape->words / shape->planes;
 
-	return decode_row(pad->shape,
-			  (const uint8_t *)pad->view.data +
-			  row * (stored_row_bytes(pad->shape) - scale_bytes),
-			  scales ? scales + row * scale_bytes : NULL, pad->words);
+	if (shape->planes == 1)
+		return decode_row(shape, data + row * pad->planes[0].row_bytes,
+				  data + pad->planes[0].scales_offset +
+				  row * pad->planes[0].scales_row_bytes, pad->words);
+	/* one checksum over what lies in all planes */
+	for (uint32_t i = 0; i < shape->planes; i++)
+		memcpy(pad->words + i * words,
+		       data + pad->planes[i].offset + row * pad->planes[i].row_bytes,
+		       pad->planes[i].row_bytes);
+	return pad->words;
 }
 
 /* A scan of all rows of @state, at its beginning */
@@ -408,24 +430,31 @@ static void scan_view(const struct pad *pad)
 	}
 }
 
+static void check_array_zero_from(const struct pad *pad, uint64_t offset, uint32_t row_bytes,
+				  uint32_t row)
+{
+	const uint8_t *at = (const uint8_t *)pad->view.data + offset;
+	size_t end = (size_t)pad->shape->rows * row_bytes;
+
+	for (size_t i = (size_t)row * row_bytes; i < end; i += sizeof(uint64_t)) {
+		uint64_t word = 0;
+
+		memcpy(&word, at + i, end - i < sizeof(word) ? end - i : sizeof(word));
+		if (word)
+			complain(ZERO_MEANS_ZERO, "%s %ux%u, byte %zu, from row %u",
+				 kvscratch_dtype_name(pad->shape->dtype), pad->shape->rows,
+				 pad->shape->dim, offset + i, row);
+	}
+}
+
 /* All bytes of rows @row and up are zero. */
 static void check_zero_from(const struct pad *pad, uint32_t row)
 {
-	for (uint32_t plane = 0; plane < pad->view.info.nr_planes; plane++) {
-		const struct kvscratch_array *p = &pad->view.info.planes[plane];
-		const uint8_t *at = (const uint8_t *)pad->view.data + p->offset;
-		size_t end = (size_t)pad->shape->rows * p->row_bytes;
+	for (uint32_t i = 0; i < pad->shape->planes; i++) {
+		const struct kvscratch_plane *plane = &pad->planes[i];
 
-		for (size_t i = (size_t)row * p->row_bytes; i < end; i += sizeof(uint64_t)) {
-			uint64_t word = 0;
-
-			memcpy(&word, at + i, end - i < sizeof(word) ? end - i : sizeof(word));
-			if (word)
-				complain(ZERO_MEANS_ZERO,
-					 "plane %u of %s %ux%u, byte %zu, from row %u",
-					 plane, kvscratch_dtype_name(pad->shape->dtype),
-					 pad->shape->rows, pad->shape->dim, i, row);
-		}
+		check_array_zero_from(pad, plane->offset, plane->row_bytes, row);
+		check_array_zero_from(pad, plane->scales_offset, plane->scales_row_bytes, row);
 	}
 	me->counts[ZERO_CHECKS]++;
 }
@@ -434,8 +463,20 @@ static void check_zero_from(const struct pad *pad, uint32_t row)
 
 static void map_pad(struct pad *pad)
 {
+	struct kvscratch_pad_info info;
+	void *data;
+
+	MUST(device_pad_info(pad->fd, &info));
+	MUST(device_planes(pad->fd, 0, pad->planes, MAX_PLANES));
 	enter(IN_MMAP);
-	MUST(device_map(pad->fd, &pad->view));
+	data = mmap(NULL, info.mapping_bytes, PROT_READ, MAP_SHARED, pad->fd, 0);
+	MUST(data == MAP_FAILED ? -errno : 0);
+	/* behind a plane there may be a hole: then it ends there, and pages come by fault */
+	if (one_in(2))
+		madvise(data, info.mapping_bytes, MADV_POPULATE_READ);
+	pad->view.data = data;
+	pad->view.mapped_bytes = info.mapping_bytes;
+	pad->view.status = (void *)((uint8_t *)data + info.status_offset);
 	leave(MAPS);
 }
 
@@ -527,18 +568,45 @@ static uint8_t *map_memory(size_t bytes)
 	return memory;
 }
 
+static void give_up_role(struct pad *pad)
+{
+	if (pad->role >= 0)
+		close(pad->role);
+	pad->role = -1;
+}
+
+/* Take the role from whoever has it. */
+static void take_role(struct pad *pad)
+{
+	give_up_role(pad);
+	enter(IN_TAKEOVER);
+	pad->role = device_open_writer(pad->fd, KVSCRATCH_OPEN_TAKEOVER);
+	leave(TAKEOVERS);
+	MUST(pad->role);
+}
+
+/* As whoever is allowed to: the director has no role, and nobody has when it truncates. */
+static int truncate_as_allowed(struct pad *pad, uint32_t kept, uint32_t flags)
+{
+	int err = device_truncate(pad->role >= 0 ? pad->role : pad->fd, kept, flags);
+
+	while (pad->fenced && (err == -ESTALE || err == -EBUSY)) {
+		take_role(pad);
+		enter(IN_TRUNCATE);
+		err = device_truncate(pad->role, kept, flags);
+	}
+	return err;
+}
+
 static void truncate_pad(struct pad *pad, uint32_t kept, bool zero)
 {
-	uint64_t state = kvscratch_view_state(&pad->view);
 	int err;
 
 	if (kept < me->min_kept)
 		STORE(me->min_kept, kept);
-	STORE(me->generation, kvscratch_state_generation(state));
-	STORE(me->zeroing, zero);
 	STORE(me->truncates_started, me->truncates_started + 1);
 	enter(IN_TRUNCATE);
-	err = device_truncate(pad->fd, kept, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+	err = truncate_as_allowed(pad, kept, zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
 	leave(zero ? ZERO_TRUNCATES : TRUNCATES);
 	STORE(me->truncates_done, me->truncates_done + 1);
 	/* another one may have been faster */
@@ -588,6 +656,14 @@ static void note_start(void)
 	STORE(me->started, me->done + 1);
 }
 
+/* The handle to write() with */
+static int writer_fd(struct pad *pad)
+{
+	if (pad->fenced && pad->role < 0)
+		take_role(pad);
+	return pad->fenced ? pad->role : pad->fd;
+}
+
 static ssize_t append_in_pieces(int fd, uint8_t *rows, size_t bytes)
 {
 	struct iovec iov[4];
@@ -607,7 +683,7 @@ static ssize_t append_by_ring(struct writer *writer, uint8_t *rows, size_t bytes
 {
 	const struct io_uring_sqe sqe = {
 		.opcode = IORING_OP_WRITE,
-		.fd = writer->pad->fd,
+		.fd = writer_fd(writer->pad),
 		.addr = (uintptr_t)rows,
 		.len = bytes,
 	};
@@ -619,17 +695,83 @@ static ssize_t append_by_ring(struct writer *writer, uint8_t *rows, size_t bytes
 	return -1;
 }
 
+/* The rows of each plane: one call where they follow each other, else one a row */
+static int stage_batch(struct writer *writer, const uint8_t *rows, uint32_t count, uint32_t len,
+		       bool faults)
+{
+	const struct pad *pad = writer->pad;
+	size_t token = input_row_bytes(pad->shape), bytes = token / pad->shape->planes;
+	/* any order: what counts is that all of them are there */
+	uint32_t first = below(pad->shape->planes);
+	int err = 0;
+
+	for (uint32_t i = 0; !err && i < pad->shape->planes; i++) {
+		uint32_t plane = (first + i) % pad->shape->planes;
+		const uint8_t *from = rows + plane * bytes;
+
+		enter(faults ? IN_FAULTING_STAGE : IN_STAGE);
+		if (pad->shape->planes == 1)
+			err = device_stage(pad->role, plane, len, from, count);
+		for (uint32_t row = 0; !err && pad->shape->planes > 1 && row < count; row++)
+			err = device_stage(pad->role, plane, len + row, from + row * token, 1);
+		leave(STAGES);
+	}
+	return err;
+}
+
+/* Drop what is staged, and stage it again as it lies there */
+static int abort_and_keep(struct pad *pad, uint32_t count, uint32_t len)
+{
+	int err = device_commit(pad->role, len);
+
+	for (uint32_t plane = 0; !err && plane < pad->shape->planes; plane++)
+		err = device_keep(pad->role, plane, len, count);
+	return err;
+}
+
+/* Whoever is taken over takes over again, and begins anew; what write() would return */
+static ssize_t append_as_the_writer(struct writer *writer, const uint8_t *rows, size_t bytes,
+				    bool faults)
+{
+	struct pad *pad = writer->pad;
+	uint32_t count = bytes / input_row_bytes(pad->shape);
+	int err;
+
+	if (pad->role < 0)
+		take_role(pad);
+	for (;;) {
+		uint32_t len = kvscratch_state_len(kvscratch_view_state(&pad->view));
+
+		err = stage_batch(writer, rows, count, len, faults);
+		if (!err && one_in(4))
+			err = abort_and_keep(pad, count, len);
+		if (!err) {
+			enter(IN_COMMIT);
+			err = device_commit(pad->role, len + count);
+			leave(COMMITS);
+		}
+		/* also what is EINVAL to somebody whose len is another's */
+		if (err != -ESTALE && err != -EINVAL)
+			break;
+		take_role(pad);
+	}
+	errno = -err;
+	return err ? -1 : (ssize_t)bytes;
+}
+
 /* In one of the ways that there are; @place is IN_FAULTING_WRITE or OUTSIDE */
 static ssize_t append(struct writer *writer, uint8_t *rows, size_t bytes, enum place place)
 {
 	uint32_t way = writer->ring.fd < 0 ? below(2) : below(3);
 
+	if (writer->pad->fenced && one_in(2))
+		return append_as_the_writer(writer, rows, bytes, place);
 	enter(place ? place : IN_WRITE + way);
 	switch (way) {
 	case 0:
-		return write(writer->pad->fd, rows, bytes);
+		return write(writer_fd(writer->pad), rows, bytes);
 	case 1:
-		return append_in_pieces(writer->pad->fd, rows, bytes);
+		return append_in_pieces(writer_fd(writer->pad), rows, bytes);
 	default:
 		return append_by_ring(writer, rows, bytes);
 	}
@@ -641,6 +783,15 @@ static uint32_t batch_rows(const struct shape *shape)
 	return 1 + below(one_in(3) ? shape->max_batch : 4);
 }
 
+/* Nothing was appended: another one has the role. */
+static bool was_taken_over(struct pad *pad, ssize_t appended)
+{
+	if (appended >= 0 || errno != ESTALE || !pad->fenced)
+		return false;
+	take_role(pad);
+	return true;
+}
+
 static void append_batch(struct writer *writer)
 {
 	uint32_t count = batch_rows(writer->pad->shape);
@@ -649,7 +800,9 @@ static void append_batch(struct writer *writer)
 	ssize_t appended;
 
 	note_start();
-	appended = append(writer, rows, bytes, OUTSIDE);
+	do
+		appended = append(writer, rows, bytes, OUTSIDE);
+	while (was_taken_over(writer->pad, appended));
 	if (appended == (ssize_t)bytes) {
 		STORE(me->done, me->done + 1);
 		leave(APPENDS);
@@ -682,6 +835,9 @@ static void append_and_get_stuck(struct writer *writer, int line)
 	for (;;) {
 		note_start();
 		appended = append(writer, rows, bytes, IN_FAULTING_WRITE);
+		/* before it came to the page that does not come; and another will not either */
+		if (was_taken_over(writer->pad, appended))
+			continue;
 		if (appended >= 0 || errno != ENOSPC)
 			break;
 		/* others have filled the pad again, and the source was not looked at */
@@ -1007,11 +1163,12 @@ static void start(struct pad *pad, uint32_t actor, enum role role)
 	}
 }
 
-/* The writer is dead: its truncate, if any, has come to its end. */
-static void note_past(struct pad *pad, struct notes *notes)
+/*
+ * The writer is dead, and its truncate, if any, over: what it was to scrub the next one
+ * with ZERO has to.
+ */
+static void note_past(struct notes *notes)
 {
-	uint64_t state = kvscratch_view_state(&pad->view);
-
 	STORE(notes->truncates_done, notes->truncates_started);
 	if (ledger.nr_past == MAX_PAST)
 		complain(NO_CALL_FAILS, "too many writers between two checks");
@@ -1021,14 +1178,11 @@ static void note_past(struct pad *pad, struct notes *notes)
 		.done = notes->done,
 		.first_safe = notes->first_safe,
 		.epoch = notes->epoch,
-		.stuck = notes->inside == IN_FAULTING_WRITE,
+		.stuck = notes->inside == IN_FAULTING_WRITE || notes->inside == IN_FAULTING_STAGE,
 	};
-	if (pad->lone && notes->inside == IN_TRUNCATE && notes->zeroing &&
-	    notes->generation != kvscratch_state_generation(state))
-		check_zero_from(pad, kvscratch_state_len(state));
 }
 
-static void kill_actor(struct pad *pad, uint32_t actor)
+static void kill_actor(uint32_t actor)
 {
 	struct notes *notes = &shared->notes[actor];
 	struct child *child = &children[actor];
@@ -1042,11 +1196,11 @@ static void kill_actor(struct pad *pad, uint32_t actor)
 	kills++;
 	kills_in[notes->inside]++;
 	if (actor < WRITERS)
-		note_past(pad, notes);
+		note_past(notes);
 }
 
 /* After some steps, at any moment; where no kill has been yet at once */
-static void kill_some_time(struct pad *pad, uint32_t actor)
+static void kill_some_time(uint32_t actor)
 {
 	struct notes *notes = &shared->notes[actor];
 	uint32_t steps = LOAD(notes->steps);
@@ -1060,7 +1214,7 @@ static void kill_some_time(struct pad *pad, uint32_t actor)
 		looks += 16;
 	while (looks-- && kills_in[LOAD(notes->inside)])
 		step_aside();
-	kill_actor(pad, actor);
+	kill_actor(actor);
 }
 
 /* One of the actors from @first that is running, or UINT32_MAX */
@@ -1086,12 +1240,12 @@ static uint32_t free_writer(void)
 	return actor;
 }
 
-static void kill_writers(struct pad *pad)
+static void kill_writers(void)
 {
 	uint32_t actor;
 
 	while ((actor = any_running(0, WRITERS)) != UINT32_MAX)
-		kill_some_time(pad, actor);
+		kill_some_time(actor);
 }
 
 /* While a writer is stuck no state of the pad changes. */
@@ -1127,19 +1281,25 @@ static void kill_in_faulting_write(struct pad *pad)
 	int faults;
 
 	if (pad->lone)
-		kill_writers(pad);
+		kill_writers();
 	victim = free_writer();
 	other = any_running(0, WRITERS);
 	start(pad, victim, STUCK_WRITER);
 	faults = receive_handle(children[victim].line);
 	await_fault(faults);
-	nothing_shows_of(pad, &shared->notes[victim]);
+	/* in a fenced pad others go on: what shows of it the next check tells */
+	if (!pad->fenced)
+		nothing_shows_of(pad, &shared->notes[victim]);
 	if (other == UINT32_MAX) {
 		other = free_writer();
 		start(pad, other, WRITER);
 	}
 	before = LOAD(shared->notes[other].done);
-	kill_actor(pad, victim);
+	/* who takes over does not wait for the one that is stuck, dead or alive */
+	if (pad->fenced)
+		AWAIT(LOAD(shared->notes[other].done) != before);
+	before = LOAD(shared->notes[other].done);
+	kill_actor(victim);
 	close(faults);
 	/* nobody else holds it up */
 	AWAIT(LOAD(shared->notes[other].done) != before);
@@ -1154,13 +1314,13 @@ static void kill_in_faulting_read(struct pad *pad)
 	int faults;
 
 	if (is_running(victim))
-		kill_some_time(pad, victim);
+		kill_some_time(victim);
 	start(pad, victim, STUCK_READER);
 	faults = receive_handle(children[victim].line);
 	await_fault(faults);
 	before = LOAD(shared->notes[writer].done);
 	AWAIT(LOAD(shared->notes[writer].done) != before);
-	kill_actor(pad, victim);
+	kill_actor(victim);
 	close(faults);
 	start(pad, victim, READER);
 }
@@ -1272,7 +1432,7 @@ static void await_readers(struct pad *pad)
 static void replace(struct pad *pad, uint32_t actor, enum role role)
 {
 	if (is_running(actor))
-		kill_some_time(pad, actor);
+		kill_some_time(actor);
 	start(pad, actor, role);
 }
 
@@ -1303,13 +1463,15 @@ static void run_phase(struct pad *pad)
 			replace(pad, any_running(0, WRITERS), WRITER);
 		}
 	}
-	kill_writers(pad);
+	kill_writers();
 	check_pad(pad);
 	await_readers(pad);
 	if (one_in(2)) {
 		uint32_t kept = pad->cut * below(ledger.len / pad->cut + 1);
 
 		truncate_pad(pad, kept, true);
+		/* it had to take one where what the dead left goes late */
+		give_up_role(pad);
 		check_zero_from(pad, kept);
 		check_pad(pad);
 		await_readers(pad);
@@ -1321,16 +1483,25 @@ static void run_phase(struct pad *pad)
 static void make_pad(struct pad *pad)
 {
 	const struct shape *shape = &shapes[below(ARRAY_SIZE(shapes))];
+	struct kvscratch_plane planes[MAX_PLANES];
 
 	*pad = (struct pad) {
 		.shape = shape,
 		.cut = shape->rows / (1 + below(4)) - below(3),
 		.lone = one_in(2),
+		.fenced = one_in(2),
+		.role = -1,
 		.access = O_RDWR,
 		.words = calloc(shape->words, sizeof(uint64_t)),
 	};
+	for (uint32_t i = 0; i < shape->planes; i++)
+		planes[i] = (struct kvscratch_plane) {
+			.dim = shape->dim / shape->planes,
+			.dtype = shape->dtype,
+			.input_dtype = shape->input_dtype,
+		};
 	enter(IN_CREATE);
-	pad->fd = device_create_scaled(shape->rows, shape->dim, shape->dtype, shape->input_dtype, 0);
+	pad->fd = device_create_planes(shape->rows, planes, shape->planes);
 	MUST(pad->fd);
 	leave(CREATES);
 	map_pad(pad);
@@ -1369,7 +1540,7 @@ static void end_pad(struct pad *pad)
 
 	for (uint32_t i = 0; i < ACTORS; i++)
 		if (i != reader && is_running(i))
-			kill_some_time(pad, i);
+			kill_some_time(i);
 	device_unmap(&pad->view);
 	close(pad->fd);
 	free(pad->words);
@@ -1378,7 +1549,7 @@ static void end_pad(struct pad *pad)
 		steps = LOAD(shared->notes[reader].steps);
 		AWAIT(LOAD(shared->notes[reader].inside) == IN_POLL ||
 		      LOAD(shared->notes[reader].steps) - steps > 2);
-		kill_actor(pad, reader);
+		kill_actor(reader);
 	}
 	check_memory();
 }
@@ -1437,12 +1608,14 @@ static void finish(void)
 	for (int place = 0; place < NR_PLACES; place++)
 		ksft_print_msg("%lu killed in: %s\n", kills_in[place], place_names[place]);
 	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; "
-		       "%lu pads, %lu appends of %lu rows, %lu rows verified, %lu truncates, %lu with ZERO, "
+		       "%lu pads, %lu appends of %lu rows, %lu rows verified, %lu stages, %lu commits, %lu takeovers, "
+		       "%lu truncates, %lu with ZERO, "
 		       "%lu times all found zero, %lu pads created, %lu opened, %lu passed, "
 		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n",
 		       (unsigned long long)seed, kills,
 		       kills_in[IN_FAULTING_WRITE], pads, total(APPENDS), total(ROWS_APPENDED),
-		       total(ROWS_VERIFIED), total(TRUNCATES) + total(ZERO_TRUNCATES),
+		       total(ROWS_VERIFIED), total(STAGES), total(COMMITS), total(TAKEOVERS),
+		       total(TRUNCATES) + total(ZERO_TRUNCATES),
 		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(OPENS),
 		       total(PASSES), total(MAPS), total(READS), total(POLLS), cgroup_bytes() >> 10,
 		       cgroup_before >> 10);
