@@ -377,6 +377,7 @@ int main(int argc, char **argv)
 		}
 	}
 	measure_appends();
+	measure_tokens();
 	measure_views();
 	measure_decode();
 	measure_lookups();
