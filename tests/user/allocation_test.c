@@ -265,9 +265,8 @@ TEST_F_TIMEOUT(faults, in_create_without_huge_pages, TEST_SECONDS)
 	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) +
 			    charged_bytes(self->rows, FAULT_ROW_BYTES) + 8 * self->rows);
 	write_file(FAIL_PAGE_ALLOC "min-order", "9");
-	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
-	/* the slab fails only when it is told to */
 	write_file(FAILSLAB "probability", "0");
+	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
 	EXPECT_EQ(0, sweep_create(self));
 	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
 	write_file(FAILSLAB "probability", "100");
