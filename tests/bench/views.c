@@ -227,7 +227,8 @@ static void measure_view(const struct source *source, size_t bytes)
 
 static void measure_create(const struct source *source, size_t bytes)
 {
-	struct figure create = per_mib("create", source->name), free = per_mib("free", source->name);
+	struct figure create = per_mib("create", source->name);
+	struct figure free = per_mib("free", source->name);
 	double freed[MAX_VIEW_RUNS];
 	unsigned int runs = sample_runs(bytes);
 

@@ -623,7 +623,8 @@ static void do_node(const uint64_t *arg)
 	struct handle *handle = handle_at(arg[0]);
 
 	release(handle);
-	handle->fd = open(KVSCRATCH_DEVICE, (arg[1] & (O_ACCMODE | O_NONBLOCK | O_APPEND)) | O_CLOEXEC);
+	handle->fd = open(KVSCRATCH_DEVICE,
+			  (arg[1] & (O_ACCMODE | O_NONBLOCK | O_APPEND)) | O_CLOEXEC);
 }
 
 /* Planes in memory with nothing behind it, each beginning @stride after the one before */

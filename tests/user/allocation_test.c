@@ -208,7 +208,9 @@ static int keep_handle(FIXTURE_DATA(faults) *self, int handle)
 
 static int sweep_create(FIXTURE_DATA(faults) *self)
 {
-	const struct kvscratch_plane plane = { .dim = FAULT_ROW_BYTES, .dtype = KVSCRATCH_DTYPE_U8 };
+	const struct kvscratch_plane plane = {
+		.dim = FAULT_ROW_BYTES, .dtype = KVSCRATCH_DTYPE_U8,
+	};
 
 	return keep_handle(self, device_create_on(self->node, self->rows, &plane, 1));
 }

@@ -669,7 +669,8 @@ static bool register_often(int epoll, int reader)
 	for (int i = 0; i < REGISTRATIONS; i++) {
 		int copy = fcntl(reader, F_DUPFD, 1024 + i);
 
-		if (copy != 1024 + i || epoll_ctl(epoll, EPOLL_CTL_ADD, copy, &event) || close(copy))
+		if (copy != 1024 + i || epoll_ctl(epoll, EPOLL_CTL_ADD, copy, &event) ||
+		    close(copy))
 			return false;
 	}
 	return true;

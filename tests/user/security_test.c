@@ -536,8 +536,8 @@ TEST_F_TIMEOUT(security, double_fetch_of_a_struct, TEST_SECONDS)
  */
 TEST_F_TIMEOUT(security, double_fetch_of_size, TEST_SECONDS)
 {
-	uint8_t *end = mmap(NULL, 2 * self->page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-			    -1, 0);
+	uint8_t *end = mmap(NULL, 2 * self->page, PROT_READ | PROT_WRITE,
+			    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	struct kvscratch_pad_info *info;
 	unsigned int told = 0;
 	struct child child;
