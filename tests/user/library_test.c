@@ -1077,7 +1077,7 @@ TEST(a_node_and_a_pad_of_two_planes)
 		SKIP(return, "there is no device");
 	ASSERT_LE(0, two);
 	snprintf(words, sizeof(words),
-		 "descriptor %d: expected a handle of a pad, got something else", node);
+		 "descriptor %d: expected a handle of a pad, got a character device", node);
 	EXPECT_ERROR(ENOTTY, words, kvscratch_from_fd(&pad, node));
 	snprintf(words, sizeof(words), "descriptor %d: expected a pad of one plane, got one of 2",
 		 two);
