@@ -536,46 +536,4 @@ TEST_F_TIMEOUT(memory, killed_creates_leave_nothing, TEST_SECONDS)
 	EXPECT_EQ(0, nothing_accounted());
 }
 
-/* Nodes: needs a kernel that has two, say by numa=fake=2 */
-
-#define NODE "/sys/devices/system/node"
-
-static uint64_t node_free_bytes(int node)
-{
-	char path[64], key[32];
-
-	snprintf(path, sizeof(path), NODE "/node%d/meminfo", node);
-	snprintf(key, sizeof(key), "Node %d MemFree", node);
-	return number_in_file(path, key) << 10;
-}
-
-TEST_F_TIMEOUT(memory, keeps_to_the_cpuset_of_the_creator, TEST_SECONDS)
-{
-	const uint64_t spill = 24 * MIB;
-	uint64_t wanted, before;
-	struct child child;
-	char path[96];
-
-	if (access(NODE "/node1", F_OK))
-		SKIP(return, "this machine has one node");
-	write_file(CGROUPS "/cgroup.subtree_control", "+cpuset");
-	snprintf(path, sizeof(path), "%s/cpuset.mems", self->creator);
-	write_file(path, "0");
-	set_limits(INT64_MAX, INT64_MAX);
-	before = node_free_bytes(1);
-	wanted = node_free_bytes(0) + spill;
-	ASSERT_LT(2 * spill, before);
-	if (start_child(&child)) {
-		join_cgroup(self->creator);
-		CHILD_CHECK(try_pad(wanted / 4096, 4096) == -ENOMEM);
-		CHILD_CHECK(try_planes(wanted / MIB, MIB / 4096, 4096) == -ENOMEM);
-		_exit(0);
-	}
-	EXPECT_EQ(0, end_child(&child));
-	/* and without a cpuset there is enough for it: the test can fail */
-	EXPECT_EQ(0, try_pad(wanted / 4096, 4096));
-	write_file(CGROUPS "/cgroup.subtree_control", "-cpuset");
-	EXPECT_EQ(0, nothing_accounted());
-}
-
 TEST_HARNESS_MAIN
