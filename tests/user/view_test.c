@@ -1612,12 +1612,13 @@ TEST_F_TIMEOUT(planes, a_hole_is_sigbus, TEST_SECONDS)
 TEST_F_TIMEOUT(planes, cannot_be_truncated_under_a_view, TEST_SECONDS)
 {
 	uint8_t *map = map_everything(self, ANYWHERE);
-	struct stat st;
+	/* its size is beyond what 32 bits can tell */
+	struct stat64 st;
 	uint8_t byte;
 
 	stamp_planes(_metadata, self, SHAPE_ROWS);
 	ASSERT_TRUE(all_in_place(self, map));
-	ASSERT_EQ(0, fstat(self->fd, &st));
+	ASSERT_EQ(0, fstat64(self->fd, &st));
 	EXPECT_EQ(0, st.st_mode & S_IFMT);
 	EXPECT_ERRNO(EINVAL, ftruncate(self->fd, 0));
 	EXPECT_ERRNO(EINVAL, ftruncate(self->fd, self->info.mapping_bytes));
