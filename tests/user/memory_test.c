@@ -492,7 +492,7 @@ TEST_F_TIMEOUT(memory, flood_ends_at_the_reserve_and_kills_nobody, TEST_SECONDS)
 
 #define KILL_ROUNDS 24
 
-/* A CREATE takes long, and ends soon when it is killed: everything it has goes at once. */
+/* A CREATE that is killed in its middle leaves nothing, whatever it has by then. */
 TEST_F_TIMEOUT(memory, killed_creates_leave_nothing, TEST_SECONDS)
 {
 	const uint64_t available = available_bytes();
