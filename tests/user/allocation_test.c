@@ -283,8 +283,10 @@ TEST_F_TIMEOUT(faults, in_create_without_huge_pages, TEST_SECONDS)
 	}
 }
 
-/* A pad of many planes, of which one converts: it has a buffer */
-#define SWEEP_PLANES 64
+/* A pad of planes of 64 elements, of which the first converts: it has a buffer */
+#define SWEEP_PLANES 16
+#define SWEEP_TOKEN_BYTES ((64 + 66) * SWEEP_PLANES / 2)
+#define SWEEP_INPUT_BYTES (SWEEP_TOKEN_BYTES - 66 + 64 * sizeof(float))
 
 static int sweep_create_planes(FIXTURE_DATA(faults) *self)
 {
@@ -826,7 +828,7 @@ TEST_F_TIMEOUT(faults, calls_of_a_writer_reach_no_allocation, TEST_SECONDS)
 	writer = device_open_writer(self->handle, KVSCRATCH_OPEN_TAKEOVER);
 	ASSERT_LE(0, writer);
 	EXPECT_NO_ALLOCATION(-ESTALE, device_stage(taken_over, 1, 0, rows, 2));
-	EXPECT_NO_ALLOCATION(-EBUSY, device_append(self->handle, rows, 64 * 4 + 66 * 31 + 64 * 32));
+	EXPECT_NO_ALLOCATION(-EBUSY, device_append(self->handle, rows, SWEEP_INPUT_BYTES));
 	for (uint32_t round = 0; round < 4; round++) {
 		for (uint32_t plane = 0; plane < SWEEP_PLANES; plane++) {
 			EXPECT_NO_ALLOCATION(0, device_stage(writer, plane, round, rows, 3));
@@ -836,15 +838,14 @@ TEST_F_TIMEOUT(faults, calls_of_a_writer_reach_no_allocation, TEST_SECONDS)
 		EXPECT_NO_ALLOCATION(-EINVAL, device_commit(writer, round + 3));
 		EXPECT_NO_ALLOCATION(0, device_commit(writer, round + 1));
 	}
-	EXPECT_NO_ALLOCATION(64 * 4 + 66 * 31 + 64 * 32,
-			     write(writer, rows, 64 * 4 + 66 * 31 + 64 * 32));
+	EXPECT_NO_ALLOCATION(SWEEP_INPUT_BYTES, write(writer, rows, SWEEP_INPUT_BYTES));
 	EXPECT_NO_ALLOCATION(0, device_seen(self->handle, 3));
 	poll_fd.fd = self->handle;
 	EXPECT_NO_ALLOCATION(1, poll(&poll_fd, 1, 0));
 	EXPECT_NO_ALLOCATION(0, device_pad_info(self->handle, &info));
 	EXPECT_EQ(5, info.len);
 	EXPECT_NO_ALLOCATION(SWEEP_PLANES, device_planes(self->handle, 0, planes, SWEEP_PLANES));
-	EXPECT_NO_ALLOCATION(5 * (66 * 32 + 64 * 32), pread(self->handle, rows, bytes, 0));
+	EXPECT_NO_ALLOCATION(5 * SWEEP_TOKEN_BYTES, pread(self->handle, rows, bytes, 0));
 	EXPECT_NO_ALLOCATION(0, device_truncate(writer, 4, 0));
 	EXPECT_NO_ALLOCATION(0, device_truncate(writer, 2, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_NO_ALLOCATION(0, device_seal(writer));
