@@ -361,8 +361,14 @@ static int sweep_map_far(FIXTURE_DATA(faults) *self)
 {
 	void *at = mmap(FAR_ADDRESS, FAULT_ROW_BYTES, PROT_READ, MAP_SHARED | MAP_FIXED_NOREPLACE,
 			self->pad, 0);
+	int err;
 
-	return at == MAP_FAILED ? -errno : 0;
+	if (at == MAP_FAILED)
+		return -errno;
+	err = madvise(at, FAULT_ROW_BYTES, MADV_POPULATE_READ) ? -errno : 0;
+	if (err)
+		munmap(at, FAULT_ROW_BYTES);
+	return err;
 }
 
 static int after_map_far(FIXTURE_DATA(faults) *self, int err)
