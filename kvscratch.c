@@ -119,6 +119,9 @@
 /* A source that is faulted in so often and still cannot be copied from is bad. */
 #define KVS_MAX_ROUNDS		16
 
+/* The longest piece of a read that is looked at as one */
+#define KVS_READ_BYTES		SZ_4K
+
 /* Input that is converted passes through a buffer of this size. */
 #define KVS_STAGING_BYTES	SZ_16K
 
@@ -158,7 +161,16 @@ static int kvs_get_reserved(char *buffer, const struct kernel_param *param)
 	return sysfs_emit(buffer, "%llu\n", kvs_reserved());
 }
 
-static const struct kernel_param_ops kvs_reserved_ops = { .get = kvs_get_reserved };
+/* At load nobody looks at the mode. */
+static int kvs_refuse_set(const char *value, const struct kernel_param *param)
+{
+	return -EPERM;
+}
+
+static const struct kernel_param_ops kvs_reserved_ops = {
+	.get = kvs_get_reserved,
+	.set = kvs_refuse_set,
+};
 module_param_cb(bytes_total, &kvs_reserved_ops, NULL, 0444);
 MODULE_PARM_DESC(bytes_total, "Bytes of all pads, read-only");
 
@@ -754,6 +766,7 @@ static int kvs_check_role(const struct kvs_pad *pad, const struct kvs_handle *ha
 static int kvs_begin(struct kvs_handle *handle, bool only_writer, bool nowait)
 {
 	struct kvs_pad *pad = handle->pad;
+	u32 epoch;
 	int err;
 
 	for (;;) {
@@ -761,12 +774,15 @@ static int kvs_begin(struct kvs_handle *handle, bool only_writer, bool nowait)
 		err = kvs_check_role(pad, handle, only_writer);
 		if (!err && likely(!pad->turn))
 			return 0;
+		epoch = pad->epoch;
 		mutex_unlock(&pad->lock);
 		if (err)
 			return err;
 		if (nowait)
 			return -EAGAIN;
-		if (wait_event_interruptible(pad->turn_wait, !READ_ONCE(pad->turn)))
+		/* who lost the role meanwhile does not wait for the turn of another */
+		if (wait_event_interruptible(pad->turn_wait, !READ_ONCE(pad->turn) ||
+					     READ_ONCE(pad->epoch) != epoch))
 			return -ERESTARTSYS;
 	}
 }
@@ -865,10 +881,10 @@ static __always_inline ssize_t kvs_copy_in(struct kvs_pad *pad, struct kvs_op *o
 	}
 	pagefault_enable();
 	op->budget -= copied + KVS_COPY_COST;
-	if (likely(copied == bytes))
-		return copied;
 	if (copied)
 		op->rounds = 0;
+	if (likely(copied == bytes))
+		return copied;
 	err = kvs_pause(pad, op, piece - copied);
 	return err ? err : copied;
 }
@@ -1147,19 +1163,21 @@ static int kvs_stage_locked(struct kvs_pad *pad, struct kvs_op *op,
 			    const struct kvscratch_stage *stage)
 {
 	struct kvs_plane *plane = &pad->planes[array_index_nospec(stage->plane, pad->nr_planes)];
-	u64 end;
+	u64 row = stage->row, rows = stage->rows;
 
-	if (stage->row < pad->len || stage->row > plane->staged)
+	if (row < pad->len || row > plane->staged)
 		return -EINVAL;
-	if (stage->rows > pad->max_seq_len - stage->row)
+	row = array_index_nospec(row, pad->max_seq_len + 1);
+	if (stage->flags & KVSCRATCH_STAGE_KEEP) {
+		/* what is staged is whole */
+		if (rows > plane->whole - row)
+			return -EINVAL;
+		plane->staged = max_t(u32, plane->staged, row + rows);
+		return 0;
+	}
+	if (rows > pad->max_seq_len - row)
 		return -ENOSPC;
-	end = stage->row + stage->rows;
-	if (!(stage->flags & KVSCRATCH_STAGE_KEEP))
-		return kvs_stage_copy(pad, op, plane, stage->row, end);
-	if (end > plane->whole)
-		return -EINVAL;
-	plane->staged = max_t(u32, plane->staged, end);
-	return 0;
+	return kvs_stage_copy(pad, op, plane, row, row + rows);
 }
 
 /**
@@ -1242,10 +1260,12 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_commit);
 static void kvs_publish_truncate(struct kvs_pad *pad, u32 len)
 {
 	u64 generation = pad->generation + 1;
-	struct kvs_trunc *trunc = &pad->truncs[generation & 1];
+	struct kvs_trunc *trunc = &pad->truncs[generation % KVS_TRUNCS];
 
 	/* all of it before the state of the same generation, which releases it */
 	WRITE_ONCE(trunc->generation, generation);
+	/* pairs with smp_rmb() in kvs_trunc_len(): a len is never taken for an older one */
+	smp_wmb();
 	WRITE_ONCE(trunc->len, len);
 	WRITE_ONCE(pad->status->generation, generation);
 	WRITE_ONCE(pad->status->trunc.word, kvs_state(generation, len));
@@ -1287,10 +1307,12 @@ static int kvs_scrub(struct kvs_pad *pad, struct kvs_op *op)
 	u32 len = pad->len;
 
 	pad->scrub_owed = true;
+	/* of all planes before the first changes: a scrub may end in the middle */
+	kvs_for_each_plane(plane, pad)
+		plane->whole = min(plane->whole, len);
 	kvs_for_each_plane(plane, pad) {
 		int err;
 
-		plane->whole = min(plane->whole, len);
 		err = kvs_scrub_array(pad, op, &plane->data, len, plane->touched);
 		if (!err)
 			err = kvs_scrub_array(pad, op, &plane->scales, len, plane->touched);
@@ -1386,7 +1408,7 @@ static void kvs_start_epoch(struct kvs_pad *pad, struct kvs_handle *handle)
 {
 	kvs_end_rows(pad, pad->len);
 	handle->writer = true;
-	pad->epoch++;
+	WRITE_ONCE(pad->epoch, pad->epoch + 1);
 	WRITE_ONCE(pad->writer, handle);
 	kvs_publish_role(pad);
 }
@@ -1465,25 +1487,59 @@ static u64 kvs_load_state(const struct kvs_pad *pad)
 	return state;
 }
 
+/* The rows that the truncate to a generation kept, or 0 where it is no longer known */
+static u32 kvs_trunc_len(const struct kvs_pad *pad, u64 generation)
+{
+	const struct kvs_trunc *trunc = &pad->truncs[generation % KVS_TRUNCS];
+	u32 len = READ_ONCE(trunc->len);
+
+	/* pairs with smp_wmb() in kvs_publish_truncate() */
+	smp_rmb();
+	return READ_ONCE(trunc->generation) == generation ? len : 0;
+}
+
+/* Generation, in full, len and what the truncate kept, of one moment */
+static struct kvs_moment kvs_moment(const struct kvs_pad *pad)
+{
+	const struct kvs_trunc *trunc;
+	struct kvs_moment moment;
+	u32 generation;
+	u64 state;
+
+	do {
+		state = kvs_load_state(pad);
+		generation = kvs_state_generation(state);
+		trunc = &pad->truncs[generation % KVS_TRUNCS];
+		moment.len = kvs_state_len(state);
+		moment.generation = READ_ONCE(trunc->generation);
+		moment.trunc_len = READ_ONCE(trunc->len);
+		/*
+		 * Pairs with (D): who sees the slot overwritten, by a generation that comes
+		 * KVS_TRUNCS later, sees the state of the one before that.
+		 */
+		smp_rmb();
+	} while (kvs_state_generation(kvs_load_state(pad)) != generation);
+	return moment;
+}
+
 /*
- * Whether rows below @end, as they were read since *@state, are what was committed; *@state
+ * Whether rows below @end, as they were read since *@moment, are what was committed; *@moment
  * becomes the present one then.
  */
-static bool kvs_rows_survived(const struct kvs_pad *pad, u64 *state, u64 end)
+static bool kvs_rows_survived(const struct kvs_pad *pad, struct kvs_moment *moment, u64 end)
 {
-	u32 generation = kvs_state_generation(*state);
-	u64 now, trunc;
+	struct kvs_moment now;
+	u64 generation;
 
 	/* (C) in "Memory ordering", pairs with (D) */
 	smp_rmb();
-	now = kvs_load_state(pad);
-	if (unlikely(kvs_state_generation(now) != generation)) {
-		trunc = READ_ONCE(pad->status->trunc.word);
-		if (kvs_state_generation(now) != generation + 1 ||
-		    kvs_state_generation(trunc) != generation + 1 || kvs_state_len(trunc) < end)
+	now = kvs_moment(pad);
+	if (unlikely(now.generation - moment->generation >= KVS_TRUNCS))
+		return false;
+	for (generation = moment->generation + 1; generation <= now.generation; generation++)
+		if (kvs_trunc_len(pad, generation) < end)
 			return false;
-	}
-	*state = now;
+	*moment = now;
 	return true;
 }
 
@@ -1506,7 +1562,7 @@ static const struct kvs_plane *kvs_find_plane(const struct kvs_pad *pad, u32 at)
 /* Where byte @pos of the stream of tokens lies; *@bytes as for kvs_locate() */
 static const void *kvs_locate_stream(const struct kvs_pad *pad, u64 pos, size_t *bytes)
 {
-	u64 row = pos / pad->layout.row_bytes;
+	u64 row = array_index_nospec(pos / pad->layout.row_bytes, pad->max_seq_len);
 	u32 at = pos % pad->layout.row_bytes;
 	const struct kvs_plane *plane = kvs_find_plane(pad, at);
 	const struct kvs_array *array = &plane->data;
@@ -1552,18 +1608,19 @@ static size_t kvs_copy_out(const void *from, size_t bytes, struct iov_iter *to)
 ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to)
 {
 	const u64 row_bytes = pad->layout.row_bytes, begin = pos;
-	u64 row_begin = pos, state = kvs_load_state(pad);
+	struct kvs_moment moment = kvs_moment(pad);
 	unsigned int rounds = 0;
+	u64 row_begin = pos;
 	int err = 0;
 
-	while (!err && iov_iter_count(to) && pos < kvs_state_len(state) * row_bytes) {
-		size_t bytes = min3(kvs_state_len(state) * row_bytes - pos,
-				    (u64)iov_iter_count(to), (u64)PAGE_SIZE);
+	while (!err && iov_iter_count(to) && pos < moment.len * row_bytes) {
+		size_t bytes = min3(moment.len * row_bytes - pos, (u64)iov_iter_count(to),
+				    (u64)KVS_READ_BYTES);
 		const void *from = kvs_locate_stream(pad, pos, &bytes);
 		size_t copied = kvs_copy_out(from, bytes, to);
 
 		pos += copied;
-		if (likely(kvs_rows_survived(pad, &state, DIV_ROUND_UP_ULL(pos, row_bytes)))) {
+		if (likely(kvs_rows_survived(pad, &moment, DIV_ROUND_UP_ULL(pos, row_bytes)))) {
 			row_begin = max(row_begin, pos / row_bytes * row_bytes);
 			err = fatal_signal_pending(current) ? -ERESTARTSYS : 0;
 		} else {
@@ -1572,7 +1629,7 @@ ssize_t kvs_pad_read(struct kvs_pad *pad, u64 pos, struct iov_iter *to)
 			/* what is there now need not follow what was read */
 			if (pos > begin)
 				break;
-			state = kvs_load_state(pad);
+			moment = kvs_moment(pad);
 			err = signal_pending(current) ? -ERESTARTSYS : 0;
 		}
 		rounds = copied ? 0 : rounds + 1;
@@ -1590,26 +1647,6 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_read);
  * Describing
  */
 
-/* Generation, len and trunc of one moment */
-static void kvs_snapshot(const struct kvs_pad *pad, u32 *len, struct kvs_trunc *trunc)
-{
-	const struct kvs_trunc *kept;
-	u64 state;
-
-	do {
-		state = kvs_load_state(pad);
-		*len = kvs_state_len(state);
-		kept = &pad->truncs[kvs_state_generation(state) & 1];
-		trunc->generation = READ_ONCE(kept->generation);
-		trunc->len = READ_ONCE(kept->len);
-		/*
-		 * Pairs with (D): who sees the slot overwritten, by the generation after
-		 * the next, sees the state of the next.
-		 */
-		smp_rmb();
-	} while (kvs_state_generation(kvs_load_state(pad)) != kvs_state_generation(state));
-}
-
 /**
  * kvs_pad_info() - describe a pad
  * @pad: the pad
@@ -1619,17 +1656,15 @@ void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info)
 {
 	/* pairs with kvs_publish_role(): a sealed pad has its final state below */
 	u64 role = smp_load_acquire(&pad->status->writer.word);
-	struct kvs_trunc trunc;
-	u32 len;
+	struct kvs_moment moment = kvs_moment(pad);
 
-	kvs_snapshot(pad, &len, &trunc);
 	info->flags = lower_32_bits(role);
 	info->epoch = upper_32_bits(role);
 	info->id = pad->id;
 	info->max_seq_len = pad->max_seq_len;
-	info->len = len;
-	info->generation = trunc.generation;
-	info->trunc_len = trunc.len;
+	info->len = moment.len;
+	info->generation = moment.generation;
+	info->trunc_len = moment.trunc_len;
 	info->mapping_bytes = pad->layout.status_offset + PAGE_SIZE;
 	info->status_offset = pad->layout.status_offset;
 	info->allocated_bytes = pad->allocated_bytes;
@@ -1737,13 +1772,24 @@ static int kvs_mount_pins;
 /*
  * The inode has no file type: a regular file could be truncated under its views. It does
  * not end, for fault handling maps no huge entry across the end of a file.
+ *
+ * As alloc_anon_inode() makes it, but on the list of the superblock: a watch (inotify) keeps an
+ * inode longer than its files, and is found there when the last handle of all unmounts; who
+ * closes that one would wait for the end of the watch otherwise.
  */
 static int kvs_pad_make_inode(struct kvs_pad *pad)
 {
-	struct inode *inode = alloc_anon_inode(kvs_mount->mnt_sb);
+	struct inode *inode = new_inode(kvs_mount->mnt_sb);
 
-	if (IS_ERR(inode))
-		return PTR_ERR(inode);
+	if (!inode)
+		return -ENOMEM;
+	inode->i_ino = get_next_ino();
+	inode->i_mode = 0600;
+	inode->i_uid = current_fsuid();
+	inode->i_gid = current_fsgid();
+	inode->i_flags |= S_PRIVATE;
+	kvs_inode_init_times(inode);
+	/* which is what fstat() says */
 	i_size_write(inode, MAX_LFS_FILESIZE);
 	pad->inode = inode;
 	return 0;
@@ -2279,7 +2325,8 @@ static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 		events |= EPOLLIN | EPOLLRDNORM;
 	if (file->f_mode & FMODE_WRITE && kvs_is_writable(handle))
 		events |= EPOLLOUT | EPOLLWRNORM;
-	if (READ_ONCE(pad->sealed))
+	/* told when it can be seen: pairs with kvs_publish_role() */
+	if (smp_load_acquire(&pad->status->writer.word) & KVSCRATCH_PAD_SEALED)
 		events |= EPOLLRDHUP;
 	return events;
 }

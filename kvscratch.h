@@ -85,6 +85,21 @@ struct kvs_trunc {
 	u32 len;
 };
 
+/* Truncates that may come in while 4 KiB are read, and the rows still be told to be good */
+#define KVS_TRUNCS	64
+
+/**
+ * struct kvs_moment - the state of a pad at one moment
+ * @generation: in full
+ * @len: committed rows
+ * @trunc_len: rows that the latest truncate kept
+ */
+struct kvs_moment {
+	u64 generation;
+	u32 len;
+	u32 trunc_len;
+};
+
 struct kvs_op;
 
 /**
@@ -124,8 +139,8 @@ struct kvs_handle {
  * @scrub_owed: protected by @lock: a TRUNCATE with ZERO has not finished its scrub
  * @len: protected by @lock: committed rows
  * @generation: protected by @lock: truncates so far
- * @truncs: those of the two latest generations, by the generation's lowest bit; see
- *	kvs_snapshot()
+ * @truncs: those of the latest generations, by generation % KVS_TRUNCS; read without
+ *	@lock, see kvs_moment() and kvs_trunc_len()
  * @staging: belongs to the holder of @lock, and across a drop of it to @turn: a
  *	piece of input on its way to be converted; NULL where no plane converts
  * @saturated: elements clamped so far; written under @lock
@@ -155,7 +170,7 @@ struct kvs_pad {
 	bool scrub_owed;
 	u32 len;
 	u64 generation;
-	struct kvs_trunc truncs[2];
+	struct kvs_trunc truncs[KVS_TRUNCS];
 	void *staging;
 	u64 saturated;
 };
@@ -211,6 +226,17 @@ static inline void kvs_vm_flags_mod(struct vm_area_struct *vma, unsigned long se
 	vm_flags_mod(vma, set, clear);
 #else
 	vma->vm_flags = (vma->vm_flags | set) & ~clear;
+#endif
+}
+
+static inline void kvs_inode_init_times(struct inode *inode)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+	simple_inode_init_ts(inode);
+#else
+	inode->i_atime = current_time(inode);
+	inode->i_mtime = inode->i_atime;
+	inode->i_ctime = inode->i_atime;
 #endif
 }
 

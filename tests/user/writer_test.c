@@ -7,6 +7,7 @@
 
 #include <linux/landlock.h>
 #include <pthread.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 
 #define ROWS 64
@@ -761,6 +762,112 @@ TEST_F_TIMEOUT(writer, a_writer_killed_in_the_middle_leaves_nothing, TEST_SECOND
 	}
 	EXPECT_TRUE(token_is(self, 0, 0));
 	EXPECT_TRUE(token_is(self, 1, 1));
+}
+
+/* Sources that are not there yet, and destinations beside truncates */
+
+/* Pages that nobody has touched */
+static uint8_t *untouched(size_t bytes)
+{
+	uint8_t *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (at == MAP_FAILED || madvise(at, bytes, MADV_NOHUGEPAGE))
+		abort();
+	return at;
+}
+
+#define MANY 64
+
+/* Each piece of the copy begins on a page that has to come first: no reason for EFAULT */
+TEST(an_untouched_source_is_no_bad_one)
+{
+	const size_t page = page_bytes();
+	const size_t bytes = MANY * page;
+	struct kvscratch_plane planes[MANY];
+	int small = new_pad(3 * MANY, page);
+	struct iovec iov = { .iov_len = bytes };
+	int many, writer;
+
+	for (int i = 0; i < MANY; i++)
+		planes[i] = (struct kvscratch_plane){ .dim = page, .dtype = KVSCRATCH_DTYPE_U8 };
+	many = device_create_planes(3 * MANY, planes, MANY);
+	ASSERT_LE(0, small);
+	ASSERT_LE(0, many);
+	EXPECT_EQ(0, device_append(small, untouched(bytes), bytes));
+	EXPECT_EQ(0, device_append(many, untouched(bytes), bytes));
+	iov.iov_base = untouched(bytes);
+	EXPECT_EQ((ssize_t)bytes, writev(small, &iov, 1));
+	iov.iov_base = untouched(bytes);
+	EXPECT_EQ((ssize_t)bytes, writev(many, &iov, 1));
+	writer = device_open_writer(small, 0);
+	ASSERT_LE(0, writer);
+	EXPECT_EQ(0, device_stage(writer, 0, 2 * MANY, untouched(bytes), MANY));
+	EXPECT_EQ(0, device_commit(writer, 3 * MANY));
+	close(writer);
+	close(small);
+	close(many);
+}
+
+struct truncater {
+	int fd;
+	uint64_t len;
+	bool stop;
+	int err;
+};
+
+static void *truncate_all_the_time(void *arg)
+{
+	struct truncater *truncater = arg;
+
+	while (!__atomic_load_n(&truncater->stop, __ATOMIC_RELAXED) && !truncater->err)
+		truncater->err = device_truncate(truncater->fd, truncater->len, 0);
+	return NULL;
+}
+
+/* A token of many pieces, which all survive: reads of it end */
+TEST(reads_of_many_planes_end_beside_truncates)
+{
+	struct kvscratch_plane planes[4 * MANY];
+	const size_t bytes = 4 * MANY * 100;
+	uint8_t *token = malloc(bytes), *got = malloc(bytes);
+	struct truncater truncater = { .len = 1 };
+	pthread_t thread;
+
+	for (int i = 0; i < 4 * MANY; i++)
+		planes[i] = (struct kvscratch_plane){ .dim = 100, .dtype = KVSCRATCH_DTYPE_U8 };
+	truncater.fd = device_create_planes(4, planes, 4 * MANY);
+	ASSERT_LE(0, truncater.fd);
+	fill_row(token, bytes, 1);
+	ASSERT_EQ(0, device_append(truncater.fd, token, bytes));
+	ASSERT_EQ(0, pthread_create(&thread, NULL, truncate_all_the_time, &truncater));
+	for (int i = 0; i < 200; i++) {
+		ASSERT_EQ((ssize_t)bytes, pread(truncater.fd, got, bytes, 0));
+		ASSERT_EQ(0, memcmp(token, got, bytes));
+	}
+	__atomic_store_n(&truncater.stop, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+	EXPECT_EQ(0, truncater.err);
+	close(truncater.fd);
+	free(token);
+	free(got);
+}
+
+/* The last handle of all unmounts what it is of, and a watch on its inode is still there. */
+TEST(a_watch_holds_up_no_close)
+{
+	int watch = inotify_init1(IN_CLOEXEC);
+	int fd = new_pad(1, 1);
+	char path[40];
+
+	ASSERT_LE(0, watch);
+	ASSERT_LE(0, fd);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	ASSERT_LE(0, inotify_add_watch(watch, path, IN_ALL_EVENTS));
+	EXPECT_EQ(0, close(fd));
+	close(watch);
+	fd = new_pad(1, 1);
+	EXPECT_LE(0, fd);
+	close(fd);
 }
 
 /* Truncating with an expectation, sealing */
