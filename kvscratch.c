@@ -741,7 +741,7 @@ static struct kvs_op kvs_op_of(struct kvs_handle *handle)
 
 static void kvs_wake(struct kvs_pad *pad)
 {
-	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll() */
+	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll(); litmus: poll-wake */
 	if (wq_has_sleeper(&pad->wait))
 		queue_work(kvs_wakers, &pad->wake);
 }
@@ -832,7 +832,7 @@ static __always_inline void kvs_publish(struct kvs_pad *pad, u64 generation, u32
 
 	pad->generation = generation;
 	pad->len = len;
-	/* (B) in "Memory ordering", pairs with (A) */
+	/* (B) in "Memory ordering", pairs with (A); litmus: AB-append, AB-commit */
 	smp_store_release(&pad->status->state.word, kvs_state(generation, len));
 }
 
@@ -844,7 +844,7 @@ static void kvs_publish_role(struct kvs_pad *pad)
 
 	lockdep_assert_held(&pad->lock);
 
-	/* pairs with the acquire of who reads it, kvs_pad_info() among them */
+	/* pairs with the acquire of who reads it, kvs_pad_info() among them; litmus: role-seal */
 	smp_store_release(&pad->status->writer.word, (u64)pad->epoch << 32 | flags);
 }
 
@@ -1262,15 +1262,21 @@ static void kvs_publish_truncate(struct kvs_pad *pad, u32 len)
 	u64 generation = pad->generation + 1;
 	struct kvs_trunc *trunc = &pad->truncs[generation % KVS_TRUNCS];
 
-	/* all of it before the state of the same generation, which releases it */
+	/* all of it before the state of the same generation, which releases it; litmus: AB-trunc */
 	WRITE_ONCE(trunc->generation, generation);
-	/* pairs with smp_rmb() in kvs_trunc_len(): a len is never taken for an older one */
+	/*
+	 * pairs with smp_rmb() in kvs_trunc_len(): a len is never taken for an older one
+	 * litmus: slot-reuse
+	 */
 	smp_wmb();
 	WRITE_ONCE(trunc->len, len);
 	WRITE_ONCE(pad->status->generation, generation);
 	WRITE_ONCE(pad->status->trunc.word, kvs_state(generation, len));
 	kvs_publish(pad, generation, len);
-	/* (D) in "Memory ordering", pairs with (C) */
+	/*
+	 * (D) in "Memory ordering", pairs with (C)
+	 * litmus: CD-scrub, CD-overwrite, CD-two-truncates, moment-slots
+	 */
 	smp_mb();
 }
 
@@ -1477,7 +1483,10 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_end_role);
  * Reading, without a lock
  */
 
-/* (A) in "Memory ordering". The page is memory that others see: its len counts clamped. */
+/*
+ * (A) in "Memory ordering". The page is memory that others see: its len counts clamped.
+ * litmus: AB-append, AB-commit, AB-trunc
+ */
 static u64 kvs_load_state(const struct kvs_pad *pad)
 {
 	u64 state = smp_load_acquire(&pad->status->state.word);
@@ -1493,7 +1502,7 @@ static u32 kvs_trunc_len(const struct kvs_pad *pad, u64 generation)
 	const struct kvs_trunc *trunc = &pad->truncs[generation % KVS_TRUNCS];
 	u32 len = READ_ONCE(trunc->len);
 
-	/* pairs with smp_wmb() in kvs_publish_truncate() */
+	/* pairs with smp_wmb() in kvs_publish_truncate(); litmus: slot-reuse */
 	smp_rmb();
 	return READ_ONCE(trunc->generation) == generation ? len : 0;
 }
@@ -1516,6 +1525,7 @@ static struct kvs_moment kvs_moment(const struct kvs_pad *pad)
 		/*
 		 * Pairs with (D): who sees the slot overwritten, by a generation that comes
 		 * KVS_TRUNCS later, sees the state of the one before that.
+		 * litmus: moment-slots
 		 */
 		smp_rmb();
 	} while (kvs_state_generation(kvs_load_state(pad)) != generation);
@@ -1531,7 +1541,7 @@ static bool kvs_rows_survived(const struct kvs_pad *pad, struct kvs_moment *mome
 	struct kvs_moment now;
 	u64 generation;
 
-	/* (C) in "Memory ordering", pairs with (D) */
+	/* (C) in "Memory ordering", pairs with (D); litmus: CD-overwrite, CD-two-truncates */
 	smp_rmb();
 	now = kvs_moment(pad);
 	if (unlikely(now.generation - moment->generation >= KVS_TRUNCS))
@@ -1654,7 +1664,7 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_read);
  */
 void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info)
 {
-	/* pairs with kvs_publish_role(): a sealed pad has its final state below */
+	/* pairs with kvs_publish_role(): sealed, it has its final state below; litmus: role-seal */
 	u64 role = smp_load_acquire(&pad->status->writer.word);
 	struct kvs_moment moment = kvs_moment(pad);
 
@@ -2319,13 +2329,13 @@ static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 	__poll_t events = 0;
 
 	poll_wait(file, &pad->wait, table);
-	/* queue, then look; pairs with wq_has_sleeper() in kvs_wake() */
+	/* queue, then look; pairs with wq_has_sleeper() in kvs_wake(); litmus: poll-wake */
 	smp_mb();
 	if (kvs_load_state(pad) != READ_ONCE(handle->seen))
 		events |= EPOLLIN | EPOLLRDNORM;
 	if (file->f_mode & FMODE_WRITE && kvs_is_writable(handle))
 		events |= EPOLLOUT | EPOLLWRNORM;
-	/* told when it can be seen: pairs with kvs_publish_role() */
+	/* told when it can be seen: pairs with kvs_publish_role(); litmus: role-seal */
 	if (smp_load_acquire(&pad->status->writer.word) & KVSCRATCH_PAD_SEALED)
 		events |= EPOLLRDHUP;
 	return events;
