@@ -2331,13 +2331,16 @@ static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 	poll_wait(file, &pad->wait, table);
 	/* queue, then look; pairs with wq_has_sleeper() in kvs_wake(); litmus: poll-wake */
 	smp_mb();
+	/*
+	 * Before the state: with the seal of a pad come its last rows. Pairs with
+	 * kvs_publish_role(); litmus: role-seal
+	 */
+	if (smp_load_acquire(&pad->status->writer.word) & KVSCRATCH_PAD_SEALED)
+		events |= EPOLLRDHUP;
 	if (kvs_load_state(pad) != READ_ONCE(handle->seen))
 		events |= EPOLLIN | EPOLLRDNORM;
 	if (file->f_mode & FMODE_WRITE && kvs_is_writable(handle))
 		events |= EPOLLOUT | EPOLLWRNORM;
-	/* told when it can be seen: pairs with kvs_publish_role(); litmus: role-seal */
-	if (smp_load_acquire(&pad->status->writer.word) & KVSCRATCH_PAD_SEALED)
-		events |= EPOLLRDHUP;
 	return events;
 }
 
