@@ -270,14 +270,16 @@ TEST_F_TIMEOUT(reader, a_truncate_ends_a_read_of_what_it_took, TEST_SECONDS)
 		/* what was to come, and what it has already */
 		{ { PIECE_ROWS }, 1, 1 },
 		{ { 1 }, 1, 1 },
-		/* two generations later nobody knows */
-		{ { 2 * PIECE_ROWS, 2 * PIECE_ROWS }, 2, 1 },
+		/* several of them, of which all count */
+		{ { 2 * PIECE_ROWS, 2 * PIECE_ROWS }, 2, 2 },
+		{ { 2 * PIECE_ROWS, 1 }, 2, 1 },
 		{ { 0, 0 }, 2, 1 },
 	};
+	uint32_t many[64];
+	int pad;
 
 	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
-		int pad = new_pad(2 * PIECE_ROWS, TORN_ROW_BYTES);
-
+		pad = new_pad(2 * PIECE_ROWS, TORN_ROW_BYTES);
 		ASSERT_LE(0, pad);
 		ASSERT_EQ(0, append_rows(pad, TORN_ROW_BYTES, 0, 2 * PIECE_ROWS));
 		EXPECT_EQ(cases[i].pieces,
@@ -285,6 +287,14 @@ TEST_F_TIMEOUT(reader, a_truncate_ends_a_read_of_what_it_took, TEST_SECONDS)
 			TH_LOG("case %zu", i);
 		close(pad);
 	}
+	/* so many that the module has forgotten the first */
+	for (size_t i = 0; i < ARRAY_SIZE(many); i++)
+		many[i] = 2 * PIECE_ROWS;
+	pad = new_pad(2 * PIECE_ROWS, TORN_ROW_BYTES);
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, append_rows(pad, TORN_ROW_BYTES, 0, 2 * PIECE_ROWS));
+	EXPECT_EQ(1, pieces_beside_truncates(pad, many, ARRAY_SIZE(many)));
+	close(pad);
 }
 
 /* Truncates that drop nothing, as fast as they come: reads end, and get rows. */
