@@ -579,7 +579,8 @@ err_free:
  */
 static int kvs_pad_populate(struct kvs_pad *pad)
 {
-	const u64 max_per_pad = READ_ONCE(max_bytes_per_pad), max_total = READ_ONCE(max_bytes_total);
+	const u64 max_per_pad = READ_ONCE(max_bytes_per_pad);
+	const u64 max_total = READ_ONCE(max_bytes_total);
 	unsigned int refusals = 0;
 	u64 taken;
 	u32 i;
@@ -937,9 +938,12 @@ static long kvs_convert(struct kvs_pad *pad, const struct kvs_plane *plane, u64 
 		}
 		if (!to || (blocks && !scales))
 			return -EFAULT;
-		clamped = scales ? kvs_scale_mxint8(geometry->input_dtype, from, blocks, to, scales) :
-			  kvs_scale_fixed(geometry->input_dtype, from, piece,
-					  geometry->frac_bits, size, to);
+		if (scales)
+			clamped = kvs_scale_mxint8(geometry->input_dtype, from, blocks, to,
+						   scales);
+		else
+			clamped = kvs_scale_fixed(geometry->input_dtype, from, piece,
+						  geometry->frac_bits, size, to);
 		if (clamped == KVS_SCALE_NOT_FINITE)
 			return -EDOM;
 		saturated += clamped;
@@ -1483,12 +1487,10 @@ EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_end_role);
  * Reading, without a lock
  */
 
-/*
- * (A) in "Memory ordering". The page is memory that others see: its len counts clamped.
- * litmus: AB-append, AB-commit, AB-trunc
- */
+/* The page is memory that others see: its len counts clamped. */
 static u64 kvs_load_state(const struct kvs_pad *pad)
 {
+	/* (A) in "Memory ordering", pairs with (B); litmus: AB-append, AB-commit, AB-trunc */
 	u64 state = smp_load_acquire(&pad->status->state.word);
 
 	if (unlikely(kvs_state_len(state) > pad->max_seq_len))
@@ -1991,6 +1993,13 @@ static int kvs_check_open(const struct kvscratch_open *open)
 	return 0;
 }
 
+static int kvs_open_flags(u32 access)
+{
+	if (access == KVSCRATCH_ACCESS_READ)
+		return O_RDONLY;
+	return access == KVSCRATCH_ACCESS_WRITE ? O_WRONLY : O_RDWR;
+}
+
 /* The rights first, then the values, as of every call */
 static long kvs_ioctl_open(struct file *from, void *arg)
 {
@@ -2008,8 +2017,7 @@ static long kvs_ioctl_open(struct file *from, void *arg)
 	fd = get_unused_fd_flags(O_CLOEXEC);
 	if (fd < 0)
 		return fd;
-	file = kvs_handle_new(handle->pad, open->access == KVSCRATCH_ACCESS_READ ? O_RDONLY :
-					   open->access == KVSCRATCH_ACCESS_WRITE ? O_WRONLY : O_RDWR);
+	file = kvs_handle_new(handle->pad, kvs_open_flags(open->access));
 	if (IS_ERR(file)) {
 		err = PTR_ERR(file);
 		goto err_put_fd;

@@ -686,8 +686,8 @@ static void layout_is_exact(struct kunit *test)
 		u64 data = row_counts[i] * KVSCRATCH_MAX_ROW_BYTES;
 
 		KUNIT_ASSERT_TRUE(test, init_layout(&layout, row_counts[i],
-						  KVSCRATCH_MAX_ROW_BYTES / 8,
-						  KVSCRATCH_DTYPE_F64));
+						    KVSCRATCH_MAX_ROW_BYTES / 8,
+						    KVSCRATCH_DTYPE_F64));
 		KUNIT_EXPECT_EQ(test, layout.status_offset, data);
 		KUNIT_EXPECT_EQ(test, layout.row_bytes, KVSCRATCH_MAX_ROW_BYTES);
 	}
@@ -761,8 +761,8 @@ static void mapping_has_its_pages(struct kunit *test)
 
 		end = array->bytes;
 		for (at = 0; at < end; at += PAGE_SIZE)
-			KUNIT_ASSERT_PTR_EQ(test, kvs_pad_page(pad, (array->offset + at) >> PAGE_SHIFT),
-					    kvs_array_page(array, at >> PAGE_SHIFT));
+			KUNIT_ASSERT_PTR_EQ(test, kvs_array_page(array, at >> PAGE_SHIFT),
+					    kvs_pad_page(pad, (array->offset + at) >> PAGE_SHIFT));
 	}
 	/* the last one has a table of one page in its second chunk, and owns the rest of it */
 	at = pad->planes[3].data.offset + CHUNK;

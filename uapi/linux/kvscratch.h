@@ -86,8 +86,9 @@
  *   of tokens or so long that the kernel may have cut it (see
  *   KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a plane that
  *   there is not, a row to stage that is committed already or leaves a gap, rows
- *   to keep that are not whole, a commit of rows that are not staged, a position outside the pad, an operation
- *   that pads do not have (splice, sendfile, SEEK_DATA)
+ *   to keep that are not whole, a commit of rows that are not staged, a
+ *   position outside the pad, an operation that pads do not have (splice,
+ *   sendfile, SEEK_DATA)
  * - E2BIG: size is above a page, or a field that this kernel is too old to know is
  *   not zero
  * - EDQUOT: the pad is larger than the module's limits allow
