@@ -484,6 +484,8 @@ static uint64_t most_of_ram(void)
 	uint64_t bytes = available / 10 * 7 / ROW_BYTES * ROW_BYTES;
 	uint64_t charged = charged_bytes(bytes / ROW_BYTES, ROW_BYTES);
 
+	/* tables instead of huge pages take a little more */
+	charged += charged / 100;
 	set_limits(charged, charged);
 	return bytes;
 }
