@@ -615,7 +615,7 @@ static bool has_userfaultfd(void)
 		SKIP(return, "the kernel has no userfaultfd"); \
 } while (0)
 
-/* DESIGN: no byte of a fenced operation lands after the takeover returned. */
+/* No byte of a fenced operation lands after the takeover returned. */
 TEST_F_TIMEOUT(writer, takeover_fences_a_stalled_call, TEST_SECONDS)
 {
 	NEEDS_USERFAULTFD();
