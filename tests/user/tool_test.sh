@@ -276,7 +276,7 @@ containers()
 	refused rows.pkl "a pickle of Python"
 	printf '1.25,2.5,3,4\n10,' >rows.csv
 	refused rows.csv text
-	head -c 2000000 /dev/zero | sed '1s/^/PK\x03\x04/' >large.npz
+	{ printf 'PK\003\004'; head -c 2000000 /dev/zero; } >large.npz
 	refused large.npz "zip (.npz, .pt)"
 	run sh -c 'kvscratchctl info | head -n 1; kvscratchctl append --format raw rows.csv; kvscratchctl info | head -n 1'
 	expect "append of text that was asked for" 0 "Scratchpad(len=3, capacity=100, dim=4)
