@@ -666,10 +666,13 @@ TEST_F(pad, handles_take_a_stream)
 		 "one that is not connected", socks[0]);
 	EXPECT_ERROR(ENOTCONN, words, kvscratch_receive_handles(socks[0], text, sizeof(text), &got, 1));
 	EXPECT_EQ(-ENOTCONN, kvscratch_send_handles(socks[0], &name, &fd, 1));
-	socks[1] = socket(AF_INET, SOCK_STREAM, 0);
-	EXPECT_EQ(-EPROTOTYPE, kvscratch_send_handles(socks[1], &name, &fd, 1));
 	close(socks[0]);
-	close(socks[1]);
+	/* the test kernels have none of it */
+	socks[1] = socket(AF_INET, SOCK_STREAM, 0);
+	if (socks[1] >= 0) {
+		EXPECT_EQ(-EPROTOTYPE, kvscratch_send_handles(socks[1], &name, &fd, 1));
+		close(socks[1]);
+	}
 	close(fd);
 }
 
