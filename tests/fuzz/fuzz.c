@@ -211,7 +211,8 @@ static unsigned int count_points(uint8_t by, uint8_t not_by)
  * holds rows as read() gives them: the committed ones, and those that a writer staged.
  */
 
-#define MODEL_PLANES 6
+/* as many as a request of the fuzzer can describe */
+#define MODEL_PLANES 8
 
 struct file;
 
@@ -628,17 +629,15 @@ static void do_node(const uint64_t *arg)
 }
 
 /* Planes in memory with nothing behind it, each beginning @stride after the one before */
-#define IMAGE_PLANES 8
-
 static void *put_planes(const struct kvscratch_plane *planes, uint64_t stride)
 {
 	uint8_t *at;
 
-	if (stride > PAGE / IMAGE_PLANES)
-		stride = PAGE / IMAGE_PLANES;
-	at = plane_memory + PAGE - IMAGE_PLANES * stride;
+	if (stride > PAGE / MODEL_PLANES)
+		stride = PAGE / MODEL_PLANES;
+	at = plane_memory + PAGE - MODEL_PLANES * stride;
 	memset(plane_memory, 0, PAGE);
-	for (int i = 0; i < IMAGE_PLANES; i++)
+	for (int i = 0; i < MODEL_PLANES; i++)
 		memcpy(at + i * stride, &planes[i],
 		       stride < sizeof(*planes) ? stride : sizeof(*planes));
 	return at;
@@ -648,7 +647,7 @@ static void *put_planes(const struct kvscratch_plane *planes, uint64_t stride)
 static void check_new_pad(const struct pad *pad, const struct kvscratch_create *create,
 			  const struct kvscratch_plane *wanted)
 {
-	struct kvscratch_plane planes[IMAGE_PLANES];
+	struct kvscratch_plane planes[MODEL_PLANES];
 	struct kvs_layout layout;
 
 	memcpy(planes, wanted, sizeof(planes));
@@ -687,7 +686,7 @@ static void describe_planes(struct pad *pad, int fd)
 static void do_create(const uint64_t *arg)
 {
 	struct handle *handle = handle_at(arg[0]);
-	struct kvscratch_plane planes[IMAGE_PLANES] = { 0 };
+	struct kvscratch_plane planes[MODEL_PLANES] = { 0 };
 	struct kvscratch_create create = {
 		.size = arg[2],
 		.flags = arg[3],
@@ -701,7 +700,7 @@ static void do_create(const uint64_t *arg)
 	int fd;
 
 	/* those after the first differ by what bits of one argument say */
-	for (int i = 0; i < IMAGE_PLANES; i++) {
+	for (int i = 0; i < MODEL_PLANES; i++) {
 		uint32_t step = i * (arg[11] >> 4 & 7);
 
 		planes[i].dim = arg[5] + i * (arg[11] & 15);
@@ -795,7 +794,7 @@ static void do_info(const uint64_t *arg)
 
 static void do_planes(const uint64_t *arg)
 {
-	static struct kvscratch_plane planes[IMAGE_PLANES];
+	static struct kvscratch_plane planes[MODEL_PLANES];
 	struct kvscratch_planes request = {
 		.size = arg[1],
 		.first = arg[2],
