@@ -70,7 +70,8 @@ sanitized: build/holder_test-sanitized
 
 # Debian's, which has its NumPy
 PYTHON ?= /usr/bin/python3
-setup = $(PYTHON) tools/python/setup.py -q build --build-base "$$PWD/build/$(1)-objects" \
+# The library's sources begin with ../.., and so do the objects of them, below the base.
+setup = $(PYTHON) tools/python/setup.py -q build --build-base "$$PWD/build/$(1)-objects/base" \
 	--build-lib "$$PWD/build/$(1)"
 
 python: | build
