@@ -124,12 +124,12 @@ TEST(info_tells_the_format)
 	EXPECT_EQ(0, info.saturated);
 	EXPECT_EQ(RECORD_BYTES, info.row_bytes);
 	EXPECT_EQ(DIM * 2, info.input_row_bytes);
-	EXPECT_EQ(2, info.nr_planes);
-	EXPECT_EQ(0, info.planes[0].offset);
-	EXPECT_EQ(DIM, info.planes[0].row_bytes);
-	EXPECT_EQ((ROWS * DIM + page - 1) / page * page, info.planes[1].offset);
-	EXPECT_EQ(SCALES, info.planes[1].row_bytes);
-	EXPECT_EQ(info.planes[1].offset + (ROWS * SCALES + page - 1) / page * page,
+	EXPECT_EQ(2, info.nr_arrays);
+	EXPECT_EQ(0, info.arrays[0].offset);
+	EXPECT_EQ(DIM, info.arrays[0].row_bytes);
+	EXPECT_EQ((ROWS * DIM + page - 1) / page * page, info.arrays[1].offset);
+	EXPECT_EQ(SCALES, info.arrays[1].row_bytes);
+	EXPECT_EQ(info.arrays[1].offset + (ROWS * SCALES + page - 1) / page * page,
 		  info.status_offset);
 	EXPECT_EQ(ROWS * RECORD_BYTES, info.data_bytes);
 	close(fd);
@@ -142,7 +142,7 @@ TEST(info_tells_the_format)
 	EXPECT_EQ(17, info.frac_bits);
 	EXPECT_EQ(20, info.row_bytes);
 	EXPECT_EQ(40, info.input_row_bytes);
-	EXPECT_EQ(1, info.nr_planes);
+	EXPECT_EQ(1, info.nr_arrays);
 	close(fd);
 
 	/* as stored: the input type is the stored one */

@@ -796,10 +796,10 @@ TEST_F_TIMEOUT(security, planes_show_nothing_else, TEST_SECONDS)
 
 	ASSERT_EQ(0, device_append(pad, ones, rows * record));
 	EXPECT_EQ(0, memcmp(data, ones, rows * dim));
-	EXPECT_TRUE(all_zero(data + rows * dim, view.info.planes[1].offset - rows * dim));
+	EXPECT_TRUE(all_zero(data + rows * dim, view.info.arrays[1].offset - rows * dim));
 	EXPECT_EQ(0, memcmp(scales, ones, rows * dim / KVSCRATCH_MX_BLOCK));
 	EXPECT_TRUE(all_zero(scales + rows * dim / KVSCRATCH_MX_BLOCK, view.info.status_offset -
-			     view.info.planes[1].offset - rows * dim / KVSCRATCH_MX_BLOCK));
+			     view.info.arrays[1].offset - rows * dim / KVSCRATCH_MX_BLOCK));
 
 	ASSERT_EQ(0, device_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
 	EXPECT_TRUE(all_zero(data, view.info.status_offset));

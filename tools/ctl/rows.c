@@ -62,7 +62,7 @@ double scaled_value(const struct kvscratch_info *info, const char *row, uint32_t
 
 	if (info->dtype != KVSCRATCH_DTYPE_MXINT8)
 		return __builtin_ldexp((double)integer_at(info->dtype, at), -(int)info->frac_bits);
-	scale = LOAD(uint8_t, row + info->planes[0].row_bytes + i / KVSCRATCH_MX_BLOCK);
+	scale = LOAD(uint8_t, row + info->arrays[0].row_bytes + i / KVSCRATCH_MX_BLOCK);
 	if (scale == MX_NAN_SCALE)
 		return __builtin_nan("");
 	return __builtin_ldexp((double)integer_at(info->dtype, at), scale - 127 - 6);

@@ -7,17 +7,17 @@
 #include <math.h>
 #include <string.h>
 
-long convert_elements(const struct kvscratch_info *info, const void *in, uint32_t count,
+long convert_elements(const struct kvscratch_plane *plane, const void *in, uint32_t count,
 		      void *out, uint8_t *scales)
 {
 	long clamped;
 
-	if (info->dtype == KVSCRATCH_DTYPE_MXINT8)
-		clamped = kvs_scale_mxint8(info->input_dtype, in, count / KVSCRATCH_MX_BLOCK, out,
+	if (plane->dtype == KVSCRATCH_DTYPE_MXINT8)
+		clamped = kvs_scale_mxint8(plane->input_dtype, in, count / KVSCRATCH_MX_BLOCK, out,
 					   scales);
 	else
-		clamped = kvs_scale_fixed(info->input_dtype, in, count, info->frac_bits,
-					  kvscratch_dtype_size(info->dtype), out);
+		clamped = kvs_scale_fixed(plane->input_dtype, in, count, plane->frac_bits,
+					  kvscratch_dtype_size(plane->dtype), out);
 	return clamped == KVS_SCALE_NOT_FINITE ? -EDOM : clamped;
 }
 
@@ -78,36 +78,36 @@ static void store_input(void *in, uint64_t i, uint32_t dtype, double value)
 	}
 }
 
-static void scale_back(const struct kvscratch_info *info, const char *stored,
+static void scale_back(const struct kvscratch_plane *plane, const char *stored,
 		       const uint8_t *scales, uint64_t count, void *in)
 {
-	const uint32_t size = kvscratch_dtype_size(info->dtype);
+	const uint32_t size = kvscratch_dtype_size(plane->dtype);
 
 	for (uint64_t i = 0; i < count; i++) {
 		int exponent = scales ? scales[i / KVSCRATCH_MX_BLOCK] - KVS_MX_BIAS -
-					KVS_MX_FRAC_BITS : -(int)info->frac_bits;
+					KVS_MX_FRAC_BITS : -(int)plane->frac_bits;
 
-		store_input(in, i, info->input_dtype,
+		store_input(in, i, plane->input_dtype,
 			    ldexp((double)integer_at(stored + i * size, size), exponent));
 	}
 }
 
-static bool converts_to(const struct kvscratch_info *info, const void *in, uint32_t count,
+static bool converts_to(const struct kvscratch_plane *plane, const void *in, uint32_t count,
 			const void *stored, const uint8_t *scales)
 {
 	uint64_t out[CONVERT_MOST];
 	uint8_t out_scales[CONVERT_MOST / KVSCRATCH_MX_BLOCK];
 
-	return convert_elements(info, in, count, out, out_scales) >= 0 &&
-	       !memcmp(out, stored, (size_t)count * kvscratch_dtype_size(info->dtype)) &&
+	return convert_elements(plane, in, count, out, out_scales) >= 0 &&
+	       !memcmp(out, stored, (size_t)count * kvscratch_dtype_size(plane->dtype)) &&
 	       (!scales || !memcmp(out_scales, scales, count / KVSCRATCH_MX_BLOCK));
 }
 
-bool restore_input(const struct kvscratch_info *info, const void *stored, const uint8_t *scales,
+bool restore_input(const struct kvscratch_plane *plane, const void *stored, const uint8_t *scales,
 		   uint64_t count, void *in)
 {
-	const uint32_t stored_size = kvscratch_dtype_size(info->dtype);
-	const uint32_t input_size = kvscratch_dtype_size(info->input_dtype);
+	const uint32_t stored_size = kvscratch_dtype_size(plane->dtype);
+	const uint32_t input_size = kvscratch_dtype_size(plane->input_dtype);
 
 	for (uint64_t at = 0; at < count; at += CONVERT_MOST) {
 		uint32_t piece = count - at < CONVERT_MOST ? count - at : CONVERT_MOST;
@@ -115,8 +115,8 @@ bool restore_input(const struct kvscratch_info *info, const void *stored, const 
 		const uint8_t *its_scales = scales ? scales + at / KVSCRATCH_MX_BLOCK : NULL;
 		char *to = (char *)in + at * input_size;
 
-		scale_back(info, from, its_scales, piece, to);
-		if (!converts_to(info, to, piece, from, its_scales))
+		scale_back(plane, from, its_scales, piece, to);
+		if (!converts_to(plane, to, piece, from, its_scales))
 			return false;
 	}
 	return true;

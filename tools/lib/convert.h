@@ -13,29 +13,29 @@
 
 /**
  * convert_elements() - make what is stored of what is appended
- * @info: the pad
- * @in: elements of info->input_dtype, aligned to it
+ * @plane: what it is stored in
+ * @in: elements of plane->input_dtype, aligned to it
  * @count: how many, at most CONVERT_MOST; whole blocks for MXINT8
- * @out: receives elements of info->dtype, aligned to it
+ * @out: receives elements of plane->dtype, aligned to it
  * @scales: receives a byte for each block, for MXINT8
  *
  * Returns how many were clamped, or -EDOM.
  */
-long convert_elements(const struct kvscratch_info *info, const void *in, uint32_t count,
+long convert_elements(const struct kvscratch_plane *plane, const void *in, uint32_t count,
 		      void *out, uint8_t *scales);
 
 /**
  * restore_input() - make what can be appended of what is stored
- * @info: the pad
- * @stored: elements of info->dtype
+ * @plane: what they are stored in
+ * @stored: elements of plane->dtype
  * @scales: their scales, for MXINT8
  * @count: how many; whole blocks for MXINT8
- * @in: receives elements of info->input_dtype, aligned to it
+ * @in: receives elements of plane->input_dtype, aligned to it
  *
  * Returns whether an append of @in stores just this, as it does for all that came of a
  * conversion from that type.
  */
-bool restore_input(const struct kvscratch_info *info, const void *stored, const uint8_t *scales,
+bool restore_input(const struct kvscratch_plane *plane, const void *stored, const uint8_t *scales,
 		   uint64_t count, void *in);
 
 #endif

@@ -23,8 +23,8 @@ static int device_ioctl(int fd, unsigned int cmd, void *arg)
 	return ret < 0 ? -errno : ret;
 }
 
-int device_create_on(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
-		     uint32_t nr_planes)
+int device_create_tagged(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
+			 uint32_t nr_planes, const void *tag)
 {
 	struct kvscratch_create create = {
 		.size = sizeof(create),
@@ -34,7 +34,16 @@ int device_create_on(int node, uint64_t max_seq_len, const struct kvscratch_plan
 		.plane_bytes = sizeof(*planes),
 	};
 
+	memcpy(create.tag, tag, sizeof(create.tag));
 	return device_ioctl(node, KVSCRATCH_IOC_CREATE, &create);
+}
+
+int device_create_on(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
+		     uint32_t nr_planes)
+{
+	static const uint8_t none[KVSCRATCH_TAG_BYTES];
+
+	return device_create_tagged(node, max_seq_len, planes, nr_planes, none);
 }
 
 int device_create_planes(uint64_t max_seq_len, const struct kvscratch_plane *planes,
@@ -122,27 +131,7 @@ int device_info(int fd, struct kvscratch_info *info)
 		return nr_planes;
 	if (pad.nr_planes != 1)
 		return -EOPNOTSUPP;
-	*info = (struct kvscratch_info){
-		.size = sizeof(*info),
-		.max_seq_len = pad.max_seq_len,
-		.len = pad.len,
-		.dim = plane.dim,
-		.dtype = plane.dtype,
-		.row_bytes = pad.row_bytes,
-		.input_row_bytes = pad.input_row_bytes,
-		.generation = pad.generation,
-		.trunc_len = pad.trunc_len,
-		.data_bytes = pad.max_seq_len * pad.row_bytes,
-		.status_offset = pad.status_offset,
-		.nr_planes = plane.scales_row_bytes ? 2 : 1,
-		.planes = {
-			{ .offset = plane.offset, .row_bytes = plane.row_bytes },
-			{ .offset = plane.scales_offset, .row_bytes = plane.scales_row_bytes },
-		},
-		.input_dtype = plane.input_dtype,
-		.frac_bits = plane.frac_bits,
-		.saturated = pad.saturated,
-	};
+	describe(info, &pad, &plane);
 	return 0;
 }
 
@@ -152,6 +141,20 @@ int device_truncate(int fd, uint64_t len, uint32_t flags)
 		.size = sizeof(truncate),
 		.flags = flags,
 		.len = len,
+	};
+
+	return device_ioctl(fd, KVSCRATCH_IOC_TRUNCATE, &truncate);
+}
+
+int device_truncate_if(int fd, uint64_t len, uint32_t flags, uint64_t expected_generation,
+		       uint64_t expected_len)
+{
+	struct kvscratch_truncate truncate = {
+		.size = sizeof(truncate),
+		.flags = flags | KVSCRATCH_TRUNCATE_EXPECT,
+		.len = len,
+		.expected_generation = expected_generation,
+		.expected_len = expected_len,
 	};
 
 	return device_ioctl(fd, KVSCRATCH_IOC_TRUNCATE, &truncate);
@@ -219,9 +222,19 @@ int device_seen(int fd, uint64_t state)
 
 int device_map(int fd, struct kvscratch_view *view)
 {
+	struct kvscratch_plane plane;
 	int err = device_info(fd, &view->info);
+	int nr_planes = err ? err : device_planes(fd, 0, &plane, 1);
 
-	return err ? err : map_view(view, fd);
+	if (nr_planes < 0)
+		return nr_planes;
+	view->planes = &plane;
+	view->nr_planes = nr_planes;
+	err = map_view(view, fd);
+	/* it has no memory for them */
+	view->planes = NULL;
+	view->nr_planes = 0;
+	return err;
 }
 
 void device_unmap(struct kvscratch_view *view)

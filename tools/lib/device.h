@@ -23,6 +23,10 @@ int device_open(int access);
 int device_create_on(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
 		     uint32_t nr_planes);
 
+/* The same with a tag of KVSCRATCH_TAG_BYTES */
+int device_create_tagged(int node, uint64_t max_seq_len, const struct kvscratch_plane *planes,
+			 uint32_t nr_planes, const void *tag);
+
 /* The same through a node that is opened for it */
 int device_create_planes(uint64_t max_seq_len, const struct kvscratch_plane *planes,
 			 uint32_t nr_planes);
@@ -56,6 +60,10 @@ int device_planes(int fd, uint32_t first, struct kvscratch_plane *planes, uint32
 /* Keep the first @len rows; @flags is 0 or KVSCRATCH_TRUNCATE_ZERO. */
 int device_truncate(int fd, uint64_t len, uint32_t flags);
 
+/* The same only if generation and len are the expected ones */
+int device_truncate_if(int fd, uint64_t len, uint32_t flags, uint64_t expected_generation,
+		       uint64_t expected_len);
+
 /*
  * Append @bytes bytes, a whole number of tokens: all of them or none. EINTR, after
  * a signal whose handler does not restart calls, is none.
@@ -74,7 +82,7 @@ int device_seal(int fd);
 int device_seen(int fd, uint64_t state);
 
 /*
- * Map planes and status page of @fd read-only, and have all of it there: no later access
+ * Map elements, scales and status page of @fd, a pad of one plane, read-only, and have all of it there: no later access
  * takes a page fault. The view outlives @fd.
  */
 int device_map(int fd, struct kvscratch_view *view);

@@ -46,11 +46,6 @@
 /* Names the second tensor of an MXINT8 pad */
 #define SCALES_SUFFIX ".scales"
 
-static int out_of_memory(void)
-{
-	return set_error(-ENOMEM, "out of memory");
-}
-
 static int check_byte_order(void)
 {
 	if (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
@@ -219,7 +214,7 @@ static void add_pad(struct saving *saving, unsigned int i)
 {
 	const struct kvscratch_named_pad *pad = &saving->pads[i];
 	const struct kvscratch_tensor *moment = &saving->moments[i];
-	const struct kvscratch_array *planes = pad->pad->info.planes;
+	const struct kvscratch_array *planes = pad->pad->info.arrays;
 
 	if (moment->dtype != KVSCRATCH_DTYPE_MXINT8) {
 		add_tensor(saving, pad->name, moment->dtype, moment->len, planes[0].row_bytes,
@@ -373,9 +368,14 @@ static int check_pads(const struct kvscratch_named_pad *pads, unsigned int count
 		return set_error(-EINVAL, ".npy has room for one pad: expected 1, got %u", count);
 	if (!count)
 		return set_error(-EINVAL, "expected at least one pad, got none");
-	for (unsigned int i = 0; !npy && i < count; i++)
-		if (!pads[i].name)
+	for (unsigned int i = 0; i < count; i++) {
+		int err = check_one_plane(pads[i].pad);
+
+		if (err)
+			return err;
+		if (!npy && !pads[i].name)
 			return set_error(-EINVAL, "expected a name for each pad, got none");
+	}
 	return npy ? 0 : check_byte_order();
 }
 
@@ -900,38 +900,41 @@ static int find_saved(const struct kvscratch_file *file, const char *name, unsig
 /**
  * struct batch - rows on their way from a file into a pad
  * @info: the pad
+ * @plane: its only plane
  * @most: how many there may be
  * @planes: their parts, which are apart in a file
  * @input: the rows as an append takes them
  */
 struct batch {
 	const struct kvscratch_info *info;
+	const struct kvscratch_plane *plane;
 	uint64_t most;
-	char *planes[KVSCRATCH_MAX_PLANES];
+	char *planes[2];
 	char *input;
 };
 
 static void free_batch(struct batch *batch)
 {
-	for (uint32_t i = 0; i < batch->info->nr_planes; i++)
+	for (uint32_t i = 0; i < batch->info->nr_arrays; i++)
 		free(batch->planes[i]);
 	free(batch->input);
 }
 
-static int make_batch(struct batch *batch, const struct kvscratch_info *info, uint64_t len)
+static int make_batch(struct batch *batch, const struct kvscratch *pad, uint64_t len)
 {
+	const struct kvscratch_info *info = &pad->info;
 	uint64_t row_bytes = info->row_bytes > info->input_row_bytes ? info->row_bytes :
 								       info->input_row_bytes;
 	uint64_t most = PIECE_BYTES / row_bytes;
 
 	if (most > len)
 		most = len;
-	*batch = (struct batch){ .info = info, .most = most ? most : 1 };
+	*batch = (struct batch){ .info = info, .plane = pad->planes, .most = most ? most : 1 };
 	batch->input = malloc(batch->most * info->input_row_bytes);
 	if (!batch->input)
 		return out_of_memory();
-	for (uint32_t i = 0; i < info->nr_planes; i++) {
-		batch->planes[i] = malloc(batch->most * info->planes[i].row_bytes);
+	for (uint32_t i = 0; i < info->nr_arrays; i++) {
+		batch->planes[i] = malloc(batch->most * info->arrays[i].row_bytes);
 		if (!batch->planes[i])
 			return out_of_memory();
 	}
@@ -943,8 +946,8 @@ static int read_planes(const struct batch *batch, const struct kvscratch_file *f
 {
 	int err = 0;
 
-	for (uint32_t i = 0; !err && i < batch->info->nr_planes; i++) {
-		size_t bytes = batch->info->planes[i].row_bytes;
+	for (uint32_t i = 0; !err && i < batch->info->nr_arrays; i++) {
+		size_t bytes = batch->info->arrays[i].row_bytes;
 
 		err = read_at(file, batch->planes[i], count * bytes,
 			      place->planes[i] + first * bytes);
@@ -956,8 +959,8 @@ static void join_planes(const struct batch *batch, uint64_t count)
 {
 	size_t before = 0;
 
-	for (uint32_t i = 0; i < batch->info->nr_planes; i++) {
-		size_t bytes = batch->info->planes[i].row_bytes;
+	for (uint32_t i = 0; i < batch->info->nr_arrays; i++) {
+		size_t bytes = batch->info->arrays[i].row_bytes;
 
 		for (uint64_t row = 0; row < count; row++)
 			memcpy(batch->input + row * batch->info->row_bytes + before,
@@ -976,7 +979,7 @@ static int make_input(const struct batch *batch, const char *name, uint64_t coun
 		join_planes(batch, count);
 		return 0;
 	}
-	if (restore_input(info, batch->planes[0], (const uint8_t *)batch->planes[1],
+	if (restore_input(batch->plane, batch->planes[0], (const uint8_t *)batch->planes[1],
 			  count * info->dim, batch->input))
 		return 0;
 	snprintf(words, sizeof(words), "expected rows of %s that were made of %s, got others",
@@ -1001,7 +1004,7 @@ static int append_saved(struct kvscratch *pad, const struct kvscratch_file *file
 	const struct kvscratch_info *info = &pad->info;
 	const struct kvscratch_saved_pad *saved = &file->pads[index];
 	struct batch batch;
-	int err = make_batch(&batch, info, saved->len);
+	int err = make_batch(&batch, pad, saved->len);
 
 	if (!err)
 		err = begin_transfer(transfer, saved->len * info->row_bytes);
@@ -1067,7 +1070,10 @@ static int check_fit(const struct kvscratch *pad, const struct kvscratch_saved_p
 {
 	const struct kvscratch_info *info = &pad->info;
 	const struct kvscratch_geometry *geometry = &saved->geometry;
+	int err = check_one_plane(pad);
 
+	if (err)
+		return err;
 	if (geometry->dim != info->dim)
 		return set_error(-EINVAL, "shape mismatch: expected %" PRIu32 " elements, got %"
 				 PRIu32, (uint32_t)info->dim, geometry->dim);

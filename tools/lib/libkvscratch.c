@@ -4,7 +4,6 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
-#include "../../kvscratch_layout.h"
 #include "backend.h"
 #include "output.h"
 
@@ -47,6 +46,67 @@ int fail_room(uint64_t len, uint64_t rows, uint64_t max_seq_len)
 			 " max", len, rows, max_seq_len);
 }
 
+int out_of_memory(void)
+{
+	return set_error(-ENOMEM, "out of memory");
+}
+
+int fail_truncate(uint64_t len, uint64_t wanted)
+{
+	return set_error(-EINVAL, "expected at most %" PRIu64 ", the committed rows, got %" PRIu64,
+			 len, wanted);
+}
+
+/* "plane 3 (k1)" */
+static const char *name_plane(char *text, size_t size, uint32_t index,
+			      const struct kvscratch_plane *plane)
+{
+	snprintf(text, size, *plane->label ? "plane %" PRIu32 " (%s)" : "plane %" PRIu32, index,
+		 plane->label);
+	return text;
+}
+
+int fail_stage(const struct kvscratch_stage *stage, const struct kvscratch_plane *plane,
+	       uint64_t len)
+{
+	const uint64_t row = stage->row, rows = stage->rows;
+	char name[48];
+
+	name_plane(name, sizeof(name), stage->plane, plane);
+	if (stage->flags & KVSCRATCH_STAGE_KEEP)
+		return set_error(-EINVAL, "%s: expected rows that the writer stored as a whole, from "
+				 "%" PRIu64 " to what is staged on, got %" PRIu64 " from %" PRIu64
+				 " on", name, len, rows, row);
+	return set_error(-EINVAL, "%s: expected a row from %" PRIu64 ", the committed ones, to what "
+			 "is staged, got %" PRIu64, name, len, row);
+}
+
+int fail_commit(uint64_t len, uint64_t wanted)
+{
+	return set_error(-EINVAL, "expected a len from %" PRIu64 ", the committed rows, to what "
+			 "every plane has staged, got %" PRIu64, len, wanted);
+}
+
+int fail_expectation(const struct kvscratch_truncate *truncate, uint64_t generation, uint64_t len)
+{
+	return set_error(-ECANCELED, "expected generation %" PRIu64 " and %" PRIu64 " rows, found %"
+			 PRIu64 " and %" PRIu64, (uint64_t)truncate->expected_generation,
+			 (uint64_t)truncate->expected_len, generation, len);
+}
+
+int fail_create(const struct new_pad *made, int err)
+{
+	const struct kvscratch_plane *plane = made->planes;
+
+	if (made->nr_planes > 1)
+		return set_error(err, "cannot create a pad of %" PRIu64 " rows over %" PRIu32
+				 " planes: %s", made->max_seq_len, made->nr_planes,
+				 kvscratch_strerror(err));
+	return set_error(err, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
+			 made->max_seq_len, (uint32_t)plane->dim,
+			 kvscratch_dtype_name(plane->dtype), kvscratch_strerror(err));
+}
+
 const char *kvscratch_error(void)
 {
 	return error_text;
@@ -55,92 +115,6 @@ const char *kvscratch_error(void)
 const char *kvscratch_version(void)
 {
 	return KVSCRATCH_VERSION;
-}
-
-/* Geometry */
-
-static int check_dtypes(const struct kvscratch_geometry *geometry, uint32_t input_dtype)
-{
-	const char *stored = kvscratch_dtype_name(geometry->dtype);
-	const char *input = kvscratch_dtype_name(input_dtype);
-	bool mx = geometry->dtype == KVSCRATCH_DTYPE_MXINT8;
-	bool integer = kvs_dtype_is_integer(geometry->dtype);
-
-	if (!stored || !input)
-		return set_error(-EINVAL, "dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 "
-				 "u8 and mxint8, got number %" PRIu32,
-				 stored ? input_dtype : geometry->dtype);
-	if (!kvs_dtype_takes(geometry->dtype, input_dtype))
-		return set_error(-EINVAL, "input dtype: expected %s%s for a dtype of %s, got %s",
-				 stored, mx || integer ? " f64 f32 f16 or bf16" : "", stored,
-				 input);
-	if (geometry->frac_bits > (integer ? KVSCRATCH_MAX_FRAC_BITS : 0))
-		return set_error(-EINVAL, "fraction bits: expected at most %d for %s, got %" PRIu32,
-				 integer ? KVSCRATCH_MAX_FRAC_BITS : 0, stored,
-				 geometry->frac_bits);
-	return 0;
-}
-
-static int check_geometry(const struct kvscratch_geometry *geometry, uint32_t input_dtype)
-{
-	int err = check_dtypes(geometry, input_dtype);
-
-	if (err)
-		return err;
-	if (!geometry->max_seq_len || geometry->max_seq_len > KVSCRATCH_MAX_SEQ_LEN)
-		return set_error(-EINVAL, "max_seq_len: expected 1 to %" PRIu32 " rows, got %"
-				 PRIu64, KVSCRATCH_MAX_SEQ_LEN, geometry->max_seq_len);
-	if (!geometry->dim)
-		return set_error(-EINVAL, "dim: expected at least 1, got 0");
-	if (geometry->dtype == KVSCRATCH_DTYPE_MXINT8 && geometry->dim % KVSCRATCH_MX_BLOCK)
-		return set_error(-EINVAL, "dim: expected a multiple of %d for mxint8, got %" PRIu32,
-				 KVSCRATCH_MX_BLOCK, geometry->dim);
-	return 0;
-}
-
-static uint32_t larger_element(const struct kvscratch_plane *plane)
-{
-	uint32_t stored = kvs_dtype_bytes(plane->dtype);
-	uint32_t input = kvs_dtype_bytes(plane->input_dtype);
-
-	return stored > input ? stored : input;
-}
-
-int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geometry)
-{
-	struct kvscratch_plane plane = {
-		.dim = geometry->dim,
-		.dtype = geometry->dtype,
-		.input_dtype = geometry->input_dtype ? geometry->input_dtype : geometry->dtype,
-		.frac_bits = geometry->frac_bits,
-	};
-	struct kvs_layout layout;
-	int err = check_geometry(geometry, plane.input_dtype);
-
-	if (err)
-		return err;
-	if (!kvs_layout_init(&layout, &plane, 1, geometry->max_seq_len, sysconf(_SC_PAGESIZE)))
-		return set_error(-EINVAL, "dim: expected rows of at most %u bytes, got %" PRIu32
-				 " elements of %" PRIu32, KVSCRATCH_MAX_ROW_BYTES, geometry->dim,
-				 larger_element(&plane));
-	*info = (struct kvscratch_info){
-		.size = sizeof(*info),
-		.max_seq_len = geometry->max_seq_len,
-		.dim = geometry->dim,
-		.dtype = geometry->dtype,
-		.row_bytes = layout.row_bytes,
-		.input_row_bytes = layout.input_row_bytes,
-		.data_bytes = geometry->max_seq_len * layout.row_bytes,
-		.status_offset = layout.status_offset,
-		.nr_planes = plane.scales_row_bytes ? 2 : 1,
-		.planes = {
-			{ .offset = plane.offset, .row_bytes = plane.row_bytes },
-			{ .offset = plane.scales_offset, .row_bytes = plane.scales_row_bytes },
-		},
-		.input_dtype = plane.input_dtype,
-		.frac_bits = geometry->frac_bits,
-	};
-	return 0;
 }
 
 /* Backends */
@@ -180,25 +154,43 @@ static int adopt(struct kvscratch **out, const struct backend *backend, int fd, 
 	int err;
 
 	if (!pad)
-		return set_error(-ENOMEM, "out of memory");
+		return out_of_memory();
 	pad->backend = backend;
 	pad->fd = fd;
 	pad->access = access;
 	err = backend->adopt(pad);
-	if (err)
+	if (err) {
+		free(pad->planes);
 		free(pad);
-	else
+	} else {
 		*out = pad;
+	}
 	return err;
 }
 
-static int adopt_or_close(struct kvscratch **pad, const struct backend *backend, int fd, int access)
+int adopt_or_close(struct kvscratch **pad, const struct backend *backend, int fd, int access)
 {
 	int err = adopt(pad, backend, fd, access);
 
 	if (err)
 		close(fd);
 	return err;
+}
+
+static int create(struct kvscratch **pad, struct new_pad *made)
+{
+	const struct backend *backend;
+	int id, fd;
+	int err = lay_out_planes(&made->layout, made->planes, made->nr_planes, made->max_seq_len);
+
+	if (err)
+		return err;
+	id = kvscratch_default_backend();
+	if (id < 0)
+		return id;
+	backend = id == KVSCRATCH_BACKEND_MEMFD ? &memfd_backend : &kernel_backend;
+	err = backend->create(&fd, made);
+	return err ? err : adopt_or_close(pad, backend, fd, O_RDWR);
 }
 
 int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
@@ -214,17 +206,52 @@ int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, ui
 
 int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry)
 {
-	const struct backend *backend;
-	struct kvscratch_info unused;
-	int err = lay_out(&unused, geometry);
-	int id = kvscratch_default_backend();
-	int fd;
+	struct kvscratch_plane plane = {
+		.dim = geometry->dim,
+		.dtype = geometry->dtype,
+		.input_dtype = geometry->input_dtype,
+		.frac_bits = geometry->frac_bits,
+	};
+	struct new_pad made = {
+		.max_seq_len = geometry->max_seq_len,
+		.planes = &plane,
+		.nr_planes = 1,
+	};
 
-	if (err || id < 0)
-		return err ? err : id;
-	backend = id == KVSCRATCH_BACKEND_MEMFD ? &memfd_backend : &kernel_backend;
-	err = backend->create(&fd, geometry);
-	return err ? err : adopt_or_close(pad, backend, fd, O_RDWR);
+	return create(pad, &made);
+}
+
+/* What they are made of, without what somebody else's layout said of them */
+static struct kvscratch_plane *copy_inputs(const struct kvscratch_plane *planes, uint32_t count)
+{
+	struct kvscratch_plane *copies = calloc(count, sizeof(*copies));
+
+	for (uint32_t i = 0; copies && i < count; i++)
+		memcpy(&copies[i], &planes[i], offsetof(struct kvscratch_plane, offset));
+	return copies;
+}
+
+int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
+			 const struct kvscratch_plane *planes, uint32_t nr_planes,
+			 const void *tag, size_t tag_bytes)
+{
+	struct new_pad made = { .max_seq_len = max_seq_len, .nr_planes = nr_planes };
+	int err;
+
+	if (tag_bytes > sizeof(made.tag))
+		return set_error(-EINVAL, "tag: expected at most %zu bytes, got %zu",
+				 sizeof(made.tag), tag_bytes);
+	if (!nr_planes || nr_planes > KVSCRATCH_MAX_PLANES)
+		return set_error(-EINVAL, "planes: expected 1 to %u, got %" PRIu32,
+				 KVSCRATCH_MAX_PLANES, nr_planes);
+	if (tag)
+		memcpy(made.tag, tag, tag_bytes);
+	made.planes = copy_inputs(planes, nr_planes);
+	if (!made.planes)
+		return out_of_memory();
+	err = create(pad, &made);
+	free(made.planes);
+	return err;
 }
 
 /* The access mode of @fd, or a negative errno */
@@ -264,23 +291,37 @@ int kvscratch_from_fd(struct kvscratch **pad, int fd)
 	return err;
 }
 
+/* Whether who has a handle open for @has may have one open for @access */
+static int check_rights(int fd, int has, int access)
+{
+	if (has == O_RDWR || has == access)
+		return 0;
+	return set_error(-EACCES, "descriptor %d: expected it open for no less than is asked for, "
+			 "got %s only", fd, has == O_RDONLY ? "read" : "write");
+}
+
+int kvscratch_open(struct kvscratch **pad, const struct kvscratch *from, int access)
+{
+	int err = check_rights(from->fd, from->access, access);
+	int fd;
+
+	if (!err)
+		err = from->backend->reopen(&fd, from->fd, access);
+	return err ? err : adopt_or_close(pad, from->backend, fd, access);
+}
+
 int kvscratch_attach(struct kvscratch **pad, int fd, int access)
 {
 	struct kvscratch *source;
 	int has = access_of(fd);
-	int err, own;
+	int err = has < 0 ? has : check_rights(fd, has, access);
 
-	if (has < 0)
-		return has;
-	if (has != O_RDWR && has != access)
-		return set_error(-EACCES, "descriptor %d: expected it open for no less than is "
-				 "asked for, got %s only", fd, has == O_RDONLY ? "read" : "write");
+	if (err)
+		return err;
 	err = find_backend(&source, fd, has);
 	if (err)
 		return err;
-	err = source->backend->reopen(&own, source->fd, access);
-	if (!err)
-		err = adopt_or_close(pad, source->backend, own, access);
+	err = kvscratch_open(pad, source, access);
 	/* but for the descriptor, which is the caller's */
 	source->fd = -1;
 	kvscratch_close(source);
@@ -302,6 +343,7 @@ void kvscratch_close(struct kvscratch *pad)
 	pad->backend->release(pad);
 	if (pad->fd >= 0)
 		close(pad->fd);
+	free(pad->planes);
 	free(pad);
 }
 
@@ -315,7 +357,7 @@ int kvscratch_access(const struct kvscratch *pad)
 	return pad->access;
 }
 
-static int check_access(const struct kvscratch *pad, int access)
+int check_access(const struct kvscratch *pad, int access)
 {
 	if (pad->access == O_RDWR || pad->access == access)
 		return 0;
@@ -336,6 +378,27 @@ int kvscratch_open_reader(const struct kvscratch *pad)
 
 /* Writing */
 
+int check_one_plane(const struct kvscratch *pad)
+{
+	if (pad->nr_planes == 1)
+		return 0;
+	return set_error(-EOPNOTSUPP, "expected a pad of one plane, got one of %" PRIu32,
+			 pad->nr_planes);
+}
+
+static int append(struct kvscratch *pad, const void *tokens, uint64_t nr_tokens)
+{
+	const struct kvscratch_info *info = &pad->info;
+	const uint64_t most = KVSCRATCH_MAX_WRITE / info->input_row_bytes;
+
+	if (!nr_tokens)
+		return 0;
+	if (nr_tokens > most && nr_tokens <= info->max_seq_len)
+		return set_error(-E2BIG, "expected at most %" PRIu64 " rows at once, got %" PRIu64,
+				 most, nr_tokens);
+	return pad->backend->append(pad, tokens, nr_tokens);
+}
+
 int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements)
 {
 	return kvscratch_append_rows(pad, row, 1, elements);
@@ -344,33 +407,62 @@ int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements)
 int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_rows,
 			  uint32_t elements)
 {
-	const struct kvscratch_info *info = &pad->info;
-	const uint64_t most = KVSCRATCH_MAX_WRITE / info->input_row_bytes;
 	int err = check_access(pad, O_WRONLY);
 
+	if (!err)
+		err = check_one_plane(pad);
 	if (err)
 		return err;
-	if (elements != info->dim)
+	if (elements != pad->info.dim)
 		return set_error(-EINVAL, "shape mismatch: expected %" PRIu32 " elements, got %"
-				 PRIu32, (uint32_t)info->dim, elements);
-	if (!nr_rows)
-		return 0;
-	if (nr_rows > most && nr_rows <= info->max_seq_len)
-		return set_error(-E2BIG, "expected at most %" PRIu64 " rows at once, got %" PRIu64,
-				 most, nr_rows);
-	return pad->backend->append(pad, rows, nr_rows);
+				 PRIu32, (uint32_t)pad->info.dim, elements);
+	return append(pad, rows, nr_rows);
 }
 
-int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
+int kvscratch_append_tokens(struct kvscratch *pad, const void *tokens, uint64_t nr_tokens,
+			    uint32_t token_bytes)
 {
 	int err = check_access(pad, O_WRONLY);
 
 	if (err)
 		return err;
-	if (flags & ~KVSCRATCH_TRUNCATE_ZERO)
+	if (token_bytes != pad->info.input_row_bytes)
+		return set_error(-EINVAL, "shape mismatch: expected tokens of %" PRIu32 " bytes, got %"
+				 PRIu32, (uint32_t)pad->info.input_row_bytes, token_bytes);
+	return append(pad, tokens, nr_tokens);
+}
+
+static int truncate_as(struct kvscratch *pad, const struct kvscratch_truncate *truncate)
+{
+	const uint32_t allowed = KVSCRATCH_TRUNCATE_ZERO | KVSCRATCH_TRUNCATE_EXPECT;
+	int err = check_access(pad, O_WRONLY);
+
+	if (err)
+		return err;
+	if (truncate->flags & ~allowed)
 		return set_error(-EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x%"
-				 PRIx32, flags);
-	return pad->backend->truncate(pad, len, flags);
+				 PRIx32, (uint32_t)truncate->flags);
+	return pad->backend->truncate(pad, truncate);
+}
+
+int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
+{
+	const struct kvscratch_truncate truncate = { .flags = flags, .len = len };
+
+	return truncate_as(pad, &truncate);
+}
+
+int kvscratch_truncate_if(struct kvscratch *pad, uint64_t len, uint32_t flags,
+			  uint64_t expected_generation, uint64_t expected_len)
+{
+	const struct kvscratch_truncate truncate = {
+		.flags = flags | KVSCRATCH_TRUNCATE_EXPECT,
+		.len = len,
+		.expected_generation = expected_generation,
+		.expected_len = expected_len,
+	};
+
+	return truncate_as(pad, &truncate);
 }
 
 int kvscratch_clear(struct kvscratch *pad, uint32_t flags)
@@ -380,13 +472,12 @@ int kvscratch_clear(struct kvscratch *pad, uint32_t flags)
 
 /* Reading */
 
-static const struct kvscratch_view *mapped_view(const struct kvscratch *pad)
+const struct kvscratch_view *mapped_view(const struct kvscratch *pad)
 {
 	return __atomic_load_n(&pad->view, __ATOMIC_ACQUIRE);
 }
 
-/* A memfd says whatever its writers do. */
-static int64_t check_len(const struct kvscratch *pad, uint64_t len)
+int64_t check_len(const struct kvscratch *pad, uint64_t len)
 {
 	if (len <= pad->info.max_seq_len)
 		return len;
@@ -397,12 +488,12 @@ static int64_t check_len(const struct kvscratch *pad, uint64_t len)
 int64_t kvscratch_len(struct kvscratch *pad)
 {
 	const struct kvscratch_view *view = mapped_view(pad);
-	struct kvscratch_info info;
+	struct kvscratch_pad_info info;
 	int err;
 
 	if (view)
 		return check_len(pad, kvscratch_state_len(kvscratch_view_state(view)));
-	err = kvscratch_info(pad, &info);
+	err = kvscratch_pad_info(pad, &info);
 	return err ? err : (int64_t)info.len;
 }
 
@@ -434,35 +525,60 @@ void kvscratch_geometry(const struct kvscratch *pad, struct kvscratch_geometry *
 	};
 }
 
+static int now(struct kvscratch *pad, struct kvscratch_pad_info *info)
+{
+	int err = pad->backend->info(pad, info);
+	int64_t len = err ? err : check_len(pad, info->len);
+
+	return len < 0 ? (int)len : 0;
+}
+
+/* The first @size bytes of the @known ones at @whole, which begin with their size */
+static void copy_sized(void *to, size_t size, void *whole, size_t known)
+{
+	__u32 filled = size < known ? size : known;
+
+	if (size > known)
+		memset(to, 0, size);
+	memcpy(whole, &filled, sizeof(filled));
+	memcpy(to, whole, filled);
+}
+
+int kvscratch_pad_info_sized(struct kvscratch *pad, struct kvscratch_pad_info *info, size_t size)
+{
+	struct kvscratch_pad_info whole;
+	int err = now(pad, &whole);
+
+	if (!err)
+		copy_sized(info, size, &whole, sizeof(whole));
+	return err;
+}
+
 int kvscratch_info_sized(struct kvscratch *pad, struct kvscratch_info *info, size_t size)
 {
+	struct kvscratch_pad_info as_it_is;
 	struct kvscratch_info whole;
-	int err = pad->backend->info(pad, &whole);
-	int64_t len;
+	int err = check_one_plane(pad);
 
+	if (!err)
+		err = now(pad, &as_it_is);
 	if (err)
 		return err;
-	len = check_len(pad, whole.len);
-	if (len < 0)
-		return (int)len;
-	if (size > sizeof(whole)) {
-		memset(info, 0, size);
-		size = sizeof(whole);
-	}
-	if (whole.size > size)
-		whole.size = size;
-	memcpy(info, &whole, size);
+	describe(&whole, &as_it_is, pad->planes);
+	copy_sized(info, size, &whole, sizeof(whole));
 	return 0;
 }
 
 int kvscratch_display(struct kvscratch *pad, char *text, size_t size)
 {
+	const bool several = pad->nr_planes > 1;
 	int64_t len = kvscratch_len(pad);
 
 	if (len < 0)
 		return (int)len;
-	return snprintf(text, size, "Scratchpad(len=%" PRId64 ", capacity=%" PRIu64 ", dim=%" PRIu32
-			")", len, (uint64_t)pad->info.max_seq_len, (uint32_t)pad->info.dim);
+	return snprintf(text, size, "Scratchpad(len=%" PRId64 ", capacity=%" PRIu64 ", %s=%" PRIu32
+			")", len, (uint64_t)pad->info.max_seq_len, several ? "planes" : "dim",
+			several ? pad->nr_planes : (uint32_t)pad->info.dim);
 }
 
 static int populate(const struct kvscratch_view *view, uint64_t offset, uint64_t bytes)
@@ -473,12 +589,16 @@ static int populate(const struct kvscratch_view *view, uint64_t offset, uint64_t
 /* Array by array, for there may be nothing between them */
 static int populate_all(const struct kvscratch_view *view)
 {
-	const struct kvscratch_info *info = &view->info;
-	int err = populate(view, info->status_offset, sizeof(struct kvscratch_status));
+	const uint64_t rows = view->info.max_seq_len;
+	int err = populate(view, view->info.status_offset, sizeof(struct kvscratch_status));
 
-	for (uint32_t i = 0; !err && i < info->nr_planes; i++)
-		err = populate(view, info->planes[i].offset,
-			       info->max_seq_len * info->planes[i].row_bytes);
+	for (uint32_t i = 0; !err && i < view->nr_planes; i++) {
+		const struct kvscratch_plane *plane = &view->planes[i];
+
+		err = populate(view, plane->offset, rows * plane->row_bytes);
+		if (!err && plane->scales_row_bytes)
+			err = populate(view, plane->scales_offset, rows * plane->scales_row_bytes);
+	}
 	return err;
 }
 
@@ -503,15 +623,19 @@ int map_view(struct kvscratch_view *view, int fd)
 
 static int map_pad(struct kvscratch *pad, struct kvscratch_view *view)
 {
-	int err = kvscratch_info(pad, &view->info);
+	struct kvscratch_pad_info info;
+	int err = now(pad, &info);
 
 	if (err)
 		return err;
+	describe(&view->info, &info, pad->planes);
+	view->planes = pad->planes;
+	view->nr_planes = pad->nr_planes;
 	err = map_view(view, pad->fd);
 	if (err == -EOVERFLOW)
 		return set_error(err, "cannot map %" PRIu64 " bytes: this program has 32-bit "
 				 "addresses", (uint64_t)view->info.status_offset);
-	return err ? cannot("map the pad", err) : 0;
+	return err ? cannot("map the pad and have its pages there", err) : 0;
 }
 
 /* Without a lock, which a fork() in another thread would leave locked in the child */
@@ -525,7 +649,7 @@ static int make_view(struct kvscratch *pad)
 		return err;
 	view = malloc(sizeof(*view));
 	if (!view)
-		return set_error(-ENOMEM, "out of memory");
+		return out_of_memory();
 	err = map_pad(pad, view);
 	if (err)
 		free(view);
@@ -546,41 +670,48 @@ const struct kvscratch_view *kvscratch_view(struct kvscratch *pad)
 
 int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor)
 {
-	const struct kvscratch_view *view = kvscratch_view(pad);
-	uint64_t state;
-	int64_t len;
+	int err = check_one_plane(pad);
 
-	if (!view)
-		return -errno;
-	state = kvscratch_view_state(view);
-	len = check_len(pad, kvscratch_state_len(state));
-	if (len < 0)
-		return (int)len;
-	*tensor = (struct kvscratch_tensor){
-		.data = view->data,
-		.scales = kvscratch_view_scales(view),
-		.len = len,
-		.dim = view->info.dim,
-		.dtype = view->info.dtype,
-		.state = state,
-	};
-	return 0;
+	return err ? err : kvscratch_plane_tensor(pad, 0, tensor);
 }
 
-/* Row by row where the parts of one lie in different planes */
-static void copy_records(const struct kvscratch_view *view, uint64_t first, uint64_t count,
-			 char *to)
+/**
+ * struct span - what is copied of each row
+ * @view: the pad's
+ * @first: the first plane
+ * @end: behind the last one
+ * @row_bytes: of all of them
+ */
+struct span {
+	const struct kvscratch_view *view;
+	uint32_t first;
+	uint32_t end;
+	uint64_t row_bytes;
+};
+
+static char *copy_array(const struct kvscratch_view *view, char *to, uint64_t offset,
+			uint32_t row_bytes, uint64_t row, uint64_t rows)
 {
-	const uint64_t at_once = view->info.nr_planes == 1 ? count : 1;
+	size_t bytes = rows * row_bytes;
+
+	memcpy(to, (const char *)view->data + offset + row * row_bytes, bytes);
+	return to + bytes;
+}
+
+/* Row by row where the parts of one lie in different arrays */
+static void copy_records(const struct span *span, uint64_t first, uint64_t count, char *to)
+{
+	const struct kvscratch_plane *planes = span->view->planes;
+	const bool one_array = span->end - span->first == 1 &&
+			       !planes[span->first].scales_row_bytes;
+	const uint64_t at_once = one_array ? count : 1;
 
 	for (uint64_t row = first; row < first + count; row += at_once) {
-		for (uint32_t i = 0; i < view->info.nr_planes; i++) {
-			const struct kvscratch_array *plane = &view->info.planes[i];
-			size_t bytes = at_once * plane->row_bytes;
-
-			memcpy(to, (const char *)view->data + plane->offset +
-			       row * plane->row_bytes, bytes);
-			to += bytes;
+		for (uint32_t i = span->first; i < span->end; i++) {
+			to = copy_array(span->view, to, planes[i].offset, planes[i].row_bytes, row,
+					at_once);
+			to = copy_array(span->view, to, planes[i].scales_offset,
+					planes[i].scales_row_bytes, row, at_once);
 		}
 	}
 }
@@ -593,46 +724,77 @@ static void copy_records(const struct kvscratch_view *view, uint64_t first, uint
  * those of the present moment, whatever was truncated behind them; it goes on from there.
  * False when some were dropped, or too many truncates came in between to tell.
  */
-static bool copy_in_pieces(const struct kvscratch_view *view, uint64_t state, uint64_t first,
+static bool copy_in_pieces(const struct span *span, uint64_t state, uint64_t first,
 			   uint64_t end, char *to)
 {
-	const uint32_t row_bytes = view->info.row_bytes;
-	const uint64_t most = row_bytes < PIECE_BYTES ? PIECE_BYTES / row_bytes : 1;
+	const uint64_t most = span->row_bytes < PIECE_BYTES ? PIECE_BYTES / span->row_bytes : 1;
 
 	while (first < end) {
 		uint64_t count = end - first < most ? end - first : most;
 		uint64_t next;
 
-		copy_records(view, first, count, to);
+		copy_records(span, first, count, to);
 		first += count;
-		to += count * row_bytes;
-		next = kvscratch_view_state(view);
-		if (kvscratch_view_valid_rows(view, state) < first)
+		to += count * span->row_bytes;
+		next = kvscratch_view_state(span->view);
+		if (kvscratch_view_valid_rows(span->view, state) < first)
 			return false;
 		state = next;
 	}
 	return true;
 }
 
-int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows)
+static int copy_span(const struct kvscratch *pad, const struct span *span, uint64_t first,
+		     uint64_t count, void *rows)
 {
-	const struct kvscratch_view *view = kvscratch_view(pad);
 	uint64_t state;
 
-	if (!view)
-		return -errno;
 	do {
 		int64_t len;
 
-		state = kvscratch_view_state(view);
+		state = kvscratch_view_state(span->view);
 		len = check_len(pad, kvscratch_state_len(state));
 		if (len < 0)
 			return (int)len;
 		if (first > (uint64_t)len || count > (uint64_t)len - first)
 			return set_error(-EINVAL, "expected rows below %" PRId64 ", got %" PRIu64
 					 " from %" PRIu64 " on", len, count, first);
-	} while (!copy_in_pieces(view, state, first, first + count, rows));
+	} while (!copy_in_pieces(span, state, first, first + count, rows));
 	return 0;
+}
+
+int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows)
+{
+	const struct span span = {
+		.view = kvscratch_view(pad),
+		.end = pad->nr_planes,
+		.row_bytes = pad->info.row_bytes,
+	};
+
+	return span.view ? copy_span(pad, &span, first, count, rows) : -errno;
+}
+
+int kvscratch_copy_plane_rows(struct kvscratch *pad, uint32_t plane, uint64_t first,
+			      uint64_t count, void *rows)
+{
+	struct span span = { .first = plane, .end = plane + 1 };
+	int err = check_plane(pad, plane);
+
+	if (err)
+		return err;
+	span.view = kvscratch_view(pad);
+	span.row_bytes = (uint64_t)pad->planes[plane].row_bytes + pad->planes[plane].scales_row_bytes;
+	return span.view ? copy_span(pad, &span, first, count, rows) : -errno;
+}
+
+int wait_is_over(const struct kvscratch_view *view, uint64_t state)
+{
+	/* first, for what is loaded after that is final */
+	const bool sealed = kvscratch_view_is_sealed(view);
+
+	if (kvscratch_view_state(view) != state)
+		return 1;
+	return sealed ? set_error(-EROFS, "the pad is sealed: there is nothing to wait for") : 0;
 }
 
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
@@ -642,4 +804,9 @@ int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 	if (!view)
 		return -errno;
 	return pad->backend->wait(pad, state, timeout_ms);
+}
+
+int kvscratch_seen(struct kvscratch *pad, uint64_t state)
+{
+	return pad->backend->seen(pad, state);
 }

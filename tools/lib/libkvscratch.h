@@ -3,11 +3,12 @@
  * libkvscratch: KV-cache scratchpads for transformer inference, for programs in
  * C and C++.
  *
- * A pad is a dense, row-major [max_seq_len, dim] matrix of one element type; a row
- * holds one token. Rows are appended whole, each batch all or nothing; committed
- * rows do not change until a truncate; who holds a handle sees them as one plain,
- * growing array, read-only and without a copy. <linux/kvscratch.h> has the terms,
- * the data types and the formats of scaled integers.
+ * A pad is a growing table of at most max_seq_len rows over one or more planes; a row
+ * holds one token, and a plane is a dense, row-major [max_seq_len, dim] array of one element
+ * type: K of one layer, say. Rows are appended whole, each batch all or nothing; committed
+ * rows do not change until a truncate; who holds a handle sees them as plain, growing
+ * arrays, read-only and without a copy. <linux/kvscratch.h> has the terms, the data types
+ * and the formats of scaled integers.
  *
  * Pads live in /dev/kvscratch or, where that does not exist, in a memfd of the
  * same layout, which keeps fewer of the promises: see kvscratch_promises(). The
@@ -18,7 +19,9 @@
  * on failure; kvscratch_error() then has a sentence about it. Output arguments are
  * written on success only. Element counts, rows and lengths are in elements and
  * rows, never bytes, unless the name says bytes. What a handle is not open for is
- * EBADF everywhere but in kvscratch_attach(). A signal makes calls that wait fail with
+ * EBADF everywhere but in kvscratch_attach() and kvscratch_open(). What would change a pad is
+ * EBUSY while another handle is its writer and EROFS once it is sealed, in every function
+ * alike. A signal makes calls that wait fail with
  * EINTR, unless its handler restarts calls (kvscratch_wait() is never restarted), and
  * nothing has been done then. To write to a memfd takes /proc and permission to open it.
  *
@@ -29,8 +32,8 @@
  * as well, and closes its copies. Strings that are returned are constants, but for
  * kvscratch_error().
  *
- * Pads have one plane here; those of more, which <linux/kvscratch.h> can make, are
- * refused (EOPNOTSUPP).
+ * Functions that count in elements, and kvscratch_info(), are for pads of one plane; with
+ * another one they fail with EOPNOTSUPP. All others take any pad.
  *
  * The len of a memfd is what its writers say. Functions refuse one that cannot be
  * (EPROTO); who loads the state itself and does not trust the producer compares it
@@ -99,12 +102,35 @@ int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, ui
 /* The same for any geometry. */
 int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry);
 
+/**
+ * kvscratch_new_planes() - make a zero-filled pad of planes
+ * @pad: receives a handle that may read and write
+ * @max_seq_len: rows that fit, 1 to KVSCRATCH_MAX_SEQ_LEN
+ * @planes: dim, dtype, input_dtype, frac_bits and label of each; what is output in
+ *	struct kvscratch_plane does not matter, so those of another pad will do
+ * @nr_planes: 1 to KVSCRATCH_MAX_PLANES
+ * @tag: what the caller wants to know the pad by, a model's fingerprint say; may be NULL
+ * @tag_bytes: of @tag, at most KVSCRATCH_TAG_BYTES; zeros follow
+ *
+ * Errors: as of kvscratch_new(); EINVAL also for a label without its NUL and for tokens of
+ * more than KVSCRATCH_MAX_ROW_BYTES over all planes.
+ */
+int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
+			 const struct kvscratch_plane *planes, uint32_t nr_planes,
+			 const void *tag, size_t tag_bytes);
+
 /*
  * Make a handle of its own on the pad of @fd, whose rights have to include @access
  * (EACCES). @fd stays the caller's. For a memfd it takes /proc. The Rust model's clone(),
  * but for copy-on-write: both share the pad.
  */
 int kvscratch_attach(struct kvscratch **pad, int fd, int access);
+
+/*
+ * The same for the pad of another object: open a handle of its own on it, with no more
+ * rights than @from has (EACCES).
+ */
+int kvscratch_open(struct kvscratch **pad, const struct kvscratch *from, int access);
 
 /*
  * Use @fd, a handle that was inherited or received, as it is: with its rights, and
@@ -132,6 +158,24 @@ int kvscratch_access(const struct kvscratch *pad);
  */
 int kvscratch_open_reader(const struct kvscratch *pad);
 
+/* Planes: these never fail, but for what there is not */
+
+/* How many */
+uint32_t kvscratch_nr_planes(const struct kvscratch *pad);
+
+/* Bytes of a stored token and of one to append, over all planes */
+uint32_t kvscratch_row_bytes(const struct kvscratch *pad);
+uint32_t kvscratch_input_row_bytes(const struct kvscratch *pad);
+
+/*
+ * A plane, all of it filled in, valid as long as @pad. NULL with errno EINVAL when there are
+ * not that many.
+ */
+const struct kvscratch_plane *kvscratch_plane(const struct kvscratch *pad, uint32_t index);
+
+/* The index of the plane @label: ENOENT when none is called so, ENOTUNIQ when several are. */
+int kvscratch_find_plane(const struct kvscratch *pad, const char *label);
+
 /* Writing */
 
 /**
@@ -143,7 +187,8 @@ int kvscratch_open_reader(const struct kvscratch *pad);
  *
  * Errors: EINVAL (shape mismatch), ENOSPC (full), EDOM (a NaN or an infinity that
  * would become an integer), EFAULT (@row cannot be read; where a memfd has rows
- * converted that is a SIGSEGV), EBADF, EINTR. Nothing is committed then.
+ * converted that is a SIGSEGV), EBADF, EBUSY, EROFS, EINTR. Nothing is committed then.
+ * EOPNOTSUPP for a pad of several planes.
  */
 int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements);
 
@@ -160,14 +205,87 @@ int kvscratch_append(struct kvscratch *pad, const void *row, uint32_t elements);
 int kvscratch_append_rows(struct kvscratch *pad, const void *rows, uint64_t nr_rows,
 			  uint32_t elements);
 
+/**
+ * kvscratch_append_tokens() - append whole tokens, all of them or none
+ * @pad: a handle that may write, on a pad of any planes
+ * @tokens: one after the other: a row of each plane in turn, as the plane takes it
+ * @nr_tokens: how many; 0 does nothing
+ * @token_bytes: bytes of one; they have to be kvscratch_input_row_bytes()
+ *
+ * Errors: as of kvscratch_append_rows(), but for EOPNOTSUPP.
+ */
+int kvscratch_append_tokens(struct kvscratch *pad, const void *tokens, uint64_t nr_tokens,
+			    uint32_t token_bytes);
+
 /*
  * Keep the first @len rows; EINVAL when there are fewer. @flags is 0 or
  * KVSCRATCH_TRUNCATE_ZERO, which overwrites with zeros all that was ever written beyond.
  */
 int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags);
 
+/*
+ * The same, but only if the pad has these rows and this generation, in full as
+ * kvscratch_pad_info() tells it; ECANCELED when it has others.
+ */
+int kvscratch_truncate_if(struct kvscratch *pad, uint64_t len, uint32_t flags,
+			  uint64_t expected_generation, uint64_t expected_len);
+
 /* Drop all rows. */
 int kvscratch_clear(struct kvscratch *pad, uint32_t flags);
+
+/*
+ * Make the present len final: what would change the pad is EROFS from now on. Sealing again
+ * does nothing.
+ */
+int kvscratch_seal(struct kvscratch *pad);
+
+/*
+ * The writer
+ *
+ * A pad may have one handle that is its only writer. It is an object of its own, which writes
+ * and does not read, and which is the writer for as long as it is open: kvscratch_close()
+ * ends the role, and so does the death of its process, but for children that have the
+ * descriptor as well. It takes rows of single planes and commits those of all at once.
+ */
+
+/*
+ * Make @writer the writer of the pad of @pad, a handle that may write: EBUSY when there is
+ * one. The second one takes the role from whoever has it, whose calls are ESTALE from then
+ * on: for a writer that hangs. Of the module it waits for nobody; of a memfd it waits for a
+ * call that the other is in.
+ */
+int kvscratch_writer(struct kvscratch **writer, const struct kvscratch *pad);
+int kvscratch_takeover(struct kvscratch **writer, const struct kvscratch *pad);
+
+/**
+ * kvscratch_stage() - put rows of one plane in their place
+ * @writer: of the pad
+ * @plane: index of the plane
+ * @row: the first one: from the committed rows to what is staged of the plane
+ * @rows: as the plane takes them, input_row_bytes each
+ * @nr_rows: how many
+ *
+ * Staged rows are in every view at once, and not committed. When it succeeds, rows up to the
+ * larger of what was staged and @row + @nr_rows are; when it fails, those up to @row.
+ *
+ * Errors: EINVAL (no such plane; a row that is committed or leaves a gap), ENOSPC, EDOM,
+ * EFAULT, ENOLCK (@writer is an ordinary handle), ESTALE (it was taken over), EROFS, EBADF,
+ * EINTR.
+ */
+int kvscratch_stage(struct kvscratch *writer, uint32_t plane, uint64_t row, const void *rows,
+		    uint64_t nr_rows);
+
+/*
+ * Stage rows as they lie there, without a copy: those that were stored as a whole since
+ * @writer is the writer, and neither overwritten nor zeroed since (else EINVAL).
+ */
+int kvscratch_keep(struct kvscratch *writer, uint32_t plane, uint64_t row, uint64_t nr_rows);
+
+/*
+ * Commit rows below @len, which every plane has to have staged (else EINVAL), of all planes at
+ * once. What is staged beyond is dropped; a commit of the present len drops all of it.
+ */
+int kvscratch_commit(struct kvscratch *writer, uint64_t len);
 
 /* Reading */
 
@@ -177,7 +295,10 @@ int64_t kvscratch_len(struct kvscratch *pad);
 /* 1, 0 or a negative errno */
 int kvscratch_is_empty(struct kvscratch *pad);
 
-/* max_seq_len, dim, and all that the pad is made of, input_dtype filled in: these never fail. */
+/*
+ * max_seq_len, dim, and all that the pad is made of, input_dtype filled in: these never fail. Of
+ * a pad of several planes all but max_seq_len is 0.
+ */
 uint64_t kvscratch_capacity(const struct kvscratch *pad);
 uint32_t kvscratch_dim(const struct kvscratch *pad);
 void kvscratch_geometry(const struct kvscratch *pad, struct kvscratch_geometry *geometry);
@@ -195,7 +316,7 @@ struct kvscratch_array {
 };
 
 /**
- * struct kvscratch_info - a pad
+ * struct kvscratch_info - a pad of one plane
  * @size: sizeof(struct kvscratch_info)
  * @flags: 0
  * @max_seq_len: capacity in rows
@@ -208,9 +329,9 @@ struct kvscratch_array {
  * @trunc_len: rows that the latest truncate kept, 0 before the first
  * @data_bytes: max_seq_len * row_bytes
  * @status_offset: mapping offset of struct kvscratch_status
- * @nr_planes: how many entries of @planes are in use
+ * @nr_arrays: how many entries of @arrays are in use
  * @reserved: 0
- * @planes: elements, and the scales of MXINT8
+ * @arrays: elements, and the scales of MXINT8
  * @input_dtype: what is appended
  * @frac_bits: fraction bits of an element
  * @saturated: elements that were clamped by appends so far, those that a
@@ -231,17 +352,17 @@ struct kvscratch_info {
 	__aligned_u64 trunc_len;
 	__aligned_u64 data_bytes;
 	__aligned_u64 status_offset;
-	__u32 nr_planes;
+	__u32 nr_arrays;
 	__u32 reserved;
-	struct kvscratch_array planes[2];
+	struct kvscratch_array arrays[2];
 	__u32 input_dtype;
 	__u32 frac_bits;
 	__aligned_u64 saturated;
 };
 
 /*
- * Everything there is to know: the first @size bytes of a struct kvscratch_info, whose size
- * becomes that of what was filled.
+ * Everything there is to know of a pad of one plane: the first @size bytes of a struct
+ * kvscratch_info, whose size becomes that of what was filled. EOPNOTSUPP for several planes.
  */
 int kvscratch_info_sized(struct kvscratch *pad, struct kvscratch_info *info, size_t size);
 
@@ -252,32 +373,65 @@ static inline int kvscratch_info(struct kvscratch *pad, struct kvscratch_info *i
 }
 
 /*
+ * Of any pad, as <linux/kvscratch.h> describes it. Of a memfd id is its inode number,
+ * allocated_bytes its size.
+ */
+int kvscratch_pad_info_sized(struct kvscratch *pad, struct kvscratch_pad_info *info, size_t size);
+
+static inline int kvscratch_pad_info(struct kvscratch *pad, struct kvscratch_pad_info *info)
+{
+	return kvscratch_pad_info_sized(pad, info, sizeof(*info));
+}
+
+/*
  * The model's Display line, "Scratchpad(len=3, capacity=10, dim=4)", at most @size bytes of it
- * with the NUL; 64 are enough. Returns its whole length, as snprintf() does.
+ * with the NUL; 64 are enough. Returns its whole length, as snprintf() does. A pad of several
+ * planes has "planes=3" instead of its dim.
  */
 int kvscratch_display(struct kvscratch *pad, char *text, size_t size);
 
 /**
  * struct kvscratch_view - a mapped pad
- * @data: the [max_seq_len, dim] array; rows below the len of a loaded state
- *	are committed
+ * @data: where the mapping begins, of a pad of one plane the [max_seq_len, dim] array; rows
+ *	below the len of a loaded state are committed
  * @status: the status page
  * @mapped_bytes: length of the mapping that begins at @data
- * @info: the pad as it was when it was mapped
+ * @info: the pad as it was when it was mapped; of one of several planes what
+ *	kvscratch_geometry() tells is 0 here, too
+ * @planes: those of the pad
+ * @nr_planes: how many
  */
 struct kvscratch_view {
 	const void *data;
 	const struct kvscratch_status *status;
 	size_t mapped_bytes;
 	struct kvscratch_info info;
+	const struct kvscratch_plane *planes;
+	uint32_t nr_planes;
 };
 
 /*
- * The view of a handle that may read, mapped by the first call. It stays valid and
- * where it is until kvscratch_close(). NULL on failure, with errno and kvscratch_error():
- * EBADF, ENOMEM, EOVERFLOW (a pad beyond the addresses of a 32-bit program).
+ * The view of a handle that may read, mapped by the first call, which has all of its pages
+ * there: no later access takes a page fault. It stays valid and where it is until
+ * kvscratch_close(). NULL on failure, with errno and kvscratch_error(): EBADF, ENOMEM, EOVERFLOW
+ * (a pad beyond the addresses of a 32-bit program), and what MADV_POPULATE_READ says.
  */
 const struct kvscratch_view *kvscratch_view(struct kvscratch *pad);
+
+/**
+ * kvscratch_map_plane() - map the elements of one plane where the caller wants them
+ * @pad: a handle that may read
+ * @plane: index of the plane
+ * @address: on a page; the caller has max_seq_len * row_bytes there, rounded up to pages, and
+ *	what lies there is replaced
+ *
+ * Read-only and with all of its pages there, as kvscratch_view(). It is the caller's: it
+ * outlives @pad, and munmap() ends it. Huge entries take a multiple of KVSCRATCH_CHUNK_BYTES.
+ *
+ * Errors: EINVAL (no such plane, an address that is none), EBADF, ENOMEM, EOVERFLOW, and what
+ * MADV_POPULATE_READ says; what lay there may be gone then.
+ */
+int kvscratch_map_plane(struct kvscratch *pad, uint32_t plane, void *address);
 
 /**
  * struct kvscratch_tensor - the committed rows of one moment
@@ -304,18 +458,36 @@ struct kvscratch_tensor {
 int kvscratch_as_tensor(struct kvscratch *pad, struct kvscratch_tensor *tensor);
 
 /*
- * Copy rows [first, first + count) as they were at one moment, row_bytes each: the elements
- * of a row and behind them its scales, which is what a pad without conversion appends.
- * EINVAL when there are not that many; with a count of 1 it is the model's get_token().
+ * The same of one plane of any pad; EINVAL when there is none such. Who asks for several takes
+ * the len of the first for all: what comes later is no shorter, unless rows were dropped,
+ * which kvscratch_view_valid_rows() tells.
+ */
+int kvscratch_plane_tensor(struct kvscratch *pad, uint32_t plane, struct kvscratch_tensor *tensor);
+
+/*
+ * Copy rows [first, first + count) as they were at one moment, row_bytes each: of each plane
+ * in turn the elements of a row and behind them its scales, which is what a pad without
+ * conversion appends. EINVAL when there are not that many; with a count of 1 it is the
+ * model's get_token().
  */
 int kvscratch_copy_rows(struct kvscratch *pad, uint64_t first, uint64_t count, void *rows);
+
+/* The same of one plane: its row_bytes and scales_row_bytes for each row */
+int kvscratch_copy_plane_rows(struct kvscratch *pad, uint32_t plane, uint64_t first,
+			      uint64_t count, void *rows);
 
 /*
  * Sleep until the state (see kvscratch_view_state()) is another than @state; no sleep when
  * it is already. A negative @timeout_ms waits without end, 0 only looks. Errors: ETIMEDOUT,
- * EINTR.
+ * EINTR; EROFS when the pad is sealed, and @state is its last.
  */
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
+
+/*
+ * Tell poll() on kvscratch_fd() that @state was seen: it reports EPOLLIN while the pad has
+ * another one. EOPNOTSUPP for a memfd, which is always ready.
+ */
+int kvscratch_seen(struct kvscratch *pad, uint64_t state);
 
 /* The hot calls: a load or two, no system call */
 
@@ -383,18 +555,58 @@ static inline uint32_t kvscratch_view_valid_rows(const struct kvscratch_view *vi
 	return kept < len ? kept : len;
 }
 
-/* The elements of row @row, which has to be below max_seq_len */
+/* The elements of row @row of a pad of one plane; it has to be below max_seq_len */
 static inline const void *kvscratch_view_row(const struct kvscratch_view *view, uint64_t row)
 {
-	return (const char *)view->data + (size_t)row * view->info.planes[0].row_bytes;
+	return (const char *)view->data + (size_t)row * view->info.arrays[0].row_bytes;
 }
 
-/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad, otherwise NULL */
+/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad of one plane, otherwise NULL */
 static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
 {
-	if (view->info.nr_planes < 2)
+	if (view->info.nr_arrays < 2)
 		return NULL;
-	return (const uint8_t *)view->data + view->info.planes[1].offset;
+	return (const uint8_t *)view->data + view->info.arrays[1].offset;
+}
+
+/* The same of one plane, which has to be below nr_planes */
+static inline const void *kvscratch_view_plane_row(const struct kvscratch_view *view,
+						   uint32_t plane, uint64_t row)
+{
+	const struct kvscratch_plane *its = &view->planes[plane];
+
+	return (const char *)view->data + (size_t)its->offset + (size_t)row * its->row_bytes;
+}
+
+static inline const uint8_t *kvscratch_view_plane_scales(const struct kvscratch_view *view,
+							 uint32_t plane)
+{
+	const struct kvscratch_plane *its = &view->planes[plane];
+
+	if (!its->scales_row_bytes)
+		return NULL;
+	return (const uint8_t *)view->data + (size_t)its->scales_offset;
+}
+
+/* How often a handle became the pad's writer: another number is another writer. */
+static inline uint32_t kvscratch_view_epoch(const struct kvscratch_view *view)
+{
+	return (uint32_t)(kvscratch_word_load(&view->status->writer) >> 32);
+}
+
+/* A state that is loaded after this was true is the last one. */
+static inline bool kvscratch_view_is_sealed(const struct kvscratch_view *view)
+{
+	return kvscratch_word_load(&view->status->writer) & KVSCRATCH_PAD_SEALED;
+}
+
+/*
+ * Whether the pad has a writer. Of a memfd one that was killed counts until somebody else
+ * writes; kvscratch_pad_info() knows better.
+ */
+static inline bool kvscratch_view_has_writer(const struct kvscratch_view *view)
+{
+	return kvscratch_word_load(&view->status->writer) & KVSCRATCH_PAD_WRITER;
 }
 
 /* Words */

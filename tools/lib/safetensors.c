@@ -492,7 +492,7 @@ static int parse_tensor(struct parser *parser, struct safetensors_tensor *tensor
 	return 0;
 }
 
-static int out_of_memory(void)
+static int out_of_header_memory(void)
 {
 	return set_error(-ENOMEM, "out of memory for a safetensors header");
 }
@@ -512,7 +512,7 @@ static int add_entry(struct safetensors *file, const struct safetensors_entry *e
 
 	metadata = make_room(file->metadata, file->nr_metadata, sizeof(*entry));
 	if (!metadata)
-		return out_of_memory();
+		return out_of_header_memory();
 	file->metadata = metadata;
 	metadata[file->nr_metadata++] = *entry;
 	return 0;
@@ -524,7 +524,7 @@ static int add_tensor(struct safetensors *file, const struct safetensors_tensor 
 
 	tensors = make_room(file->tensors, file->nr_tensors, sizeof(*tensor));
 	if (!tensors)
-		return out_of_memory();
+		return out_of_header_memory();
 	file->tensors = tensors;
 	tensors[file->nr_tensors++] = *tensor;
 	return 0;
@@ -718,7 +718,7 @@ static int check_header(struct safetensors *file, uint64_t data_bytes)
 	if (by_place && file->by_name)
 		err = check_names(file->by_name, file->nr_tensors, -EBADMSG);
 	else
-		err = out_of_memory();
+		err = out_of_header_memory();
 	if (!err)
 		err = check_places(by_place, file->nr_tensors, data_bytes);
 	free(by_place);
@@ -837,7 +837,7 @@ static int check_new_names(const struct safetensors *file)
 	}
 	list = list_tensors(file);
 	if (!list)
-		return out_of_memory();
+		return out_of_header_memory();
 	err = check_names(list, file->nr_tensors, -EINVAL);
 	free(list);
 	return err;
@@ -854,12 +854,12 @@ int safetensors_write_header(const struct safetensors *file, char **header, size
 	*header = NULL;
 	out = open_memstream(header, size);
 	if (!out)
-		return out_of_memory();
+		return out_of_header_memory();
 	print_header(out, file);
 	err = ferror(out);
 	if (fclose(out) || err) {
 		free(*header);
-		return out_of_memory();
+		return out_of_header_memory();
 	}
 	length = *size - SAFETENSORS_PREFIX;
 	if (length > SAFETENSORS_MAX_HEADER) {
