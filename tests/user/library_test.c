@@ -317,50 +317,74 @@ TEST_F(pad, what_is_no_handle)
 	EXPECT_EQ(-EBADF, kvscratch_attach(&pad, 1000, O_RDONLY));
 }
 
-/* Where a memfd's last page has it */
-#define MEMFD_DIM 200
+/* Where the table of planes of a memfd has it, and its last page */
+#define MEMFD_DIM 0
+#define MEMFD_VERSION 196
 
-/* A memfd that looks like a pad but whose last page says @dim */
-static int forged_memfd(uint32_t dim)
+/* A memfd of four pages that looks like a pad, but whose page @nr says @value at @at */
+static int forged_memfd(uint32_t nr, uint32_t at, uint32_t value)
 {
+	const size_t bytes = 4 * page_bytes();
+	char *pages = malloc(bytes);
 	struct kvscratch *pad;
-	uint64_t offset;
 	int fd = memfd_create("forged", MFD_ALLOW_SEALING);
-	char page[4096];
 
 	setenv("KVSCRATCH_BACKEND", "memfd", 1);
-	if (kvscratch_new(&pad, 1, 1, U8))
-		return -1;
-	offset = page_bytes();
-	if (pread(kvscratch_fd(pad), page, sizeof(page), offset) != sizeof(page))
+	if (!pages || kvscratch_new(&pad, 1, 1, U8) ||
+	    pread(kvscratch_fd(pad), pages, bytes + 1, 0) != (ssize_t)bytes)
 		return -1;
 	kvscratch_close(pad);
-	memcpy(page + MEMFD_DIM, &dim, sizeof(dim));
-	if (ftruncate(fd, 2 * page_bytes()) || fallocate(fd, 0, 0, 2 * page_bytes()) || pwrite(fd, page, sizeof(page), offset) < 0 ||
+	memcpy(pages + nr * page_bytes() + at, &value, sizeof(value));
+	if (fallocate(fd, 0, 0, bytes) || write(fd, pages, bytes) != (ssize_t)bytes ||
 	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
 		return -1;
+	free(pages);
 	return fd;
 }
 
 TEST(a_forged_memfd_is_checked_against_its_size)
 {
 	struct kvscratch *pad;
-	int good = forged_memfd(page_bytes());
-	int large = forged_memfd(page_bytes() + 1);
-	int none = forged_memfd(0);
+	int good = forged_memfd(2, MEMFD_DIM, page_bytes());
+	int large = forged_memfd(2, MEMFD_DIM, page_bytes() + 1);
+	int none = forged_memfd(2, MEMFD_DIM, 0);
+	int many = forged_memfd(3, 80, 200);
+	int too_many = forged_memfd(3, 80, KVSCRATCH_MAX_PLANES + 1);
+	char words[120];
 
 	ASSERT_LE(0, good);
 	EXPECT_EQ(0, kvscratch_from_fd(&pad, good));
 	kvscratch_close(pad);
-	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, large));
-	EXPECT_EQ(-EPROTO, kvscratch_from_fd(&pad, none));
+	snprintf(words, sizeof(words), "descriptor %d: expected a memfd of %zu bytes, got %zu",
+		 large, 5 * page_bytes(), 4 * page_bytes());
+	EXPECT_ERROR(EPROTO, words, kvscratch_from_fd(&pad, large));
+	EXPECT_ERROR(EPROTO, "dim: expected at least 1, got 0", kvscratch_from_fd(&pad, none));
+	snprintf(words, sizeof(words), "descriptor %d: expected a memfd with room for 200 planes, got "
+		 "one of %zu bytes", many, 4 * page_bytes());
+	if (page_bytes() == 4096)
+		EXPECT_ERROR(EPROTO, words, kvscratch_from_fd(&pad, many));
+	snprintf(words, sizeof(words), "descriptor %d: expected 1 to 4096 planes, got 4097", too_many);
+	EXPECT_ERROR(EPROTO, words, kvscratch_from_fd(&pad, too_many));
+}
+
+/* Those of the first edition say 2 at the same place, and had no table. */
+TEST(a_memfd_of_another_version)
+{
+	struct kvscratch *pad;
+	int old = forged_memfd(3, MEMFD_VERSION, 2);
+	char words[80];
+
+	ASSERT_LE(0, old);
+	snprintf(words, sizeof(words),
+		 "descriptor %d: expected a memfd pad of version 3, got 2", old);
+	EXPECT_ERROR(EPROTO, words, kvscratch_from_fd(&pad, old));
 }
 
 /* Who maps a hole would have to pay for it. */
 TEST(a_memfd_with_holes)
 {
 	struct kvscratch *pad;
-	int fd = forged_memfd(page_bytes());
+	int fd = forged_memfd(2, MEMFD_DIM, page_bytes());
 
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, page_bytes()));
@@ -1064,30 +1088,720 @@ TEST(a_forked_child_keeps_no_lock)
 	kvscratch_close(pad);
 }
 
-/* Handles of the module that are none of a pad as this library knows it */
-TEST(a_node_and_a_pad_of_two_planes)
+/* A handle of the module that is none of a pad */
+TEST(a_node_is_no_handle)
 {
-	static const struct kvscratch_plane planes[] = {
-		{ .dim = 4, .dtype = F32, .label = "k" },
-		{ .dim = 4, .dtype = F32, .label = "v" },
-	};
 	int node = device_open(O_RDWR);
-	int two = node < 0 ? node : device_create_on(node, 10, planes, 2);
 	struct kvscratch *pad;
 	char words[80];
 
 	if (node < 0)
 		SKIP(return, "there is no device");
-	ASSERT_LE(0, two);
 	snprintf(words, sizeof(words),
 		 "descriptor %d: expected a handle of a pad, got a character device", node);
 	EXPECT_ERROR(ENOTTY, words, kvscratch_from_fd(&pad, node));
-	snprintf(words, sizeof(words), "descriptor %d: expected a pad of one plane, got one of 2",
-		 two);
-	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_from_fd(&pad, two));
 	/* still ours */
-	EXPECT_EQ(0, close(two));
 	EXPECT_EQ(0, close(node));
+}
+
+/* Planes */
+
+enum { K, V, MX, TOKENS, NR_PLANES };
+
+#define PLANES_ROWS 12
+
+/* Rows as they are, rows that are converted, scales as they come, and something narrow */
+static const struct kvscratch_plane four_planes[NR_PLANES] = {
+	[K] = { .dim = 6, .dtype = F32, .label = "k0" },
+	[V] = { .dim = 64, .dtype = KVSCRATCH_DTYPE_MXINT8, .input_dtype = F32, .label = "v0" },
+	[MX] = { .dim = 32, .dtype = KVSCRATCH_DTYPE_MXINT8, .label = "mx" },
+	[TOKENS] = { .dim = 1, .dtype = KVSCRATCH_DTYPE_I32, .label = "tokens" },
+};
+
+#define INPUT_BYTES (24 + 256 + 33 + 4)
+#define STORED_BYTES (24 + 66 + 33 + 4)
+
+FIXTURE(planes) {
+	struct kvscratch *pad;
+	struct kvscratch *writer;
+	const struct kvscratch_view *view;
+};
+
+FIXTURE_SETUP(planes)
+{
+	ASSERT_EQ(0, kvscratch_new_planes(&self->pad, PLANES_ROWS, four_planes, NR_PLANES, "model",
+					  5)) TH_LOG("%s", kvscratch_error());
+	self->view = kvscratch_view(self->pad);
+	ASSERT_NE(NULL, self->view) TH_LOG("%s", kvscratch_error());
+	ASSERT_EQ(0, kvscratch_writer(&self->writer, self->pad)) TH_LOG("%s", kvscratch_error());
+}
+
+FIXTURE_TEARDOWN(planes)
+{
+	kvscratch_close(self->writer);
+	kvscratch_close(self->pad);
+}
+
+/* Row @row of a plane as it is appended, made of @seed */
+static void make_input(uint32_t plane, uint32_t seed, void *row)
+{
+	float *floats = row;
+
+	if (plane != V) {
+		fill_row(row, four_planes[plane].dim * kvscratch_dtype_size(four_planes[plane].dtype) +
+			 (plane == MX), seed * NR_PLANES + plane);
+		return;
+	}
+	for (uint32_t i = 0; i < four_planes[V].dim; i++)
+		floats[i] = (float)(1 + (seed + i) % 60) / 64.0f;
+	/* so that each block has a scale of 1 */
+	floats[0] = floats[32] = 1.0f;
+}
+
+static void make_token(uint32_t seed, uint8_t *token)
+{
+	float floats[64];
+
+	make_input(K, seed, token);
+	make_input(V, seed, floats);
+	memcpy(token + 24, floats, sizeof(floats));
+	make_input(MX, seed, token + 280);
+	make_input(TOKENS, seed, token + 313);
+}
+
+/* What is stored of a token: elements that are 64ths, and scales of 1 */
+static void make_stored(uint32_t seed, uint8_t *stored)
+{
+	float floats[64];
+
+	make_input(K, seed, stored);
+	make_input(V, seed, floats);
+	for (int i = 0; i < 64; i++)
+		stored[24 + i] = (uint8_t)(floats[i] * 64);
+	stored[24 + 64] = stored[24 + 65] = 127;
+	make_input(MX, seed, stored + 90);
+	make_input(TOKENS, seed, stored + 123);
+}
+
+/* Whether a row of a view is what came of @seed */
+static bool plane_row_is(const struct kvscratch_view *view, uint32_t plane, uint32_t row,
+			 uint32_t seed)
+{
+	static const uint32_t begins[] = { 0, 24, 90, 123 };
+	const struct kvscratch_plane *its = &view->planes[plane];
+	const uint8_t *scales = kvscratch_view_plane_scales(view, plane);
+	uint8_t stored[STORED_BYTES];
+
+	make_stored(seed, stored);
+	if (memcmp(kvscratch_view_plane_row(view, plane, row), stored + begins[plane],
+		   its->row_bytes))
+		return false;
+	return !scales || !memcmp(scales + row * its->scales_row_bytes,
+				  stored + begins[plane] + its->row_bytes, its->scales_row_bytes);
+}
+
+static int stage_row(struct kvscratch *writer, uint32_t plane, uint64_t row, uint32_t seed)
+{
+	uint8_t input[256] __attribute__((aligned(8)));
+
+	make_input(plane, seed, input);
+	return kvscratch_stage(writer, plane, row, input, 1);
+}
+
+static int stage_token(struct kvscratch *writer, uint64_t row, uint32_t seed)
+{
+	int err = 0;
+
+	for (uint32_t plane = 0; !err && plane < NR_PLANES; plane++)
+		err = stage_row(writer, plane, row, seed);
+	return err;
+}
+
+TEST_F(planes, tell_what_they_are)
+{
+	struct kvscratch_geometry geometry;
+	struct kvscratch_pad_info info;
+	uint64_t end = 0;
+	char line[64];
+
+	EXPECT_EQ(NR_PLANES, kvscratch_nr_planes(self->pad));
+	EXPECT_EQ(STORED_BYTES, kvscratch_row_bytes(self->pad));
+	EXPECT_EQ(INPUT_BYTES, kvscratch_input_row_bytes(self->pad));
+	EXPECT_EQ(PLANES_ROWS, kvscratch_capacity(self->pad));
+	for (uint32_t i = 0; i < NR_PLANES; i++) {
+		const struct kvscratch_plane *plane = kvscratch_plane(self->pad, i);
+
+		ASSERT_NE(NULL, plane);
+		EXPECT_EQ(four_planes[i].dim, plane->dim);
+		EXPECT_EQ(four_planes[i].dtype, plane->dtype);
+		EXPECT_STREQ(four_planes[i].label, plane->label);
+		EXPECT_EQ(i == V ? F32 : plane->dtype, plane->input_dtype);
+		EXPECT_EQ(end, plane->offset);
+		end += page_bytes();
+		if (plane->scales_row_bytes) {
+			EXPECT_EQ(end, plane->scales_offset);
+			end += page_bytes();
+		}
+		EXPECT_EQ(i, kvscratch_find_plane(self->pad, plane->label));
+	}
+	EXPECT_EQ(NULL, kvscratch_plane(self->pad, NR_PLANES));
+	EXPECT_EQ(EINVAL, errno);
+	EXPECT_STREQ("expected a plane below 4, got 4", kvscratch_error());
+	EXPECT_ERROR(ENOENT, "no plane is called \"k1\"", kvscratch_find_plane(self->pad, "k1"));
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
+	EXPECT_EQ(sizeof(info), info.size);
+	EXPECT_EQ(KVSCRATCH_PAD_WRITER, info.flags);
+	EXPECT_NE(0, info.id);
+	EXPECT_EQ(PLANES_ROWS, info.max_seq_len);
+	EXPECT_EQ(0, info.len);
+	EXPECT_EQ(end, info.status_offset);
+	EXPECT_EQ(end + page_bytes(), info.mapping_bytes);
+	EXPECT_LE(info.mapping_bytes, info.allocated_bytes);
+	EXPECT_EQ(1, info.epoch);
+	EXPECT_EQ(NR_PLANES, info.nr_planes);
+	EXPECT_EQ(STORED_BYTES, info.row_bytes);
+	EXPECT_EQ(INPUT_BYTES, info.input_row_bytes);
+	EXPECT_EQ(0, memcmp(info.tag, "model", 6));
+	EXPECT_TRUE(all_zero(info.tag + 5, sizeof(info.tag) - 5));
+	EXPECT_EQ(40, kvscratch_display(self->pad, line, sizeof(line)));
+	EXPECT_STREQ("Scratchpad(len=0, capacity=12, planes=4)", line);
+	kvscratch_geometry(self->pad, &geometry);
+	EXPECT_EQ(PLANES_ROWS, geometry.max_seq_len);
+	EXPECT_EQ(0, geometry.dim);
+	EXPECT_EQ(0, kvscratch_dim(self->pad));
+}
+
+TEST_F(planes, whole_tokens_are_appended_and_copied)
+{
+	uint8_t tokens[3 * INPUT_BYTES], stored[3 * STORED_BYTES], got[3 * STORED_BYTES];
+
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	for (uint32_t i = 0; i < 3; i++) {
+		make_token(i, tokens + i * INPUT_BYTES);
+		make_stored(i, stored + i * STORED_BYTES);
+	}
+	EXPECT_EQ(0, kvscratch_append_tokens(self->pad, tokens, 0, INPUT_BYTES));
+	EXPECT_ERROR(EINVAL, "shape mismatch: expected tokens of 317 bytes, got 316",
+		     kvscratch_append_tokens(self->pad, tokens, 1, INPUT_BYTES - 1));
+	ASSERT_EQ(0, kvscratch_append_tokens(self->pad, tokens, 3, INPUT_BYTES))
+		TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(3, kvscratch_len(self->pad));
+	for (uint32_t row = 0; row < 3; row++)
+		for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+			EXPECT_TRUE(plane_row_is(self->view, plane, row, row));
+	ASSERT_EQ(0, kvscratch_copy_rows(self->pad, 0, 3, got));
+	EXPECT_EQ(0, memcmp(stored, got, sizeof(got)));
+	ASSERT_EQ(0, kvscratch_copy_plane_rows(self->pad, V, 1, 2, got));
+	EXPECT_EQ(0, memcmp(stored + STORED_BYTES + 24, got, 66));
+	EXPECT_EQ(0, memcmp(stored + 2 * STORED_BYTES + 24, got + 66, 66));
+	EXPECT_ERROR(EINVAL, "expected rows below 3, got 1 from 3 on",
+		     kvscratch_copy_plane_rows(self->pad, V, 3, 1, got));
+	EXPECT_ERROR(EINVAL, "expected a plane below 4, got 4",
+		     kvscratch_copy_plane_rows(self->pad, NR_PLANES, 0, 1, got));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 3 + 10 > 12 max",
+		     kvscratch_append_tokens(self->pad, tokens, 10, INPUT_BYTES));
+	/* element 5 of the second plane of the last token */
+	memcpy(tokens + 2 * INPUT_BYTES + 24 + 20, &(float){ __builtin_nanf("") }, 4);
+	EXPECT_ERROR(EDOM, "cannot append: a NaN or an infinity has no integer",
+		     kvscratch_append_tokens(self->pad, tokens, 3, INPUT_BYTES));
+	EXPECT_EQ(3, kvscratch_len(self->pad));
+}
+
+TEST_F(planes, are_not_for_calls_of_one_plane)
+{
+	static const char words[] = "expected a pad of one plane, got one of 4";
+	const struct kvscratch_named_pad named = { "pad", self->pad };
+	struct kvscratch_tensor tensor;
+	struct kvscratch_info info;
+
+	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_append(self->pad, &info, 6));
+	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_append_rows(self->pad, &info, 0, 6));
+	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_as_tensor(self->pad, &tensor));
+	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_info(self->pad, &info));
+	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_save("a.npy", &named, 1, NULL, NULL));
+}
+
+TEST_F(planes, staged_rows_are_there_and_not_committed)
+{
+	struct kvscratch_tensor tensor;
+
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
+		ASSERT_EQ(0, stage_row(self->writer, plane, 0, 5)) TH_LOG("%s", kvscratch_error());
+		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 5));
+		EXPECT_EQ(0, kvscratch_len(self->pad));
+	}
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(1, kvscratch_len(self->pad));
+	ASSERT_EQ(0, kvscratch_plane_tensor(self->pad, V, &tensor));
+	EXPECT_EQ(1, tensor.len);
+	EXPECT_EQ(64, tensor.dim);
+	EXPECT_EQ(KVSCRATCH_DTYPE_MXINT8, tensor.dtype);
+	EXPECT_EQ(kvscratch_view_plane_row(self->view, V, 0), tensor.data);
+	EXPECT_EQ(kvscratch_view_plane_scales(self->view, V), tensor.scales);
+	EXPECT_EQ(1, kvscratch_view_valid_rows(self->view, tensor.state));
+	ASSERT_EQ(0, kvscratch_plane_tensor(self->pad, K, &tensor));
+	EXPECT_EQ(NULL, tensor.scales);
+	EXPECT_ERROR(EINVAL, "expected a plane below 4, got 4",
+		     kvscratch_plane_tensor(self->pad, NR_PLANES, &tensor));
+}
+
+/* Drafts are staged, the accepted ones committed, and no generation moves. */
+TEST_F(planes, what_is_staged_beyond_is_dropped)
+{
+	for (uint32_t row = 0; row < 4; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 2));
+	EXPECT_EQ(2, kvscratch_view_state(self->view));
+	EXPECT_ERROR(EINVAL, "expected a len from 2, the committed rows, to what every plane has "
+		     "staged, got 3", kvscratch_commit(self->writer, 3));
+	/* they lie there */
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		ASSERT_EQ(0, kvscratch_keep(self->writer, plane, 2, 1)) TH_LOG("%s", kvscratch_error());
+	EXPECT_ERROR(EINVAL, "plane 0 (k0): expected rows that the writer stored as a whole, from 2 "
+		     "to what is staged on, got 3 from 2 on", kvscratch_keep(self->writer, K, 2, 3));
+	ASSERT_EQ(0, stage_token(self->writer, 3, 9));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 4));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		for (uint32_t row = 0; row < 4; row++)
+			EXPECT_TRUE(plane_row_is(self->view, plane, row, row == 3 ? 9 : row));
+	EXPECT_EQ(4, kvscratch_view_state(self->view));
+}
+
+TEST_F(planes, values_that_do_not_fit)
+{
+	uint8_t input[256] __attribute__((aligned(8)));
+	float nan[64] = { 1, __builtin_nanf("") };
+
+	ASSERT_EQ(0, stage_token(self->writer, 0, 0));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	EXPECT_ERROR(EINVAL, "expected a plane below 4, got 4",
+		     kvscratch_stage(self->writer, NR_PLANES, 1, input, 1));
+	EXPECT_ERROR(EINVAL, "expected a plane below 4, got 4",
+		     kvscratch_keep(self->writer, NR_PLANES, 1, 1));
+	EXPECT_ERROR(EINVAL, "plane 0 (k0): expected a row from 1, the committed ones, to what is "
+		     "staged, got 0", kvscratch_stage(self->writer, K, 0, input, 1));
+	EXPECT_ERROR(EINVAL, "plane 0 (k0): expected a row from 1, the committed ones, to what is "
+		     "staged, got 2", kvscratch_stage(self->writer, K, 2, input, 1));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 1 + 12 > 12 max",
+		     kvscratch_stage(self->writer, K, 1, input, 12));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 1 + 18446744073709551615 > 12 max",
+		     kvscratch_stage(self->writer, K, 1, input, UINT64_MAX));
+	EXPECT_ERROR(EINVAL, "expected a len from 1, the committed rows, to what every plane has "
+		     "staged, got 0", kvscratch_commit(self->writer, 0));
+	ASSERT_EQ(0, stage_row(self->writer, V, 1, 3));
+	EXPECT_ERROR(EDOM, "cannot stage rows: a NaN or an infinity has no integer",
+		     kvscratch_stage(self->writer, V, 1, nan, 1));
+	/* up to where it began */
+	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, V, 1, 1));
+	EXPECT_EQ(0, kvscratch_keep(self->writer, V, 1, 0));
+	EXPECT_EQ(0, kvscratch_stage(self->writer, K, 1, input, 0));
+	EXPECT_ERROR(EFAULT, "cannot stage rows: Bad address",
+		     kvscratch_stage(self->writer, K, 1, (void *)8, 1));
+}
+
+TEST_F(planes, a_writer_is_the_only_one)
+{
+	uint8_t token[INPUT_BYTES];
+	struct kvscratch *second, *reader;
+
+	make_token(1, token);
+	EXPECT_EQ(O_WRONLY, kvscratch_access(self->writer));
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_copy_rows(self->writer, 0, 0, token));
+	EXPECT_ERROR(EBUSY, "cannot append: another handle is the pad's writer",
+		     kvscratch_append_tokens(self->pad, token, 1, INPUT_BYTES));
+	EXPECT_ERROR(EBUSY, "cannot truncate: another handle is the pad's writer",
+		     kvscratch_truncate(self->pad, 0, 0));
+	EXPECT_ERROR(EBUSY, "cannot seal the pad: another handle is the pad's writer",
+		     kvscratch_seal(self->pad));
+	EXPECT_ERROR(EBUSY, "cannot become the writer: another handle is the pad's writer",
+		     kvscratch_writer(&second, self->pad));
+	EXPECT_ERROR(EBUSY, "cannot become the writer: another handle is the pad's writer",
+		     kvscratch_writer(&second, self->writer));
+	EXPECT_ERROR(ENOLCK, "cannot stage rows: the handle is not the pad's writer",
+		     stage_row(self->pad, K, 0, 1));
+	EXPECT_ERROR(ENOLCK, "cannot keep rows: the handle is not the pad's writer",
+		     kvscratch_keep(self->pad, K, 0, 0));
+	EXPECT_ERROR(ENOLCK, "cannot commit: the handle is not the pad's writer",
+		     kvscratch_commit(self->pad, 0));
+	/* its own appends and truncates drop what is staged */
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	ASSERT_EQ(0, kvscratch_append_tokens(self->writer, token, 1, INPUT_BYTES));
+	EXPECT_EQ(-EINVAL, kvscratch_commit(self->writer, 2));
+	EXPECT_EQ(1, kvscratch_len(self->writer));
+	ASSERT_EQ(0, stage_token(self->writer, 1, 1));
+	ASSERT_EQ(0, kvscratch_truncate(self->writer, 0, 0));
+	EXPECT_EQ(-EINVAL, kvscratch_commit(self->writer, 1));
+	ASSERT_EQ(0, kvscratch_open(&reader, self->pad, O_RDONLY));
+	EXPECT_ERROR(EBADF, "expected a handle open for write, got one for read only",
+		     kvscratch_takeover(&second, reader));
+	EXPECT_EQ(-EBADF, kvscratch_stage(reader, K, 0, token, 1));
+	EXPECT_EQ(-EBADF, kvscratch_commit(reader, 0));
+	EXPECT_EQ(-EBADF, kvscratch_seal(reader));
+	kvscratch_close(reader);
+}
+
+TEST_F(planes, the_role_ends_with_the_object)
+{
+	struct kvscratch_pad_info info;
+	uint8_t token[INPUT_BYTES];
+
+	make_token(1, token);
+	EXPECT_EQ(1, kvscratch_view_epoch(self->view));
+	EXPECT_TRUE(kvscratch_view_has_writer(self->view));
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	EXPECT_FALSE(kvscratch_view_has_writer(self->view));
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
+	EXPECT_EQ(0, info.flags);
+	EXPECT_EQ(1, info.epoch);
+	ASSERT_EQ(0, kvscratch_append_tokens(self->pad, token, 1, INPUT_BYTES));
+	ASSERT_EQ(0, kvscratch_writer(&self->writer, self->pad));
+	EXPECT_EQ(2, kvscratch_view_epoch(self->view));
+	/* what was staged is not, and what was appended is whole for no other writer */
+	EXPECT_EQ(-EINVAL, kvscratch_commit(self->writer, 2));
+	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 1, 1));
+}
+
+TEST_F(planes, who_was_taken_over_is_stale)
+{
+	uint8_t token[INPUT_BYTES];
+	struct kvscratch *second;
+
+	make_token(1, token);
+	ASSERT_EQ(0, stage_token(self->writer, 0, 7));
+	ASSERT_EQ(0, kvscratch_takeover(&second, self->pad)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(2, kvscratch_view_epoch(self->view));
+	EXPECT_ERROR(ESTALE, "cannot commit: another handle took over as the pad's writer",
+		     kvscratch_commit(self->writer, 1));
+	EXPECT_EQ(-ESTALE, stage_row(self->writer, K, 0, 1));
+	EXPECT_EQ(-ESTALE, kvscratch_keep(self->writer, K, 0, 0));
+	EXPECT_EQ(-ESTALE, kvscratch_truncate(self->writer, 0, 0));
+	EXPECT_EQ(-ESTALE, kvscratch_append_tokens(self->writer, token, 1, INPUT_BYTES));
+	EXPECT_EQ(-ESTALE, kvscratch_seal(self->writer));
+	EXPECT_EQ(-EINVAL, kvscratch_commit(second, 1));
+	ASSERT_EQ(0, stage_token(second, 0, 8));
+	/* which is not the end of the other's role */
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	EXPECT_TRUE(kvscratch_view_has_writer(self->view));
+	EXPECT_EQ(-EBUSY, kvscratch_truncate(self->pad, 0, 0));
+	ASSERT_EQ(0, kvscratch_commit(second, 1));
+	EXPECT_TRUE(plane_row_is(self->view, V, 0, 8));
+	kvscratch_close(second);
+}
+
+/* By the death of its process, in the middle of a token */
+TEST_F(planes, a_writer_that_is_killed)
+{
+	struct kvscratch_pad_info info;
+	struct child child;
+
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	if (start_child(&child)) {
+		struct kvscratch *writer;
+
+		CHILD_CHECK(!kvscratch_writer(&writer, self->pad));
+		CHILD_CHECK(!stage_token(writer, 0, 1) && !kvscratch_commit(writer, 1));
+		CHILD_CHECK(!stage_row(writer, K, 1, 2));
+		say(child.line);
+		hear(child.line);
+		_exit(0);
+	}
+	ASSERT_TRUE(hear(child.line));
+	EXPECT_EQ(-EBUSY, kvscratch_truncate(self->pad, 0, 0));
+	ASSERT_EQ(0, kill(child.pid, SIGKILL));
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
+	EXPECT_EQ(0, info.flags);
+	EXPECT_EQ(1, info.len);
+	ASSERT_EQ(0, kvscratch_writer(&self->writer, self->pad)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(3, kvscratch_view_epoch(self->view));
+	EXPECT_EQ(-EINVAL, kvscratch_commit(self->writer, 2));
+	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 1, 1));
+	ASSERT_EQ(0, stage_token(self->writer, 1, 3));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 2));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
+		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 1));
+		EXPECT_TRUE(plane_row_is(self->view, plane, 1, 3));
+	}
+}
+
+/* One that is stopped between two layers wakes up too late. */
+TEST_F(planes, a_writer_that_hangs_is_taken_over)
+{
+	struct child child;
+
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	if (start_child(&child)) {
+		struct kvscratch *writer;
+
+		CHILD_CHECK(!kvscratch_writer(&writer, self->pad));
+		CHILD_CHECK(!stage_row(writer, K, 0, 2));
+		say(child.line);
+		CHILD_CHECK(hear(child.line));
+		CHILD_CHECK(stage_row(writer, V, 0, 2) == -ESTALE);
+		CHILD_CHECK(kvscratch_commit(writer, 1) == -ESTALE);
+		_exit(0);
+	}
+	ASSERT_TRUE(hear(child.line));
+	ASSERT_EQ(0, kvscratch_takeover(&self->writer, self->pad));
+	ASSERT_EQ(0, stage_token(self->writer, 0, 4));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	ASSERT_TRUE(say(child.line));
+	EXPECT_EQ(0, end_child(&child));
+	EXPECT_EQ(1, kvscratch_len(self->pad));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 4));
+}
+
+/* The open file is the writer, and a child has it as well. */
+TEST_F(planes, a_forked_child_keeps_the_role)
+{
+	struct child child;
+
+	if (start_child(&child)) {
+		CHILD_CHECK(!stage_token(self->writer, 0, 1));
+		say(child.line);
+		CHILD_CHECK(hear(child.line));
+		CHILD_CHECK(!kvscratch_commit(self->writer, 2));
+		kvscratch_close(self->writer);
+		say(child.line);
+		hear(child.line);
+		_exit(0);
+	}
+	ASSERT_TRUE(hear(child.line));
+	ASSERT_EQ(0, stage_token(self->writer, 1, 2));
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	EXPECT_EQ(-EBUSY, kvscratch_truncate(self->pad, 0, 0));
+	EXPECT_TRUE(kvscratch_view_has_writer(self->view));
+	ASSERT_TRUE(say(child.line));
+	ASSERT_TRUE(hear(child.line));
+	EXPECT_EQ(2, kvscratch_len(self->pad));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 0, 0));
+	EXPECT_EQ(0, end_child(&child));
+}
+
+TEST_F(planes, a_sealed_pad_is_final)
+{
+	uint8_t token[INPUT_BYTES];
+	struct kvscratch_pad_info info;
+	struct kvscratch *second;
+
+	make_token(1, token);
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	ASSERT_EQ(0, stage_token(self->writer, 1, 1));
+	EXPECT_FALSE(kvscratch_view_is_sealed(self->view));
+	ASSERT_EQ(0, kvscratch_seal(self->writer));
+	EXPECT_TRUE(kvscratch_view_is_sealed(self->view));
+	EXPECT_EQ(0, kvscratch_seal(self->writer));
+	EXPECT_EQ(0, kvscratch_seal(self->pad));
+	EXPECT_ERROR(EROFS, "cannot commit: the pad is sealed", kvscratch_commit(self->writer, 2));
+	EXPECT_EQ(-EROFS, stage_row(self->writer, K, 1, 1));
+	EXPECT_EQ(-EROFS, kvscratch_append_tokens(self->pad, token, 1, INPUT_BYTES));
+	EXPECT_EQ(-EROFS, kvscratch_truncate(self->writer, 0, 0));
+	EXPECT_EQ(-EROFS, kvscratch_takeover(&second, self->pad));
+	EXPECT_EQ(-EROFS, kvscratch_writer(&second, self->pad));
+	EXPECT_ERROR(EROFS, "the pad is sealed: there is nothing to wait for",
+		     kvscratch_wait(self->pad, 1, -1));
+	EXPECT_EQ(0, kvscratch_wait(self->pad, 0, -1));
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
+	EXPECT_EQ(1, info.len);
+	EXPECT_EQ(KVSCRATCH_PAD_SEALED, info.flags & KVSCRATCH_PAD_SEALED);
+	/* which ends the role and not the seal */
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	EXPECT_TRUE(kvscratch_view_is_sealed(self->view));
+	EXPECT_FALSE(kvscratch_view_has_writer(self->view));
+}
+
+TEST_F(planes, a_truncate_with_an_expectation)
+{
+	struct kvscratch_pad_info info;
+
+	for (uint32_t row = 0; row < 3; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 3));
+	EXPECT_ERROR(ECANCELED, "expected generation 1 and 3 rows, found 0 and 3",
+		     kvscratch_truncate_if(self->writer, 2, 0, 1, 3));
+	EXPECT_ERROR(ECANCELED, "expected generation 0 and 2 rows, found 0 and 3",
+		     kvscratch_truncate_if(self->writer, 2, 0, 0, 2));
+	EXPECT_ERROR(EINVAL, "expected at most 3, the committed rows, got 4",
+		     kvscratch_truncate_if(self->writer, 4, 0, 0, 3));
+	EXPECT_ERROR(EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x4",
+		     kvscratch_truncate(self->writer, 2, 4));
+	EXPECT_EQ(3, kvscratch_view_state(self->view));
+	ASSERT_EQ(0, kvscratch_truncate_if(self->writer, 2, KVSCRATCH_TRUNCATE_ZERO, 0, 3));
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
+	EXPECT_EQ(2, info.len);
+	EXPECT_EQ(1, info.generation);
+	EXPECT_EQ(2, info.trunc_len);
+	EXPECT_EQ(1, self->view->status->generation);
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 2),
+				     self->view->planes[plane].row_bytes));
+	/* no more is whole */
+	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 2, 1));
+}
+
+/* An engine brings the address. */
+TEST_F(planes, one_is_mapped_where_the_caller_wants_it)
+{
+	const size_t bytes = 3 * page_bytes();
+	char *room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *middle = room + page_bytes();
+	char words[64];
+	unsigned char there;
+
+	ASSERT_NE(MAP_FAILED, room);
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	ASSERT_EQ(0, kvscratch_map_plane(self->pad, K, middle)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(0, mincore(middle, page_bytes(), &there));
+	EXPECT_EQ(1, there & 1);
+	EXPECT_EQ(0, memcmp(middle, kvscratch_view_plane_row(self->view, K, 0), 24));
+	ASSERT_EQ(0, stage_token(self->writer, 0, 2));
+	EXPECT_EQ(0, memcmp(middle, kvscratch_view_plane_row(self->view, K, 0), 24));
+	if (kept("immutable-rows"))
+		EXPECT_NE(0, mprotect(middle, page_bytes(), PROT_READ | PROT_WRITE));
+	snprintf(words, sizeof(words), "expected the address of a page, got %p", middle + 8);
+	EXPECT_ERROR(EINVAL, words, kvscratch_map_plane(self->pad, K, middle + 8));
+	EXPECT_EQ(-EINVAL, kvscratch_map_plane(self->pad, K, NULL));
+	EXPECT_ERROR(EINVAL, "expected a plane below 4, got 9",
+		     kvscratch_map_plane(self->pad, 9, middle));
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_map_plane(self->writer, K, middle));
+	/* it outlives the object */
+	kvscratch_close(self->writer);
+	kvscratch_close(self->pad);
+	self->writer = self->pad = NULL;
+	EXPECT_FALSE(all_zero(middle, 24));
+	EXPECT_EQ(0, munmap(room, bytes));
+}
+
+TEST_F(planes, another_handle_has_no_more_rights)
+{
+	struct kvscratch *reader, *other;
+	char words[100];
+
+	ASSERT_EQ(0, kvscratch_open(&reader, self->pad, O_RDONLY));
+	EXPECT_EQ(O_RDONLY, kvscratch_access(reader));
+	EXPECT_EQ(NR_PLANES, kvscratch_nr_planes(reader));
+	EXPECT_EQ(V, kvscratch_find_plane(reader, "v0"));
+	snprintf(words, sizeof(words), "descriptor %d: expected it open for no less than is asked "
+		 "for, got read only", kvscratch_fd(reader));
+	EXPECT_ERROR(EACCES, words, kvscratch_open(&other, reader, O_RDWR));
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	EXPECT_EQ(1, kvscratch_len(reader));
+	EXPECT_EQ(-EACCES, kvscratch_open(&other, self->writer, O_RDONLY));
+	ASSERT_EQ(0, kvscratch_open(&other, self->pad, O_RDWR));
+	EXPECT_EQ(-EBUSY, kvscratch_truncate(other, 0, 0));
+	kvscratch_close(other);
+	kvscratch_close(reader);
+}
+
+/* What kept("poll") is about */
+TEST_F(planes, what_poll_is_told)
+{
+	struct pollfd polled = { .fd = kvscratch_fd(self->pad), .events = POLLIN };
+
+	if (!kept("poll")) {
+		EXPECT_ERROR(EOPNOTSUPP, "a memfd is always ready for poll(): kvscratch_wait() waits",
+			     kvscratch_seen(self->pad, 0));
+		return;
+	}
+	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
+	EXPECT_EQ(0, poll(&polled, 1, 0));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	EXPECT_EQ(1, poll(&polled, 1, 0));
+	ASSERT_EQ(0, kvscratch_seen(self->pad, kvscratch_view_state(self->view)));
+	EXPECT_EQ(0, poll(&polled, 1, 0));
+	EXPECT_ERROR(EINVAL, "cannot tell poll() what was seen: a value that the pad or the format "
+		     "does not allow", kvscratch_seen(self->pad, PLANES_ROWS + 1));
+}
+
+TEST(planes_that_are_refused)
+{
+	static const struct kvscratch_plane good = { .dim = 4, .dtype = F32, .label = "k" };
+	struct kvscratch_plane planes[3] = { good, good, good };
+	uint8_t tag[KVSCRATCH_TAG_BYTES + 1] = { 0 };
+	struct kvscratch *pad;
+
+	EXPECT_ERROR(EINVAL, "planes: expected 1 to 4096, got 0",
+		     kvscratch_new_planes(&pad, 8, planes, 0, NULL, 0));
+	EXPECT_ERROR(EINVAL, "planes: expected 1 to 4096, got 4097",
+		     kvscratch_new_planes(&pad, 8, planes, 4097, NULL, 0));
+	EXPECT_ERROR(EINVAL, "tag: expected at most 64 bytes, got 65",
+		     kvscratch_new_planes(&pad, 8, planes, 3, tag, sizeof(tag)));
+	EXPECT_ERROR(EINVAL, "plane 0: max_seq_len: expected 1 to 4294967295 rows, got 0",
+		     kvscratch_new_planes(&pad, 0, planes, 3, NULL, 0));
+	planes[2].dtype = 99;
+	EXPECT_ERROR(EINVAL, "plane 2: dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 u8 and "
+		     "mxint8, got number 99", kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	planes[2] = good;
+	memset(planes[1].label, 'v', KVSCRATCH_LABEL_BYTES);
+	EXPECT_ERROR(EINVAL, "plane 1: label: expected at most 15 bytes, got \"vvvvvvvvvvvvvvvv\" "
+		     "without its end", kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	planes[1] = good;
+	for (int i = 0; i < 3; i++)
+		planes[i].dim = KVSCRATCH_MAX_ROW_BYTES / 4 / 2;
+	EXPECT_ERROR(EINVAL, "planes: expected tokens of at most 16777216 bytes over all of them, as "
+		     "stored and as appended, got more",
+		     kvscratch_new_planes(&pad, 1, planes, 3, NULL, 0));
+	for (int i = 0; i < 3; i++)
+		planes[i].dim = 4;
+	/* those of another pad, output and all, with labels that are not unique */
+	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	EXPECT_ERROR(ENOTUNIQ, "expected one plane called \"k\", got planes 0 and 1",
+		     kvscratch_find_plane(pad, "k"));
+	memcpy(planes, kvscratch_plane(pad, 0), sizeof(planes));
+	kvscratch_close(pad);
+	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	kvscratch_close(pad);
+	EXPECT_ERROR(EDQUOT, "cannot create a pad of 4294967295 rows over 3 planes: larger than the "
+		     "module's limits allow", kvscratch_new_planes(&pad, UINT32_MAX, planes, 3, NULL,
+								    0));
+}
+
+/* As many as there can be */
+TEST(four_thousand_planes)
+{
+	struct kvscratch_plane *planes = calloc(KVSCRATCH_MAX_PLANES, sizeof(*planes));
+	uint16_t *token = calloc(KVSCRATCH_MAX_PLANES, sizeof(*token));
+	struct kvscratch_tensor tensor;
+	struct kvscratch *pad, *other, *writer;
+
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++) {
+		planes[i].dim = 1;
+		planes[i].dtype = KVSCRATCH_DTYPE_I16;
+		snprintf(planes[i].label, sizeof(planes[i].label), "p%u", i);
+		token[i] = i;
+	}
+	ASSERT_EQ(0, kvscratch_new_planes(&pad, 2, planes, KVSCRATCH_MAX_PLANES, NULL, 0))
+		TH_LOG("%s", kvscratch_error());
+	ASSERT_EQ(0, kvscratch_append_tokens(pad, token, 1, KVSCRATCH_MAX_PLANES * 2));
+	ASSERT_EQ(0, kvscratch_open(&other, pad, O_RDWR)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(4095, kvscratch_find_plane(other, "p4095"));
+	ASSERT_EQ(0, kvscratch_plane_tensor(other, 4095, &tensor));
+	EXPECT_EQ(4095, *(const uint16_t *)tensor.data);
+	ASSERT_EQ(0, kvscratch_writer(&writer, other));
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++)
+		ASSERT_EQ(0, kvscratch_stage(writer, i, 1, &token[4095 - i], 1));
+	ASSERT_EQ(0, kvscratch_commit(writer, 2));
+	ASSERT_EQ(0, kvscratch_plane_tensor(pad, 1, &tensor));
+	EXPECT_EQ(2, tensor.len);
+	EXPECT_EQ(4094, ((const uint16_t *)tensor.data)[1]);
+	kvscratch_close(writer);
+	kvscratch_close(other);
+	kvscratch_close(pad);
+	free(planes);
+	free(token);
 }
 
 TEST(a_pad_larger_than_the_machine)
