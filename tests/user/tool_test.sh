@@ -136,10 +136,10 @@ life()
 	run sh -c 'kvscratchctl info --json | grep -o "\"backend\": \"[a-z]*\", \"promises\": {\"whole-appends\": true,"'
 	expect "the backend in JSON" 0 "\"backend\": \"$backend\", \"promises\": {\"whole-appends\": true,"
 	run sh -c 'kvscratchctl info --json | grep -o ": true" | wc -l; kvscratchctl info | sed -n "s/^$1 keeps: //p" | wc -w; kvscratchctl info | grep -c "^$1 does not keep [a-z-]*: "' sh "$backend"
-	[ "$kept" != 11 ] || status=0
+	[ "$kept" != 13 ] || status=0
 	expect "the promises of the backend" 0 "$kept
 $kept
-$((11 - kept))"
+$((13 - kept))"
 	run kvscratchctl dump
 	expect "dump as text" 0 "1 2 3 4
 -0.5 0.100000001 inf nan
@@ -771,8 +771,8 @@ echo 0 >count
 backend=$(kvscratchctl create --max-seq-len 1 --dim 1 -- kvscratchctl info --json |
 	sed 's/.*"backend": "\([a-z]*\)".*/\1/')
 case $backend in
-kernel) kept=11 ;;
-memfd) kept=5 ;;
+kernel) kept=13 ;;
+memfd) kept=6 ;;
 *)
 	echo "Bail out! expected kvscratchctl info to name a backend, got \"$backend\""
 	exit 1

@@ -13,7 +13,9 @@
 #define ZERO_COPY	"zero-copy-views", "views are contiguous, live and without a copy"
 #define LIFETIME	"lifetime", "a pad lives exactly as long as somebody holds it"
 #define ACCOUNTED	"accounted", "memory is charged to the cgroup of the creator"
-#define IMMUTABLE	"immutable-rows", "committed rows do not change until a truncate"
+#define ONE_WRITER	"one-writer", "while a pad has a writer nobody else changes it"
+#define FENCED		"fenced-takeover", "a takeover waits for nobody, and nothing of the old writer lands after it"
+#define IMMUTABLE	"immutable-rows", "committed rows do not change until a truncate, those of a sealed pad never"
 #define READ_ONLY	"read-only-handles", "who was given a handle for reading cannot write"
 #define NO_ALLOCATION	"no-allocation", "an append allocates no memory"
 #define FAULTLESS	"faultless-views", "reading a mapped view takes no page fault"
@@ -26,6 +28,8 @@ static const struct kvscratch_promise kernel_promises[] = {
 	KEPT(ZERO_COPY),
 	KEPT(LIFETIME),
 	KEPT(ACCOUNTED),
+	KEPT(ONE_WRITER),
+	KEPT(FENCED),
 	KEPT(IMMUTABLE),
 	KEPT(READ_ONLY),
 	KEPT(NO_ALLOCATION),
@@ -42,6 +46,8 @@ static const struct kvscratch_promise memfd_promises[] = {
 	KEPT(ZERO_COPY),
 	KEPT(LIFETIME),
 	KEPT(ACCOUNTED),
+	KEPT(ONE_WRITER),
+	NOT_KEPT(FENCED, "a takeover waits for the end of the call that the old writer is in"),
 	NOT_KEPT(IMMUTABLE, "whoever can write can overwrite any row, outside the library"),
 	NOT_KEPT(READ_ONLY, "the same user can open the memfd again for writing through /proc; any reader can lock it"),
 	NOT_KEPT(NO_ALLOCATION, "a page that was swapped out has to be read back"),

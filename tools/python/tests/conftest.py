@@ -11,13 +11,13 @@ import pytest
 import kvscratch
 
 PROMISES = {"whole-appends", "no-torn-rows", "zero-copy-views", "lifetime", "accounted",
-            "immutable-rows", "read-only-handles", "no-allocation", "faultless-views", "bounded",
-            "poll"}
+            "one-writer", "fenced-takeover", "immutable-rows", "read-only-handles",
+            "no-allocation", "faultless-views", "bounded", "poll"}
 
 # The one place where a test looks up what to expect of a backend, with the next
 HELD = {
     "kernel": PROMISES,
-    "memfd": PROMISES - {"immutable-rows", "read-only-handles", "no-allocation",
+    "memfd": PROMISES - {"fenced-takeover", "immutable-rows", "read-only-handles", "no-allocation",
                          "faultless-views", "bounded", "poll"},
 }
 
