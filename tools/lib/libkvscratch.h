@@ -484,7 +484,7 @@ int kvscratch_copy_plane_rows(struct kvscratch *pad, uint32_t plane, uint64_t fi
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 
 /*
- * Tell poll() on kvscratch_fd() that @state was seen: it reports EPOLLIN while the pad has
+ * Tell poll() on kvscratch_fd() that @state was seen: it reports POLLIN while the pad has
  * another one. EOPNOTSUPP for a memfd, which is always ready.
  */
 int kvscratch_seen(struct kvscratch *pad, uint64_t state);
