@@ -67,7 +67,7 @@ struct options {
  * @input_dtype: their type, as appended
  * @row_bytes: bytes per row, as stored, scales included
  * @pad: the pad, or NULL
- * @handle: the descriptor that we got for it, or -1
+ * @handle: the descriptor that we got for it, which becomes that of the pad, or -1
  * @view: the mapped pad
  * @generation: that of the rows; what another one has came from somebody else
  * @kept: rows that a pad had that was taken over
@@ -373,9 +373,10 @@ static int parse_options(struct options *options, int argc, char **argv)
 
 /* Cache */
 
-static int fail_pad(const struct store *store, const char *what, int err)
+/* What the library says of the call that failed just now */
+static int fail_pad(const struct store *store)
 {
-	return fail(EXIT_PADS, "%s: cannot %s: %s", store->name, what, kvscratch_strerror(err));
+	return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
 }
 
 static struct store *store_of(struct llama2_rows *rows)
@@ -414,11 +415,10 @@ static int append_heap_mxint8(struct llama2_rows *rows, const void *row)
 static int append_pad(struct llama2_rows *rows, const void *row)
 {
 	struct store *store = store_of(rows);
-	int err = kvscratch_append(store->pad, row, store->dim);
 	uint64_t state;
 
-	if (err)
-		return fail_pad(store, "append", err);
+	if (kvscratch_append(store->pad, row, store->dim))
+		return fail_pad(store);
 	state = kvscratch_view_state(store->view);
 	/* two names of one pad, or a predecessor that still writes */
 	if (kvscratch_state_len(state) != rows->len + 1 ||
@@ -489,7 +489,7 @@ static void close_cache(struct cache *cache)
 		struct store *store = &cache->stores[i];
 
 		kvscratch_close(store->pad);
-		if (store->handle >= 0)
+		if (!store->pad && store->handle >= 0)
 			close(store->handle);
 		free(store->heap);
 	}
@@ -525,7 +525,7 @@ static int map_pad(struct store *store)
 	struct kvscratch_tensor tensor;
 
 	if (kvscratch_as_tensor(store->pad, &tensor))
-		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
+		return fail_pad(store);
 	store->view = kvscratch_view(store->pad);
 	store->generation = kvscratch_state_generation(tensor.state);
 	store->rows.data = tensor.data;
@@ -561,10 +561,8 @@ static int create_pads(struct cache *cache)
 
 static int truncate_pad(struct store *store, uint32_t len)
 {
-	int err = kvscratch_truncate(store->pad, len, 0);
-
-	if (err)
-		return fail_pad(store, "truncate", err);
+	if (kvscratch_truncate(store->pad, len, 0))
+		return fail_pad(store);
 	store->rows.len = len;
 	store->generation++;
 	return 0;
@@ -608,9 +606,9 @@ static int check_geometry(const struct cache *cache, const struct store *store)
 		    dtype_name(got.dtype), dtype_name(got.input_dtype));
 }
 
-static int check_access(const struct store *store, int flags)
+static int check_access(const struct store *store)
 {
-	int access = flags & O_ACCMODE;
+	int access = kvscratch_access(store->pad);
 
 	if (access == O_RDWR)
 		return 0;
@@ -618,22 +616,13 @@ static int check_access(const struct store *store, int flags)
 		    store->handle, store->name, access == O_RDONLY ? "read" : "write");
 }
 
-/* Take the descriptor of @store, a duplicate of which goes into the pad object. */
 static int inherit_handle(const struct cache *cache, struct store *store)
 {
-	int flags = fcntl(store->handle, F_GETFL);
-	int fd = fcntl(store->handle, F_DUPFD_CLOEXEC, FIRST_FREE_FD);
 	int err;
 
-	if (fd < 0)
-		return fail(EXIT_PADS, "handle %d (%s): %s", store->handle, store->name,
-			    kvscratch_strerror(-errno));
-	if (kvscratch_from_fd(&store->pad, fd)) {
-		close(fd);
-		return fail(EXIT_PADS, "handle %d (%s): %s", store->handle, store->name,
-			    kvscratch_error());
-	}
-	err = check_access(store, flags);
+	if (kvscratch_from_fd(&store->pad, store->handle))
+		return fail_pad(store);
+	err = check_access(store);
 	if (!err)
 		err = check_geometry(cache, store);
 	return err ? err : map_pad(store);
@@ -957,8 +946,7 @@ static unsigned int open_readers(const struct cache *cache, int *fds)
 	for (unsigned int i = 0; i < cache->count; i++) {
 		fds[i] = kvscratch_open_reader(cache->stores[i].pad);
 		if (fds[i] < 0) {
-			fail(EXIT_PADS, "%s: cannot open a handle for a reader: %s",
-			     cache->stores[i].name, kvscratch_strerror(fds[i]));
+			fail_pad(&cache->stores[i]);
 			return i;
 		}
 	}
@@ -978,8 +966,7 @@ static bool pass_handles(const struct cache *cache, int sock)
 	if (opened == cache->count) {
 		err = kvscratch_send_handles(sock, names, fds, cache->count);
 		if (err)
-			fail(EXIT_SYSTEM, "cannot pass the handles to a reader: %s",
-			     strerror(-err));
+			fail(EXIT_SYSTEM, "a reader: %s", kvscratch_error());
 	}
 	while (opened--)
 		close(fds[opened]);

@@ -10,7 +10,9 @@ import math
 import os
 import pathlib
 import random
+import re
 import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -469,6 +471,95 @@ def no_device():
     expect(done.returncode == 2 and b"is the module loaded?; --cache heap works" in done.stderr,
            f"exit {done.returncode}: {done.stderr!r}")
     return None
+
+
+class Gated:
+    """A kvdecode with pads of its own that listens, and waits before its first step."""
+
+    def __init__(self, directory, *prefix):
+        self.path, self.gate = f"{directory}/sock", f"{directory}/gate"
+        os.mkfifo(self.gate)
+        # the leak detector wants /proc, at the end
+        options = os.environ.get("ASAN_OPTIONS", "") + ":detect_leaks=0"
+        # pylint: disable=consider-using-with
+        self.process = subprocess.Popen(
+            [*prefix, BUILD / "kvdecode-sanitized", "--steps", "3", "--serve", self.path,
+             "--logits", self.gate], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env=without_device(ASAN_OPTIONS=options))
+
+    def listens(self):
+        """Whether it does now; an error ends it before."""
+        while not os.path.exists(self.path):
+            if self.process.poll() is not None:
+                return False
+        return True
+
+    def finish(self):
+        """Let it go on; returns its exit status and its stderr."""
+        with open(self.gate, "rb") as logits:
+            logits.read()
+        return self.process.wait(), self.process.communicate()[1].decode()
+
+
+@test
+def a_reader_that_is_gone_before_it_is_served():
+    with tempfile.TemporaryDirectory() as directory:
+        decoder = Gated(directory)
+        expect(decoder.listens(), "no decoder")
+        with socket.socket(socket.AF_UNIX) as reader:
+            while reader.connect_ex(decoder.path):
+                os.sched_yield()
+        status, words = decoder.finish()
+        expect(status == 0 and words == "kvdecode: a reader: cannot pass handles: Broken pipe\n",
+               f"exit {status}: {words!r}")
+
+
+# In a namespace where /proc goes away when the decoder listens; the reader is the shell's.
+WITHOUT_PROC = """
+"$@" &
+while [ ! -S "$sock" ]; do kill -0 $! || exit; done
+mount -t tmpfs none /proc
+touch "$hidden"
+wait $!
+"""
+
+
+@test
+def pads_in_memfds_without_proc():
+    """What the library says of it: a handle of one's own is opened there."""
+    with tempfile.TemporaryDirectory() as directory:
+        hidden = f"{directory}/hidden"
+        namespace = ["unshare", "--map-root-user", "--mount"]
+        if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", "/proc"], check=False,
+                          capture_output=True).returncode:
+            return "no namespace for mounts"
+        decoder = Gated(directory, *namespace, "env", f"sock={directory}/sock", f"hidden={hidden}",
+                        "sh", "-c", WITHOUT_PROC, "sh")
+        while not os.path.exists(hidden):
+            expect(decoder.process.poll() is None, "no decoder")
+        with socket.socket(socket.AF_UNIX) as reader:
+            reader.connect(decoder.path)
+            status, words = decoder.finish()
+        why = re.escape(" for a handle of its own: No such file or directory\n")
+        expect(status == 2 and re.fullmatch(
+            rf"kvdecode: k0: cannot open /proc/self/fd/\d+{why}"
+            rf"kvdecode: k0: cannot open /proc/self/fd/\d+{why}", words),
+               f"exit {status}: {words!r}")
+    return None
+
+
+@test
+def handles_that_are_none():
+    for fds, words in ((4, "k0: descriptor 4: expected a handle, got none"),
+                       (3, "k0: descriptor 3: expected a handle of a pad, got a "
+                        "character device")):
+        # one that /dev/null has, and one that nobody has
+        done = subprocess.run(
+            ["sh", "-c", '"$0" --handles "$1" 3</dev/null 4<&-', BUILD / "kvdecode-sanitized",
+             str(fds)], check=False, capture_output=True, stdin=subprocess.DEVNULL,
+            env=without_device())
+        expect(done.returncode == 2 and done.stderr.decode() == f"kvdecode: {words}\n",
+               f"exit {done.returncode}: {done.stderr!r}")
 
 
 def killed_decoder(environment):
