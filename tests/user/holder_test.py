@@ -9,6 +9,7 @@ usage: holder_test.py KVSCRATCHCTL; prints TAP.
 """
 
 import array
+import errno
 import os
 import pathlib
 import signal
@@ -283,6 +284,37 @@ def a_store_that_cannot_be_reached_costs_no_pad():
         expect("story/pad: " in ctl("ls"), ctl("ls"))
         ctl("drop", "story")
         expect(holder.wait() == 0, holder.returncode)
+
+
+@test
+def what_is_wrong_with_handles_that_are_put_is_said():
+    with Manager("story", "--write"):
+        fds = make_pads(2)
+        error, words, _ = ask("story", PUT, ["k0"], fds)
+        for fd in fds:
+            os.close(fd)
+        expect((error, words) == (-errno.EPROTO, "cannot receive handles: expected a name for "
+                                  "each of 2 handles, got 1 names"), f"{error}: {words!r}")
+
+
+@test
+def what_is_wrong_with_handles_of_a_holder_is_said():
+    os.makedirs(f"{RUNTIME.name}/kvscratch", 0o700, exist_ok=True)
+    path = f"{RUNTIME.name}/kvscratch/odd"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with subprocess.Popen([PROGRAM, "-n", "odd", "info"], stderr=subprocess.PIPE) as reader:
+            client = listener.accept()[0]
+            with client:
+                client.recv(REQUEST.size, socket.MSG_WAITALL)
+                client.sendall(REPLY.pack(MAGIC, VERSION, 0, 1, b"") + struct.pack("<I", 3) +
+                               b"k0\n")
+                words = reader.stderr.read().decode()
+    os.unlink(path)
+    expect(reader.returncode == 2 and words == "kvscratchctl info: cannot receive handles: "
+           "expected a name for each of 0 handles, got 1 names\n",
+           f"exit {reader.returncode}: {words!r}")
 
 
 run_tests()

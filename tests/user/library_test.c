@@ -30,6 +30,13 @@ static bool kept(const char *name)
 	abort();
 }
 
+/* What a pad is too large for: without the module there are no limits that could be raised */
+static const char *limit_of_bytes(void)
+{
+	return kvscratch_default_backend() == KVSCRATCH_BACKEND_MEMFD ?
+	       "more than half of the machine's memory" : "larger than the module's limits allow";
+}
+
 #define EXPECT_ERROR(error, words, call) do { \
 	EXPECT_EQ(-(error), (long)(call)); \
 	EXPECT_STREQ(words, kvscratch_error()); \
@@ -700,6 +707,73 @@ TEST_F(pad, handles_take_a_stream)
 	close(fd);
 }
 
+/* The message as it is written down, with @count copies of @fd; @length is said of @text */
+static void send_message(int sock, uint32_t length, const char *text, int fd, unsigned int count)
+{
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int) * 4)];
+	} control = { 0 };
+	struct iovec iov[] = {
+		{ .iov_base = &length, .iov_len = sizeof(length) },
+		{ .iov_base = (void *)text, .iov_len = strlen(text) },
+	};
+	struct msghdr msg = {
+		.msg_iov = iov,
+		.msg_iovlen = 2,
+		.msg_control = count ? &control : NULL,
+		.msg_controllen = count ? CMSG_SPACE(sizeof(int) * count) : 0,
+	};
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
+
+	if (cmsg) {
+		cmsg->cmsg_level = SOL_SOCKET;
+		cmsg->cmsg_type = SCM_RIGHTS;
+		cmsg->cmsg_len = CMSG_LEN(sizeof(int) * count);
+		for (unsigned int i = 0; i < count; i++)
+			memcpy(CMSG_DATA(cmsg) + i * sizeof(int), &fd, sizeof(int));
+	}
+	if (sendmsg(sock, &msg, 0) != (ssize_t)(sizeof(length) + strlen(text)))
+		abort();
+}
+
+/* What is wrong with a message is said, and none of its handles stays open. */
+TEST_F(pad, messages_that_are_none)
+{
+	static const struct {
+		uint32_t length;
+		const char *text;
+		unsigned int count;
+		const char *words;
+	} messages[] = {
+		{ 3, "k0\n", 0, "expected a name for each of 0 handles, got 1 names" },
+		{ 3, "k0\n", 2, "expected a name for each of 2 handles, got 1 names" },
+		{ 9, "k0\nk1\nk2\n", 3, "expected at most 2 handles, got 3" },
+		{ 2, "k0", 1, "expected names with a newline behind each, got something else" },
+		{ 0, "", 1, "expected names with a newline behind each, got something else" },
+		{ 17, "0123456789abcdef\n", 1, "expected names of at most 16 bytes, got 17" },
+		{ 9, "k0\n", 1, "Connection reset by peer" },
+	};
+	char text[16], words[128];
+	int before = dup(kvscratch_fd(self->pad));
+	int socks[2], got[2], after;
+
+	close(before);
+	for (size_t i = 0; i < ARRAY_SIZE(messages); i++) {
+		ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM, 0, socks));
+		send_message(socks[0], messages[i].length, messages[i].text,
+			     kvscratch_fd(self->pad), messages[i].count);
+		close(socks[0]);
+		snprintf(words, sizeof(words), "cannot receive handles: %s", messages[i].words);
+		EXPECT_ERROR(strstr(words, "reset") ? ECONNRESET : EPROTO, words,
+			     kvscratch_receive_handles(socks[1], text, sizeof(text), got, 2));
+		close(socks[1]);
+	}
+	after = dup(kvscratch_fd(self->pad));
+	EXPECT_EQ(before, after);
+	close(after);
+}
+
 /* "" would be a name in no directory, which every user may listen at and connect to. */
 TEST(paths_that_no_socket_has)
 {
@@ -721,9 +795,11 @@ TEST(paths_that_no_socket_has)
 TEST(what_lies_where_a_socket_shall_be)
 {
 	char directory[] = "/tmp/kvscratch-library-XXXXXX";
+	struct rlimit few_files;
 	char path[64], words[160];
 	int listener, file;
 
+	ASSERT_EQ(0, getrlimit(RLIMIT_NOFILE, &few_files));
 	ASSERT_NE(NULL, mkdtemp(directory));
 	snprintf(path, sizeof(path), "%s/sock", directory);
 	file = open(path, O_CREAT | O_WRONLY, 0600);
@@ -752,6 +828,14 @@ TEST(what_lies_where_a_socket_shall_be)
 		EXPECT_EQ(0, access(path, F_OK));
 		close(listener);
 	}
+	/* nor may anything be concluded from a connection that we cannot try */
+	listener = dup(STDIN_FILENO);
+	close(listener);
+	few_files.rlim_cur = listener + 1;
+	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &few_files));
+	snprintf(words, sizeof(words), "%s: cannot see whether somebody listens there: Too many open "
+		 "files", path);
+	EXPECT_ERROR(EMFILE, words, kvscratch_listen(path));
 	ASSERT_EQ(0, unlink(path));
 	ASSERT_EQ(0, rmdir(directory));
 }
@@ -1732,6 +1816,7 @@ TEST(planes_that_are_refused)
 	struct kvscratch_plane planes[3] = { good, good, good };
 	uint8_t tag[KVSCRATCH_TAG_BYTES + 1] = { 0 };
 	struct kvscratch *pad;
+	char words[160];
 
 	EXPECT_ERROR(EINVAL, "planes: expected 1 to 4096, got 0",
 		     kvscratch_new_planes(&pad, 8, planes, 0, NULL, 0));
@@ -1764,9 +1849,9 @@ TEST(planes_that_are_refused)
 	kvscratch_close(pad);
 	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
 	kvscratch_close(pad);
-	EXPECT_ERROR(EDQUOT, "cannot create a pad of 4294967295 rows over 3 planes: larger than the "
-		     "module's limits allow", kvscratch_new_planes(&pad, UINT32_MAX, planes, 3, NULL,
-								    0));
+	snprintf(words, sizeof(words), "cannot create a pad of 4294967295 rows over 3 planes: %s",
+		 limit_of_bytes());
+	EXPECT_ERROR(EDQUOT, words, kvscratch_new_planes(&pad, UINT32_MAX, planes, 3, NULL, 0));
 }
 
 /* As many as there can be */
@@ -1810,6 +1895,7 @@ TEST(a_pad_larger_than_the_machine)
 	int err = kvscratch_new(&pad, UINT32_MAX, KVSCRATCH_MAX_ROW_BYTES, U8);
 
 	EXPECT_EQ(-EDQUOT, err);
+	EXPECT_NE(NULL, strstr(kvscratch_error(), limit_of_bytes())) TH_LOG("%s", kvscratch_error());
 }
 
 TEST_HARNESS_MAIN

@@ -352,7 +352,7 @@ static void serve_put(struct holder *holder, int sock, struct holder_reply *repl
 					      KVSCRATCH_MAX_PASSED);
 
 	if (count < 0) {
-		refuse(reply, -EPROTO, "the handles did not arrive: %s", strerror(-count));
+		refuse(reply, -EPROTO, "%s", kvscratch_error());
 	} else {
 		put(holder, names, fds, count, reply);
 		close_fds(fds, count);

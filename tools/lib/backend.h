@@ -139,8 +139,8 @@ int fail_stage(const struct kvscratch_stage *stage, const struct kvscratch_plane
 int fail_commit(uint64_t len, uint64_t wanted);
 int fail_expectation(const struct kvscratch_truncate *truncate, uint64_t generation, uint64_t len);
 
-/* "cannot create a pad of ..." */
-int fail_create(const struct new_pad *made, int err);
+/* "cannot create a pad of ...: @why" */
+int fail_create(const struct new_pad *made, int err, const char *why);
 
 /* -EBADF, with words, when a handle is not open for @access, O_RDONLY or O_WRONLY */
 int check_access(const struct kvscratch *pad, int access);

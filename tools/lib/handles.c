@@ -4,6 +4,7 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -117,6 +118,14 @@ int kvscratch_send_handles(int sock, const char *const *names, const int *fds, u
 	return err ? set_error(err, "cannot pass handles: %s", strerror(-err)) : 0;
 }
 
+/* The begin of every sentence about a message that was not taken */
+#define CANNOT_RECEIVE "cannot receive handles: "
+
+static int fail_receive(int err)
+{
+	return set_error(err, CANNOT_RECEIVE "%s", strerror(-err));
+}
+
 static int receive_all(int sock, char *bytes, size_t count)
 {
 	while (count) {
@@ -125,7 +134,7 @@ static int receive_all(int sock, char *bytes, size_t count)
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got <= 0)
-			return got ? -errno : -ECONNRESET;
+			return fail_receive(got ? -errno : -ECONNRESET);
 		bytes += got;
 		count -= got;
 	}
@@ -155,13 +164,13 @@ static int receive_fds(int sock, char *length, ssize_t *got, int *fds, unsigned 
 		.msg_controllen = sizeof(control),
 	};
 	unsigned int count = 0;
-	bool fits = true;
+	unsigned int too_many = 0;
 
 	do
 		*got = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
 	while (*got < 0 && errno == EINTR);
 	if (*got <= 0)
-		return *got ? -errno : -ECONNRESET;
+		return fail_receive(*got ? -errno : -ECONNRESET);
 
 	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
 		size_t passed = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -175,74 +184,76 @@ static int receive_fds(int sock, char *length, ssize_t *got, int *fds, unsigned 
 			if (count < max_fds) {
 				fds[count++] = fd;
 			} else {
-				fits = false;
+				too_many++;
 				close(fd);
 			}
 		}
 	}
 	/* there is room for any number in control: our own limit cut it */
-	if (!fits || msg.msg_flags & MSG_CTRUNC) {
-		close_all(fds, count);
-		return fits ? -EMFILE : -EPROTO;
-	}
-	return count;
+	if (!too_many && !(msg.msg_flags & MSG_CTRUNC))
+		return count;
+	close_all(fds, count);
+	if (!too_many)
+		return fail_receive(-EMFILE);
+	return set_error(-EPROTO, CANNOT_RECEIVE "expected at most %u handles, got %u", max_fds,
+			 max_fds + too_many);
 }
 
-/* Newlines become NULs; returns how many lines @length bytes of @text hold, or -EPROTO. */
-static int split_names(char *text, uint32_t length)
+/* Newlines become NULs; @length bytes of @text have to hold @count lines. */
+static int split_names(char *text, uint32_t length, int count)
 {
 	int lines = 0;
 
 	if (!length || text[length - 1] != '\n' || memchr(text, '\0', length))
-		return -EPROTO;
+		return set_error(-EPROTO, CANNOT_RECEIVE "expected names with a newline behind "
+				 "each, got something else");
 	for (uint32_t i = 0; i < length; i++) {
 		if (text[i] != '\n')
 			continue;
 		text[i] = '\0';
 		lines++;
 	}
-	return lines;
+	if (lines == count)
+		return 0;
+	return set_error(-EPROTO, CANNOT_RECEIVE "expected a name for each of %d handles, got %d "
+			 "names", count, lines);
 }
 
-static int receive_message(int sock, char *text, size_t text_size, int *fds, unsigned int max_fds)
+/* The text behind the length word, the first @got bytes of which are there */
+static int receive_names(int sock, char *word, ssize_t got, char *text, size_t text_size, int count)
 {
-	char word[sizeof(uint32_t)];
 	uint32_t length;
-	ssize_t got;
-	int err;
-	int count = receive_fds(sock, word, &got, fds, max_fds);
+	int err = receive_all(sock, word + got, sizeof(length) - got);
 
-	if (count < 0)
-		return count;
-	err = receive_all(sock, word + got, sizeof(word) - got);
 	if (err)
-		goto err_close;
+		return err;
 	memcpy(&length, word, sizeof(length));
 	length = le32toh(length);
-	err = -EPROTO;
 	if (length > text_size)
-		goto err_close;
+		return set_error(-EPROTO, CANNOT_RECEIVE "expected names of at most %zu bytes, got %"
+				 PRIu32, text_size, length);
 	err = receive_all(sock, text, length);
-	if (err)
-		goto err_close;
-	err = split_names(text, length);
-	if (err == count)
-		return count;
-	err = -EPROTO;
-err_close:
-	close_all(fds, count);
-	return err;
+	return err ? err : split_names(text, length, count);
 }
 
 int kvscratch_receive_handles(int sock, char *text, size_t text_size, int *fds,
 			      unsigned int max_fds)
 {
-	int count = check_socket(sock);
+	char word[sizeof(uint32_t)];
+	ssize_t got;
+	int count;
+	int err = check_socket(sock);
 
-	if (count)
+	if (err)
+		return err;
+	count = receive_fds(sock, word, &got, fds, max_fds);
+	if (count < 0)
 		return count;
-	count = receive_message(sock, text, text_size, fds, max_fds);
-	return count < 0 ? set_error(count, "cannot receive handles: %s", strerror(-count)) : count;
+	err = receive_names(sock, word, got, text, text_size, count);
+	if (!err)
+		return count;
+	close_all(fds, count);
+	return err;
 }
 
 /* "" is an address, too: one that every user may listen at and connect to. */
@@ -284,8 +295,10 @@ static int remove_dead_socket(const char *path)
 	sock = kvscratch_connect(path);
 	if (sock >= 0)
 		close(sock);
-	if (sock != -ECONNREFUSED)
+	if (sock >= 0 || sock == -ETIMEDOUT || sock == -EPROTOTYPE)
 		return set_error(-EADDRINUSE, "%s: cannot listen: somebody listens there", path);
+	if (sock != -ECONNREFUSED && sock != -ENOENT)
+		return fail_socket(path, "see whether somebody listens there", sock);
 	if (unlink(path) && errno != ENOENT)
 		return fail_socket(path, "remove the socket of a process that is gone", -errno);
 	return 0;

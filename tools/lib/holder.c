@@ -103,6 +103,14 @@ static int fail_connection(const char *name, int err)
 	return set_error(err, "%s: cannot speak with the holder: %s", name, strerror(-err));
 }
 
+/* The same of handles: of what is no matter of the connection their sentence stays. */
+static int fail_handles(const char *name, int err)
+{
+	if (err == -EAGAIN || err == -EPIPE || err == -ECONNRESET)
+		return fail_connection(name, err);
+	return err;
+}
+
 static int send_request(int sock, const char *name, const struct holder_request *request)
 {
 	ssize_t sent;
@@ -200,7 +208,7 @@ static int get(const char *name, struct holder_request *request, const char *pad
 		count = kvscratch_receive_handles(sock, all, sizeof(all), fds, max_fds);
 	close(sock);
 	if (!err && count < 0)
-		err = fail_connection(name, count);
+		err = fail_handles(name, count);
 	if (err)
 		return err;
 	count = check_names(name, all, fds, count);
@@ -293,7 +301,7 @@ int kvscratch_holder_put(const char *name, const char *const *names, const int *
 	if (!err) {
 		err = kvscratch_send_handles(sock, names, fds, count);
 		if (err)
-			err = fail_connection(name, err);
+			err = fail_handles(name, err);
 	}
 	if (!err)
 		err = receive_reply(sock, name, &reply);

@@ -69,7 +69,7 @@ static int kernel_create(int *fd, struct new_pad *made)
 	/* what no node of ours says */
 	if (*fd == -ENOTTY)
 		return set_error(-ENODEV, NODE_IS_TAKEN, "another device");
-	return fail_create(made, *fd);
+	return fail_create(made, *fd, kvscratch_strerror(*fd));
 }
 
 static int kernel_reopen(int *fd, int src_fd, int access)

@@ -94,17 +94,16 @@ int fail_expectation(const struct kvscratch_truncate *truncate, uint64_t generat
 			 (uint64_t)truncate->expected_len, generation, len);
 }
 
-int fail_create(const struct new_pad *made, int err)
+int fail_create(const struct new_pad *made, int err, const char *why)
 {
 	const struct kvscratch_plane *plane = made->planes;
 
 	if (made->nr_planes > 1)
 		return set_error(err, "cannot create a pad of %" PRIu64 " rows over %" PRIu32
-				 " planes: %s", made->max_seq_len, made->nr_planes,
-				 kvscratch_strerror(err));
+				 " planes: %s", made->max_seq_len, made->nr_planes, why);
 	return set_error(err, "cannot create a pad of [%" PRIu64 ", %" PRIu32 "] %s: %s",
 			 made->max_seq_len, (uint32_t)plane->dim,
-			 kvscratch_dtype_name(plane->dtype), kvscratch_strerror(err));
+			 kvscratch_dtype_name(plane->dtype), why);
 }
 
 const char *kvscratch_error(void)

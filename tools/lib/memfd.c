@@ -169,7 +169,8 @@ static int memfd_create_pad(int *fd, struct new_pad *made)
 	if (!err)
 		return 0;
 	close(*fd);
-	return fail_create(made, err);
+	return fail_create(made, err, err == -EDQUOT ? "more than half of the machine's memory" :
+						       kvscratch_strerror(err));
 }
 
 /* Handles */
@@ -490,7 +491,8 @@ static int lock_pad(const struct kvscratch *pad, struct change *change)
 	err = file_lock(change->lock, F_OFD_SETLKW, F_WRLCK, CALL_AT);
 	if (err) {
 		close(change->lock);
-		return cannot("lock the pad", err);
+		/* not of the device, for which the same errno may stand for something else */
+		return set_error(err, "cannot lock the pad: %s", strerror(-err));
 	}
 	change->state = load_state(pad);
 	change->len = kvscratch_state_len(change->state);
