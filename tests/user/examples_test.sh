@@ -66,6 +66,27 @@ result $? "the producer ends when the pad is full" "exit status $?"
 exec 4<&5
 expect "... and says so" "producer: Scratchpad full: 8 / 8 tokens"
 
+# A reader waits for its producer, but not for one that is gone: that read all of its input, or
+# was killed. The end of input is that of all who have the pipe to write to.
+exec 3>&-
+for end in input signal; do
+	producer early.sock <numbers 2>notes &
+	producer=$!
+	exec 3>numbers 4<notes
+	expect "the producer listens" "listening at early.sock"
+	timeout 20 reader early.sock >rows 2>errors 3>&- &
+	reader=$!
+	exec 4<rows
+	echo 1 >&3
+	expect "a row before that" "row 0: 10"
+	[ $end = input ] || kill -KILL $producer
+	exec 3>&-
+	wait $producer
+	wait $reader
+	[ $? = 1 ] && [ "$(cat errors)" = "reader: expected 8 rows, got 1 when the producer ended" ]
+	result $? "a reader ends when its producer does, by $end" "$(cat errors)"
+done
+
 # one that is killed leaves its socket, and the next one begins all the same
 for _ in 1 2; do
 	producer left.sock <numbers 2>notes &
@@ -75,6 +96,7 @@ for _ in 1 2; do
 	kill -KILL $producer
 	wait $producer
 done
+expect_failure "reader: left.sock: cannot connect: Connection refused" reader left.sock
 
 output=$(timeout 60 scratchpad 2>&1) && [ "$output" = "the last row begins with 1000" ]
 result $? "a pad as a C++ object" "$output"

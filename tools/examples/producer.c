@@ -16,8 +16,11 @@
 #define MAX_SEQ_LEN 8
 #define DIM 4
 
-/* Give the first process that connects a read-only handle of its own. */
-static void serve_reader(const struct kvscratch *pad, const char *path)
+/*
+ * Give the first process that connects a read-only handle of its own. Returns the connection:
+ * when it ends, so have we.
+ */
+static int serve_reader(const struct kvscratch *pad, const char *path)
 {
 	const char *const names[] = { "pad" };
 	int listener = kvscratch_listen(path);
@@ -27,31 +30,34 @@ static void serve_reader(const struct kvscratch *pad, const char *path)
 		errx(1, "%s", kvscratch_error());
 	fprintf(stderr, "listening at %s\n", path);
 	sock = accept(listener, NULL, NULL);
+	if (sock < 0)
+		err(1, "%s: cannot accept", path);
 	unlink(path);
 	fd = kvscratch_open_reader(pad);
 	if (fd < 0 || kvscratch_send_handles(sock, names, &fd, 1))
 		errx(1, "%s", kvscratch_error());
 	close(fd);
-	close(sock);
 	close(listener);
+	return sock;
 }
 
 int main(int argc, char **argv)
 {
 	struct kvscratch *pad;
-	int err, number;
+	int sock, failed, number;
 
 	if (kvscratch_new(&pad, MAX_SEQ_LEN, DIM, KVSCRATCH_DTYPE_F32))
 		errx(1, "%s", kvscratch_error());
-	serve_reader(pad, argc > 1 ? argv[1] : "pad.sock");
+	sock = serve_reader(pad, argc > 1 ? argv[1] : "pad.sock");
 	while (scanf("%d", &number) == 1) {
 		const float row[DIM] = { number, 2 * number, 3 * number, 4 * number };
 
-		err = number < 0 ? kvscratch_truncate(pad, -number, 0) :
-				   kvscratch_append(pad, row, DIM);
-		if (err)
+		failed = number < 0 ? kvscratch_truncate(pad, -number, 0) :
+				      kvscratch_append(pad, row, DIM);
+		if (failed)
 			errx(1, "%s", kvscratch_error());
 	}
 	kvscratch_close(pad);
+	close(sock);
 	return 0;
 }

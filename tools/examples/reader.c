@@ -1,40 +1,62 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
- * Take the pad of producer.c and print the sum of each row, until the pad is full.
+ * Take the pad of producer.c and print the sum of each row, until the pad is full. A
+ * producer that ends before that hangs up, however it ends.
  *
  *   cc -o reader reader.c $(pkg-config --cflags --libs libkvscratch)
  */
 #include <err.h>
+#include <errno.h>
 #include <inttypes.h>
 #include <libkvscratch.h>
+#include <poll.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <unistd.h>
 
-static struct kvscratch *receive_pad(const char *path)
+/* How often a producer that appends nothing is looked at */
+#define LOOK_MS 100
+
+static struct kvscratch *receive_pad(const char *path, int *sock)
 {
 	char names[KVSCRATCH_MAX_NAMES_BYTES];
 	struct kvscratch *pad;
-	int sock = kvscratch_connect(path);
 	int fd;
 
-	if (sock < 0 || kvscratch_receive_handles(sock, names, sizeof(names), &fd, 1) < 0 ||
+	*sock = kvscratch_connect(path);
+	if (*sock < 0 || kvscratch_receive_handles(*sock, names, sizeof(names), &fd, 1) < 0 ||
 	    kvscratch_from_fd(&pad, fd))
 		errx(1, "%s", kvscratch_error());
-	close(sock);
 	return pad;
+}
+
+static bool has_hung_up(int sock)
+{
+	struct pollfd polled = { .fd = sock, .events = POLLIN };
+
+	return poll(&polled, 1, 0) > 0;
 }
 
 int main(int argc, char **argv)
 {
-	struct kvscratch *pad = receive_pad(argc > 1 ? argv[1] : "pad.sock");
+	int sock;
+	struct kvscratch *pad = receive_pad(argc > 1 ? argv[1] : "pad.sock", &sock);
 	const struct kvscratch_view *view = kvscratch_view(pad);
 	struct kvscratch_tensor tensor = { 0 };
 	uint64_t row = 0;
 
 	while (row < kvscratch_capacity(pad)) {
 		uint64_t earlier = tensor.state, kept;
+		/* in this order: what came before it hung up is seen */
+		bool ended = has_hung_up(sock);
+		int waited = view ? kvscratch_wait(pad, earlier, ended ? 0 : LOOK_MS) : 0;
 
-		if (!view || kvscratch_wait(pad, earlier, -1) || kvscratch_as_tensor(pad, &tensor))
+		if (waited == -ETIMEDOUT && ended)
+			errx(1, "expected %" PRIu64 " rows, got %" PRIu64 " when the producer ended",
+			     kvscratch_capacity(pad), row);
+		if (waited == -ETIMEDOUT)
+			continue;
+		if (!view || waited || kvscratch_as_tensor(pad, &tensor))
 			errx(1, "%s", kvscratch_error());
 		kept = kvscratch_view_valid_rows(view, earlier);
 		if (kept < row) {
@@ -55,5 +77,6 @@ int main(int argc, char **argv)
 		fflush(stdout);
 	}
 	kvscratch_close(pad);
+	close(sock);
 	return 0;
 }
