@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """tools/examples/attention.py: on pads of ours, and beside kvdecode."""
 
+import errno
 import importlib.util
 import math
 import os
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -113,14 +115,21 @@ def test_wrong_heads(pads, heads, kv_heads, message):
 
 
 def program(*arguments):
+    # it ends in any case; what waits for ever is told from the rest
     return subprocess.run([sys.executable, PROGRAM, *map(str, arguments)], text=True, check=False,
-                          stdin=subprocess.DEVNULL, capture_output=True)
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
 
 
 def test_no_decoder(tmp_path):
     done = program(tmp_path / "nobody", tmp_path / "a.svg", "--heads", 4)
     assert done.returncode == 1
     assert done.stderr == f"attention: {tmp_path}/nobody: No such file or directory\n"
+
+
+def test_a_path_that_no_socket_has(tmp_path):
+    done = program("/" + 200 * "a", tmp_path / "a.svg", "--heads", 4)
+    assert done.returncode == 1
+    assert done.stderr == f"attention: /{200 * 'a'}: AF_UNIX path too long\n"
 
 
 def serve(path, pads):
@@ -144,6 +153,94 @@ def test_without_queries(pads, tmp_path):
     thread.join()
     assert done.stderr == ("attention: expected a pad q0, got k0 tokens: "
                            "is it kvdecode --queries?\n")
+
+
+def attend(pads, tmp_path, *options):
+    """The program beside a decoder that passes pads and ends"""
+    thread = serve(tmp_path / "socket", pads)
+    done = program(tmp_path / "socket", tmp_path / "a.svg", "--heads", HEADS, "--kv-heads",
+                   KV_HEADS, *options)
+    thread.join()
+    (tmp_path / "socket").unlink()
+    return done
+
+
+@pytest.mark.parametrize("options", [(), ("--wait",)])
+def test_a_decoder_that_ends_without_a_token(pads, options, tmp_path):
+    pads["tokens"].clear()
+    done = attend(pads, tmp_path, *options)
+    assert done.returncode == 1
+    assert done.stderr == ("attention: expected a token and its rows in every pad, got 0 tokens "
+                           "when the decoder ended\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pads_that_no_decoder_leaves(pads, tmp_path):
+    pads["k1"].truncate(ROWS - 1)
+    done = attend(pads, tmp_path)
+    assert done.stderr == ("attention: expected a token and its rows in every pad, got 5 tokens "
+                           "when the decoder ended\n")
+
+
+@pytest.fixture(name="small_files")
+def limit_of_files():
+    """A limit of the size of files, which for the interpreter is an error"""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stopped", [None, "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(stopped, small_files, tmp_path, monkeypatch):
+    output = tmp_path / "a.svg"
+    output.write_text("old")
+    if stopped:
+        monkeypatch.setattr(os, stopped, interrupt)
+    with pytest.raises(KeyboardInterrupt if stopped else OSError) as caught:
+        attention.replace(str(output), bytes(10 if stopped else 5000))
+    assert stopped or caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == [output] and output.read_text() == "old"
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    plots, link = tmp_path / "plots", tmp_path / "link.svg"
+    plots.mkdir()
+    old = plots / "old.svg"
+    old.write_text("old")
+    old.chmod(0o640)
+    link.symlink_to(old)
+    with open(old, encoding="ascii") as reader:
+        attention.replace(str(link), b"new")
+        assert reader.read() == "old"
+    assert old.read_text() == "new" and old.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink() and list(plots.iterdir()) == [old]
+    # a new one is what the umask makes of it
+    (plots / "made").touch()
+    attention.replace(str(plots / "new.svg"), b"new")
+    assert (plots / "new.svg").stat().st_mode == (plots / "made").stat().st_mode
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nothing", path)])
+def test_what_is_no_regular_file_stays(make, tmp_path):
+    output = tmp_path / "a.svg"
+    make(output)
+    before = output.lstat().st_ino
+    done = program(tmp_path / "nobody", output, "--heads", HEADS)
+    assert (done.returncode, done.stderr) == (
+        1, f"attention: {output}: expected a regular file or none, got something else\n")
+    assert output.lstat().st_ino == before
+
+
+@pytest.mark.parametrize("name", ["a", "a.", "a.txt"])
+def test_a_name_of_no_plot(name, tmp_path):
+    done = program(tmp_path / "nobody", tmp_path / name, "--heads", HEADS)
+    assert (done.returncode, done.stderr) == (
+        1, f"attention: {tmp_path}/{name}: expected a name that ends in .svg, .png or .pdf\n")
 
 
 @pytest.mark.parametrize("kv", ["f32", "mxint8"])

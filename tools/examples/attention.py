@@ -13,6 +13,13 @@ copy of the cache:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import pathlib
+import secrets
+import select
+import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,6 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
+
+SUFFIXES = (".svg", ".png", ".pdf")
+
+# How often a decoder that appends nothing is looked at
+LOOK_SECONDS = 0.1
 
 
 def values(view: kvscratch.View, pad: kvscratch.Scratchpad) -> NDArray[Any]:
@@ -82,7 +95,56 @@ def check(pads: Mapping[str, kvscratch.Scratchpad], heads: int, kv_heads: int) -
                  f"{pads['k0'].dim} elements, got {heads} and {kv_heads}")
 
 
-def plot(attention: NDArray[Any], path: str) -> None:
+def has_hung_up(decoder: socket.socket) -> bool:
+    return bool(select.select([decoder], [], [], 0)[0])
+
+
+def wait_for_attention(decoder: socket.socket, pads: Mapping[str, kvscratch.Scratchpad],
+                       heads: int, kv_heads: int) -> NDArray[Any]:
+    """last_attention() as soon as there is any, if it can still come"""
+    while True:
+        # in this order: what came before the decoder hung up is seen
+        ended = has_hung_up(decoder)
+        state = pads["tokens"].state
+        attention = last_attention(pads, heads, kv_heads)
+        if attention is not None:
+            return attention
+        if ended:
+            sys.exit("attention: expected a token and its rows in every pad, got "
+                     f"{len(pads['tokens'])} tokens when the decoder ended")
+        pads["tokens"].wait(state, timeout=LOOK_SECONDS)
+
+
+def check_output(path: str) -> str:
+    """The format that the name asks for; what is no regular file is not touched."""
+    suffix = pathlib.PurePath(path).suffix
+    if suffix not in SUFFIXES:
+        sys.exit(f"attention: {path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or "
+                 f"{SUFFIXES[-1]}")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        sys.exit(f"attention: {path}: expected a regular file or none, got something else")
+    return suffix[1:]
+
+
+def replace(path: str, content: bytes) -> None:
+    """A new file takes the place of the old one as a whole, with its mode, or not at all."""
+    target = os.path.realpath(path)
+    new = os.path.join(os.path.dirname(target), f".attention-{secrets.token_hex(8)}")
+    try:
+        with open(new, "xb") as file:
+            if os.path.exists(target):
+                os.fchmod(file.fileno(), os.stat(target).st_mode & 0o777)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
+
+
+def plot(attention: NDArray[Any], kind: str) -> bytes:
     import matplotlib  # type: ignore[import]
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -97,7 +159,9 @@ def plot(attention: NDArray[Any], path: str) -> None:
     axes[-1, 0].set_xlabel("position")
     figure.suptitle(f"attention of the token at position {rows - 1}")
     figure.colorbar(image, ax=axes)
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=kind)
+    return content.getvalue()
 
 
 def main() -> None:
@@ -110,21 +174,27 @@ def main() -> None:
     arguments = parser.parse_args()
     kv_heads = arguments.heads if arguments.kv_heads is None else arguments.kv_heads
 
+    kind = check_output(arguments.output)
+    # so that what is half written is removed
+    for number in signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
     with socket.socket(socket.AF_UNIX) as decoder:
         try:
             decoder.connect(arguments.socket)
             pads = kvscratch.receive_handles(decoder)
         except OSError as error:
-            sys.exit(f"attention: {arguments.socket}: {error.strerror}")
+            sys.exit(f"attention: {arguments.socket}: {error.strerror or error}")
         check(pads, arguments.heads, kv_heads)
         # the decoder hangs up when it is done; its pads live on with our handles
         while arguments.wait and decoder.recv(1):
             pass
-    attention = None
-    while attention is None:
-        pads["tokens"].wait(rows=1)
-        attention = last_attention(pads, arguments.heads, kv_heads)
-    plot(attention, arguments.output)
+        attention = wait_for_attention(decoder, pads, arguments.heads, kv_heads)
+    try:
+        replace(arguments.output, plot(attention, kind))
+    except OSError as error:
+        sys.exit(f"attention: {arguments.output}: {error.strerror or error}")
     print(f"{arguments.output}: position {attention.shape[2] - 1}, {len(attention)} layers, "
           f"{arguments.heads} heads")
 
