@@ -270,16 +270,18 @@ static bool kvs_chunk_is_huge(u64 bytes)
 static struct kvs_chunk *kvs_chunk_huge(void)
 {
 	struct kvs_chunk *chunk = kzalloc(sizeof(*chunk), KVS_GFP);
+	struct page *page;
 
 	if (!chunk)
 		return NULL;
-	chunk->huge = alloc_pages(KVS_GFP_HUGE | __GFP_ZERO, get_order(KVSCRATCH_CHUNK_BYTES));
-	if (!chunk->huge) {
+	page = alloc_pages(KVS_GFP_HUGE | __GFP_ZERO, get_order(KVSCRATCH_CHUNK_BYTES));
+	if (!page) {
 		kfree(chunk);
 		return NULL;
 	}
 	/* stale; fault handling asks it whether the file ends within the page */
-	page_folio(chunk->huge)->index = 0;
+	page_folio(page)->index = 0;
+	chunk->huge = page_address(page);
 	return chunk;
 }
 
@@ -288,7 +290,7 @@ static void kvs_chunk_free(struct kvs_chunk *chunk)
 	u32 i;
 
 	if (chunk->huge)
-		put_page(chunk->huge);
+		put_page(virt_to_page(chunk->huge));
 	for (i = 0; i < chunk->nr_pages; i++)
 		__free_page(chunk->pages[i]);
 	kvfree(chunk);
@@ -419,7 +421,7 @@ struct page *kvs_array_page(const struct kvs_array *array, u64 index)
 		return NULL;
 	chunk = array->chunks[array_index_nospec(index / KVS_CHUNK_PAGES, array->nr_chunks)];
 	if (chunk->huge)
-		return chunk->huge + i;
+		return virt_to_page(chunk->huge) + i;
 	return i < chunk->nr_pages ? chunk->pages[array_index_nospec(i, chunk->nr_pages)] : NULL;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_array_page);
@@ -441,7 +443,7 @@ static __always_inline void *kvs_locate(const struct kvs_array *array, u64 at, s
 	chunk = array->chunks[index];
 	if (likely(chunk->huge)) {
 		*bytes = min_t(size_t, *bytes, KVSCRATCH_CHUNK_BYTES - offset);
-		return page_address(chunk->huge) + offset;
+		return chunk->huge + offset;
 	}
 	if (WARN_ON_ONCE(offset >> PAGE_SHIFT >= chunk->nr_pages))
 		return NULL;
@@ -760,6 +762,22 @@ static int kvs_check_role(const struct kvs_pad *pad, const struct kvs_handle *ha
 	return pad->writer ? -EBUSY : 0;
 }
 
+/* Drop the lock until nobody has a turn, and take it again; on failure it is not taken. */
+static noinline int kvs_await_turn(struct kvs_pad *pad, bool nowait)
+{
+	u32 epoch = pad->epoch;
+
+	mutex_unlock(&pad->lock);
+	if (nowait)
+		return -EAGAIN;
+	/* who lost the role meanwhile does not wait for the turn of another */
+	if (wait_event_interruptible(pad->turn_wait, !READ_ONCE(pad->turn) ||
+				     READ_ONCE(pad->epoch) != epoch))
+		return -ERESTARTSYS;
+	mutex_lock(&pad->lock);
+	return 0;
+}
+
 /*
  * Take the lock to change the pad, when nobody has a turn. On failure it is not taken: an
  * errno of kvs_check_role(), -EAGAIN with @nowait, -ERESTARTSYS.
@@ -767,24 +785,20 @@ static int kvs_check_role(const struct kvs_pad *pad, const struct kvs_handle *ha
 static int kvs_begin(struct kvs_handle *handle, bool only_writer, bool nowait)
 {
 	struct kvs_pad *pad = handle->pad;
-	u32 epoch;
 	int err;
 
+	mutex_lock(&pad->lock);
 	for (;;) {
-		mutex_lock(&pad->lock);
 		err = kvs_check_role(pad, handle, only_writer);
-		if (!err && likely(!pad->turn))
+		if (unlikely(err)) {
+			mutex_unlock(&pad->lock);
+			return err;
+		}
+		if (likely(!pad->turn))
 			return 0;
-		epoch = pad->epoch;
-		mutex_unlock(&pad->lock);
+		err = kvs_await_turn(pad, nowait);
 		if (err)
 			return err;
-		if (nowait)
-			return -EAGAIN;
-		/* who lost the role meanwhile does not wait for the turn of another */
-		if (wait_event_interruptible(pad->turn_wait, !READ_ONCE(pad->turn) ||
-					     READ_ONCE(pad->epoch) != epoch))
-			return -ERESTARTSYS;
 	}
 }
 
@@ -869,7 +883,7 @@ static void kvs_drop_staged(struct kvs_pad *pad)
 static __always_inline ssize_t kvs_copy_in(struct kvs_pad *pad, struct kvs_op *op, void *to,
 					   size_t bytes)
 {
-	size_t piece = op->budget > 0 ? min_t(size_t, bytes, op->budget) : 0;
+	size_t piece = likely((long)bytes <= op->budget) ? bytes : max(op->budget, 0L);
 	size_t copied;
 	int err;
 
@@ -1040,16 +1054,21 @@ static noinline int kvs_store_tokens(struct kvs_pad *pad, struct kvs_op *op, u64
  * Appending
  */
 
-/* Whatever becomes of the copy: rows from len to @end are neither staged nor whole now. */
+/*
+ * Whatever becomes of the copy: rows from len to @end are touched, and neither staged nor
+ * whole now. Nobody asks for the latter without a writer, see kvs_start_epoch().
+ */
 static void kvs_begin_rows(struct kvs_pad *pad, u32 end)
 {
 	struct kvs_plane *plane;
 	u32 len = pad->len;
 
+	pad->touched = max(pad->touched, end);
+	if (likely(!pad->writer))
+		return;
 	kvs_for_each_plane(plane, pad) {
 		plane->staged = len;
 		plane->whole = min(plane->whole, len);
-		plane->touched = max(plane->touched, end);
 	}
 }
 
@@ -1059,6 +1078,7 @@ static void kvs_count_saturated(struct kvs_pad *pad, const struct kvs_op *op)
 		WRITE_ONCE(pad->saturated, pad->saturated + op->saturated);
 }
 
+/* Rows up to @end are whole, and those that are not committed are staged. */
 static void kvs_end_rows(struct kvs_pad *pad, u32 end)
 {
 	struct kvs_plane *plane;
@@ -1085,7 +1105,8 @@ static __always_inline int kvs_append_locked(struct kvs_pad *pad, struct kvs_op 
 		err = kvs_store_tokens(pad, op, len, rows);
 	if (unlikely(err))
 		return err;
-	kvs_end_rows(pad, len + rows);
+	if (unlikely(pad->writer))
+		kvs_end_rows(pad, len + rows);
 	kvs_count_saturated(pad, op);
 	kvs_publish(pad, pad->generation, len + rows);
 	return 0;
@@ -1215,14 +1236,23 @@ int kvs_pad_stage(struct kvs_handle *handle, const struct kvscratch_stage *stage
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_stage);
 
-static bool kvs_is_staged(const struct kvs_pad *pad, u64 len)
+/* Commit @len rows and drop what was staged beyond. */
+static int kvs_commit_locked(struct kvs_pad *pad, u64 len)
 {
 	const struct kvs_plane *plane;
+	u64 least = U32_MAX, most = 0;
 
-	kvs_for_each_plane(plane, pad)
-		if (len > plane->staged)
-			return false;
-	return true;
+	kvs_for_each_plane(plane, pad) {
+		least = min_t(u64, least, plane->staged);
+		most = max_t(u64, most, plane->staged);
+	}
+	if (len < pad->len || len > least)
+		return -EINVAL;
+	if (len != pad->len)
+		kvs_publish(pad, pad->generation, len);
+	if (most > len)
+		kvs_drop_staged(pad);
+	return 0;
 }
 
 /**
@@ -1238,21 +1268,15 @@ int kvs_pad_commit(struct kvs_handle *handle, u64 len, bool nowait)
 {
 	struct kvs_op op = kvs_op_of(handle);
 	struct kvs_pad *pad = handle->pad;
-	bool changed = false;
+	u32 before;
 	int err;
 
 	err = kvs_begin(handle, true, nowait);
 	if (err)
 		return err;
-	if (len < pad->len || !kvs_is_staged(pad, len)) {
-		err = -EINVAL;
-	} else {
-		changed = len != pad->len;
-		if (changed)
-			kvs_publish(pad, pad->generation, len);
-		kvs_drop_staged(pad);
-	}
-	kvs_end(pad, &op, changed);
+	before = pad->len;
+	err = kvs_commit_locked(pad, len);
+	kvs_end(pad, &op, pad->len != before);
 	return err;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_commit);
@@ -1318,8 +1342,11 @@ static int kvs_scrub(struct kvs_pad *pad, struct kvs_op *op)
 
 	pad->scrub_owed = true;
 	/* of all planes before the first changes: a scrub may end in the middle */
-	kvs_for_each_plane(plane, pad)
+	kvs_for_each_plane(plane, pad) {
 		plane->whole = min(plane->whole, len);
+		plane->touched = max(plane->touched, pad->touched);
+	}
+	pad->touched = 0;
 	kvs_for_each_plane(plane, pad) {
 		int err;
 
@@ -2212,10 +2239,12 @@ static int kvs_ioctl_copy_in(const struct kvs_ioctl *op, union kvs_ioctl_arg *ar
 		return -EINVAL;
 	if (size > PAGE_SIZE)
 		return -E2BIG;
-	if (op->output)
+	if (op->output) {
+		memset(arg, 0, op->size);
 		err = copy_from_user(arg, argp, min(size, op->size)) ? -EFAULT : 0;
-	else
+	} else {
 		err = copy_struct_from_user(arg, op->size, argp, size);
+	}
 	if (err)
 		return err;
 	/* the caller's memory may have changed since size was checked */
@@ -2239,7 +2268,7 @@ static long kvs_dispatch(struct file *file, unsigned int cmd, unsigned long user
 {
 	void __user *argp = (void __user *)user_arg;
 	unsigned int nr = _IOC_NR(cmd);
-	union kvs_ioctl_arg arg = {};
+	union kvs_ioctl_arg arg;
 	const struct kvs_ioctl *op;
 	long ret;
 

@@ -27,12 +27,12 @@ struct seq_file;
 
 /**
  * struct kvs_chunk - the memory of KVSCRATCH_CHUNK_BYTES of an array, or of its end
- * @huge: one compound page that is all of it, or NULL
+ * @huge: address of the one compound page that is all of it, or NULL
  * @nr_pages: entries of @pages, where there is no @huge
  * @pages: single pages
  */
 struct kvs_chunk {
-	struct page *huge;
+	void *huge;
 	u32 nr_pages;
 	struct page *pages[];
 };
@@ -61,8 +61,8 @@ struct kvs_array {
  * @staged: protected by the pad's lock: end of the rows that COMMIT may publish
  * @whole: protected by the pad's lock: end of the rows that were last stored
  *	completely in this epoch, for KEEP
- * @touched: protected by the pad's lock: end of the rows that were ever touched since
- *	they were last known to be zero
+ * @touched: protected by the pad's lock: end of the rows that were touched since they
+ *	were last known to be zero; what appends touched is in the pad's until a scrub
  * @geometry: as user space made it
  */
 struct kvs_plane {
@@ -138,6 +138,8 @@ struct kvs_handle {
  * @sealed: protected by @lock: nothing changes any more
  * @scrub_owed: protected by @lock: a TRUNCATE with ZERO has not finished its scrub
  * @len: protected by @lock: committed rows
+ * @touched: protected by @lock: end of the rows of all planes that appends touched since
+ *	the latest scrub began
  * @generation: protected by @lock: truncates so far
  * @truncs: those of the latest generations, by generation % KVS_TRUNCS; read without
  *	@lock, see kvs_moment() and kvs_trunc_len()
@@ -169,6 +171,7 @@ struct kvs_pad {
 	bool sealed;
 	bool scrub_owed;
 	u32 len;
+	u32 touched;
 	u64 generation;
 	struct kvs_trunc truncs[KVS_TRUNCS];
 	void *staging;
@@ -176,7 +179,8 @@ struct kvs_pad {
 };
 
 #define kvs_for_each_plane(plane, pad) \
-	for ((plane) = (pad)->planes; (plane) < (pad)->planes + (pad)->nr_planes; (plane)++)
+	for (const struct kvs_plane *kvs_end_ = ((plane) = (pad)->planes) + (pad)->nr_planes; \
+	     (plane) < kvs_end_; (plane)++)
 
 static inline u32 kvs_state_len(u64 state)
 {

@@ -13,6 +13,15 @@ class Outdated(Exception):
     """What is to be broken is not in kvscratch.c, or not just once."""
 
 
+def edited(text, edits):
+    """The text with each old text of edits, which has to be there once, made the new one"""
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise Outdated(f"this occurs {text.count(old)} times in kvscratch.c, update it: {old!r}")
+        text = text.replace(old, new)
+    return text
+
+
 def make_tree(tree, edits):
     """Copy what a guest needs below tree; each old text of edits becomes the new one."""
     shutil.rmtree(tree, ignore_errors=True)
@@ -22,12 +31,7 @@ def make_tree(tree, edits):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tree / part)
     source = tree / "kvscratch.c"
-    text = source.read_text()
-    for old, new in edits:
-        if text.count(old) != 1:
-            raise Outdated(f"this occurs {text.count(old)} times in kvscratch.c, update it: {old!r}")
-        text = text.replace(old, new)
-    source.write_text(text)
+    source.write_text(edited(source.read_text(), edits))
 
 
 def run(tree, command, env=None):
