@@ -1,16 +1,18 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # The part of tests/packages that runs in the clean Debian, with the tree below
-# /srv/tree. Prints TAP without a plan, from test 2 on, and leaves the modules below
-# /srv.
+# /srv/tree and the packages in /srv/deb. Prints TAP without a plan, from test 2 on, and
+# leaves the modules below /srv.
+# usage: packages_root.sh SERIES     of the stock kernel: 6.1
 # shellcheck disable=SC2317 # tests are called by their names
 set -euo pipefail
 cd /srv/tree
+# shellcheck source=/dev/null
+. tests/tap.sh
+series=$1
 # without an initial RAM disk for the new kernel
 export INITRD=No
 apt=(apt-get -qq -y --no-install-recommends)
-
-same() { diff -u --label expected --label got <(printf '%s\n' "$1") <(printf '%s\n' "$2"); }
 
 # The kernels that there are headers for
 kernels() { ls -v /lib/modules; }
@@ -32,7 +34,7 @@ dkms_built_for() {
 
 the_packages_install() {
 	"${apt[@]}" update
-	"${apt[@]}" install ./build/deb/*.deb
+	"${apt[@]}" install /srv/deb/*.deb
 	same "" "$(dpkg --audit)"
 }
 
@@ -47,18 +49,22 @@ dkms_has_the_sources_of_this_tree() {
 dkms_builds_for_the_kernel_that_is_there() {
 	local kernel
 	kernel=$(kernels)
-	[[ $kernel == 6.1.* ]]
+	[[ $kernel == "$series".* ]]
 	dkms_built_for "$kernel"
 }
 
 and_for_a_newer_one_when_it_comes() {
 	local older newer
 	older=$(kernels)
-	"${apt[@]}" install "$(apt-cache pkgnames linux-headers-6.12. | grep -- -cloud-amd64)" | tee /tmp/log
+	newer=$(apt-cache pkgnames linux-headers- | grep -E '^linux-headers-[0-9].*-cloud-amd64$' | grep -vxF "linux-headers-$older")
+	"${apt[@]}" install "$newer" | tee /tmp/log
 	# as DKMS says it when a step of it failed, but for what it can do without
 	same 0 "$(grep -c 'bad exit status' /tmp/log)"
-	newer=$(kernels | tail -n 1)
-	[[ $newer == 6.12.* ]]
+	newer=${newer#linux-headers-}
+	[[ $newer != "$series".* ]]
+	same "$newer" "$(kernels | tail -n 1)"
+	# which the kernel's own package does, and DKMS only after it
+	depmod "$newer"
 	dkms_built_for "$older" "$newer"
 }
 
@@ -97,7 +103,7 @@ purge_leaves_nothing() {
 		find / -xdev -name '*kvscratch*' ! -path '/srv/*' ! -path '/sys/*' ! -path '/var/lib/apt/*')"
 }
 
-version=$(dpkg-deb --field build/deb/kvscratch-dkms_*.deb Version)
+version=$(dpkg-deb --field /srv/deb/kvscratch-dkms_*.deb Version)
 tests=(
 	the_packages_install
 	dkms_has_the_sources_of_this_tree
@@ -109,18 +115,4 @@ tests=(
 	remove_takes_the_module_away
 	purge_leaves_nothing
 )
-number=1
-for name in "${tests[@]}"; do
-	number=$((number + 1))
-	# not in a condition, where bash forgets -e
-	set +e
-	(set -e; "$name") >/tmp/output 2>&1
-	status=$?
-	set -e
-	if [ $status -eq 0 ]; then
-		echo "ok $number - ${name//_/ }"
-	else
-		sed 's/^/# /' /tmp/output
-		echo "not ok $number - ${name//_/ }"
-	fi
-done
+run_tests 2 "${tests[@]}"
