@@ -53,6 +53,7 @@ build/paths:
 
 # What is installed needs no copy of the library, but for what that does not export.
 kvscratchctl-inside := build/lib/npy.o build/lib/output.o build/lib/container.o
+kvdecode-inside := build/lib/output.o
 define shared_program
 build/shared/$(1): $(2) $(SHARED) $(HEADERS) | build/shared
 	$$(CC) $$(CPPFLAGS) $$(CFLAGS) $$(LDFLAGS) -o $$@ $(2) $($(1)-inside) -Lbuild -lkvscratch -lm

@@ -13,8 +13,10 @@
 #define _GNU_SOURCE
 #include "../kvscratch_scale.h"
 #include "cli.h"
+#include "interrupt.h"
 #include "libkvscratch.h"
 #include "llama2.h"
+#include "output.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -133,6 +135,7 @@ struct decoder {
 	struct cache cache;
 	struct server server;
 	FILE *logits;
+	struct output output;	/* the file that @logits becomes */
 	int32_t *prompt;
 	uint32_t prompt_len;
 	int32_t *tokens;	/* of each position, as in the last pad */
@@ -1070,15 +1073,33 @@ static int write_logits(const struct decoder *decoder)
 	return 0;
 }
 
+/* A regular file is replaced once all is written, by a file of which nothing is to be left. */
+static int open_new_logits(struct decoder *decoder)
+{
+	int fd;
+
+	catch_interrupts();
+	if (output_open(&decoder->output, decoder->options.logits))
+		return fail(EXIT_SYSTEM, "%s: %s", decoder->options.logits, decoder->output.words);
+	fd = fcntl(decoder->output.fd, F_DUPFD_CLOEXEC, 0);
+	decoder->logits = fd < 0 ? NULL : fdopen(fd, "w");
+	return 0;
+}
+
 static int open_logits(struct decoder *decoder)
 {
-	if (!decoder->options.logits)
+	const char *path = decoder->options.logits;
+	int err = 0;
+
+	if (!path)
 		return 0;
-	decoder->logits = fopen(decoder->options.logits, "we");
-	if (!decoder->logits)
-		return fail(EXIT_SYSTEM, "%s: cannot open: %s", decoder->options.logits,
-			    strerror(errno));
-	return 0;
+	if (output_in_place(path))
+		decoder->logits = fopen(path, "we");
+	else
+		err = open_new_logits(decoder);
+	if (err || decoder->logits)
+		return err;
+	return fail(EXIT_SYSTEM, "%s: cannot open: %s", path, strerror(errno));
 }
 
 static int close_logits(struct decoder *decoder)
@@ -1089,6 +1110,8 @@ static int close_logits(struct decoder *decoder)
 	if (logits && fclose(logits))
 		return fail(EXIT_SYSTEM, "%s: cannot write: %s", decoder->options.logits,
 			    strerror(errno));
+	if (decoder->output.fd >= 0 && output_replace(&decoder->output))
+		return fail(EXIT_SYSTEM, "%s: %s", decoder->options.logits, decoder->output.words);
 	return 0;
 }
 
@@ -1141,6 +1164,8 @@ static int generate(struct decoder *decoder)
 
 		if (decoder->server.path)
 			err = serve_readers(&decoder->server, &decoder->cache, false);
+		if (interrupted())
+			err = EXIT_SYSTEM;
 		if (err)
 			break;
 		token = next_token(decoder, pos);
@@ -1346,6 +1371,7 @@ static void clean_up(struct decoder *decoder)
 	close_cache(&decoder->cache);
 	if (decoder->logits)
 		fclose(decoder->logits);
+	output_close(&decoder->output);
 	free(decoder->prompt);
 	free(decoder->tokens);
 	llama2_sampler_close(&decoder->sampler);
@@ -1356,7 +1382,7 @@ static void clean_up(struct decoder *decoder)
 
 int main(int argc, char **argv)
 {
-	struct decoder decoder = { 0 };
+	struct decoder decoder = { .output = { .fd = -1, .directory = -1 } };
 	int err;
 
 	cli_name = "kvdecode";
@@ -1375,5 +1401,5 @@ int main(int argc, char **argv)
 	}
 	err = run(&decoder);
 	clean_up(&decoder);
-	return err;
+	return interrupted() ? end_by(interrupted()) : err;
 }

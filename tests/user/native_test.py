@@ -12,6 +12,7 @@ import pathlib
 import random
 import re
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -449,6 +450,72 @@ def an_output_that_is_full():
 def without_device(**environment):
     """An environment in which pads live in memfds."""
     return {**os.environ, "KVSCRATCH_BACKEND": "memfd", **environment}
+
+
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+
+@test
+def logits_replace_a_file_as_a_whole():
+    with tempfile.TemporaryDirectory() as directory:
+        old, link = pathlib.Path(directory) / "old", pathlib.Path(directory) / "link"
+        old.write_text("old")
+        old.chmod(0o604)
+        link.symlink_to(old)
+        arguments = ("--cache", "heap", "--steps", "9", "--logits", link)
+        done = subprocess.run([BUILD / "kvdecode-sanitized", *arguments], check=False,
+                              capture_output=True, stdin=subprocess.DEVNULL,
+                              preexec_fn=small_files)  # pylint: disable=subprocess-popen-preexec-fn
+        expect(done.returncode == 3 and done.stderr.decode() ==
+               f"kvdecode: {link}: cannot write: File too large\n", f"{done.stderr!r}")
+        expect(old.read_bytes() == b"old" and len(os.listdir(directory)) == 2,
+               f"{os.listdir(directory)}")
+        status, _, err = run("kvdecode", *arguments)
+        expect(status == 0 and not err, err)
+        expect(old.stat().st_size == 9 * 512 * 4 and old.stat().st_mode & 0o777 == 0o604 and
+               link.is_symlink() and len(os.listdir(directory)) == 2, f"{os.listdir(directory)}")
+        old.unlink()
+        expect_error(3, "link: expected a regular file or none, got a link to nothing",
+                     "kvdecode", *arguments)
+        expect_error(3, "cannot open: Is a directory", "kvdecode", *arguments[:-1], directory)
+        # what a descriptor is open on is written to
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" 5>{directory}/fifth', "sh", BUILD / "kvdecode-sanitized",
+             *arguments[:-1], "/proc/self/fd/5"], check=False, capture_output=True)
+        expect(not done.stderr and os.stat(f"{directory}/fifth").st_size == 9 * 512 * 4,
+               f"{done.stderr!r}")
+
+
+@test
+def logits_of_a_decoder_that_is_stopped():
+    """The old file stays, and nothing beside it."""
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as reader:
+        files, path = pathlib.Path(directory) / "files", f"{directory}/sock"
+        files.mkdir()
+        (files / "old").write_text("old")
+        # into a full pipe it cannot print its first word
+        text, full = os.pipe()
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, bytes(4096))
+        os.set_blocking(full, True)
+        with subprocess.Popen([BUILD / "kvdecode-sanitized", "--logits", files / "old", "--serve",
+                               path, "--wait-reader"], stdin=subprocess.DEVNULL, stdout=full,
+                              env=without_device()) as decoder:
+            os.close(full)
+            while reader.connect_ex(path):
+                expect(decoder.poll() is None, f"exit {decoder.returncode}")
+            # whoever has handles is served by one that has all files open
+            reader.recv(1)
+            decoder.terminate()
+            while os.read(text, 65536):
+                pass
+        os.close(text)
+        expect(decoder.returncode == -signal.SIGTERM, f"exit {decoder.returncode}")
+        expect((files / "old").read_bytes() == b"old" and os.listdir(files) == ["old"],
+               f"{os.listdir(files)}")
 
 
 @test

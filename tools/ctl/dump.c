@@ -3,8 +3,8 @@
  * dump: the rows of a pad, to a file or stdout.
  */
 #define _FILE_OFFSET_BITS 64
+#include "../interrupt.h"
 #include "ctl.h"
-#include "interrupt.h"
 #include "npy.h"
 #include "output.h"
 #include "progress.h"

@@ -2,8 +2,8 @@
 /*
  * save and load: pads as .npy and .safetensors.
  */
+#include "../interrupt.h"
 #include "ctl.h"
-#include "interrupt.h"
 #include "progress.h"
 
 #include <errno.h>

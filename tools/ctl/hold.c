@@ -10,9 +10,9 @@
  * NUMBER.PAD in the order in which they came, and gives them back after a crash.
  */
 #define _GNU_SOURCE
+#include "../interrupt.h"
 #include "ctl.h"
 #include "holder.h"
-#include "interrupt.h"
 #include "systemd.h"
 
 #include <errno.h>

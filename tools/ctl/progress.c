@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "progress.h"
 
-#include "interrupt.h"
+#include "../interrupt.h"
 
 #include <inttypes.h>
 #include <unistd.h>

@@ -4,40 +4,13 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
+#include "../interrupt.h"
 #include "ctl.h"
-#include "interrupt.h"
 #include "output.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/openat2.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-/* /dev/stdout and the like: the file is wanted that the descriptor has, not its name. */
-static bool is_descriptor(const char *path)
-{
-	struct open_how how = {
-		.flags = O_PATH | O_CLOEXEC,
-		.resolve = RESOLVE_NO_MAGICLINKS,
-	};
-	int fd = syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof(how));
-
-	if (fd < 0)
-		return errno == ELOOP;
-	close(fd);
-	return false;
-}
-
-/* Devices and FIFOs are written to, and so is what a descriptor is open on. */
-static bool is_written_in_place(const char *path)
-{
-	struct stat status;
-
-	return !stat(path, &status) && (!S_ISREG(status.st_mode) || is_descriptor(path));
-}
 
 int begin_output(const char *path, struct output *output)
 {
@@ -46,7 +19,7 @@ int begin_output(const char *path, struct output *output)
 	*output = (struct output){ .fd = -1, .directory = -1 };
 	if (is_dash(path))
 		return 0;
-	if (is_written_in_place(path))
+	if (output_in_place(path))
 		return freopen(path, "w", stdout) ? 0 :
 		       fail(EXIT_SYSTEM, "%s: cannot open: %s", path, strerror(errno));
 	catch_interrupts();

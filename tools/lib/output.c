@@ -6,12 +6,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/openat2.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -182,6 +184,28 @@ static int keep_owner_and_mode(struct output *output, const struct stat *old)
 	if (fchmod(output->fd, mode))
 		return fail_output(output, -errno, "cannot set the permissions of the file: %m");
 	return 0;
+}
+
+/* /dev/stdout and the like: the file is wanted that the descriptor has, not its name. */
+static bool is_descriptor(const char *path)
+{
+	struct open_how how = {
+		.flags = O_PATH | O_CLOEXEC,
+		.resolve = RESOLVE_NO_MAGICLINKS,
+	};
+	int fd = syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof(how));
+
+	if (fd < 0)
+		return errno == ELOOP;
+	close(fd);
+	return false;
+}
+
+bool output_in_place(const char *path)
+{
+	struct stat status;
+
+	return !stat(path, &status) && (!S_ISREG(status.st_mode) || is_descriptor(path));
 }
 
 int output_open(struct output *output, const char *path)

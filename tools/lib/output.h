@@ -2,7 +2,7 @@
 /*
  * Files that are written: what is too large is an error and no signal, and a new file
  * takes the place of an old one as a whole or not at all. For the library and, as it does
- * not export this, for kvscratchctl.
+ * not export this, for the tools.
  */
 #ifndef OUTPUT_H
 #define OUTPUT_H
@@ -55,6 +55,12 @@ struct output {
  * All return 0 or a negative errno, with @words. output_close() ends what output_open()
  * began, also when that failed; unless output_replace() came before, the old file stays.
  */
+
+/*
+ * Whether a tool writes to what is there, as a shell does, instead: to devices and FIFOs, and
+ * to what a descriptor is open on that @path stands for.
+ */
+bool output_in_place(const char *path);
 
 /* What a symbolic link leads to is replaced, not the link; its owner and mode are kept. */
 int output_open(struct output *output, const char *path);

@@ -2,9 +2,10 @@
 #define _GNU_SOURCE
 #include "interrupt.h"
 
-#include "ctl.h"
+#include "cli.h"
 
 #include <signal.h>
+#include <stddef.h>
 
 static volatile sig_atomic_t noted;
 
@@ -38,5 +39,6 @@ int end_by(int signal_number)
 	signal(signal_number, SIG_DFL);
 	raise(signal_number);
 	sigprocmask(SIG_UNBLOCK, &mask, NULL);
-	return EXIT_SYSTEM;
+	/* as a shell has it */
+	return 128 + signal_number;
 }
