@@ -66,6 +66,7 @@ import math
 import operator
 import os
 import selectors
+import socket
 import struct
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -74,7 +75,6 @@ from . import _kvscratch
 from ._kvscratch import Full, View, default_backend, holder_drop
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Protocol, TypeVar, Union
@@ -268,10 +268,11 @@ def receive_handles(sock: socket.socket) -> dict[str, Scratchpad]:
     if not hasattr(sock, "fileno"):
         raise TypeError(f"expected a socket, got {type(sock).__name__}")
     fd = sock.fileno()
-    # waits here, where a signal is heard
-    with selectors.PollSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        selector.select()
+    # waits here, where a signal is heard, but not for what the library refuses
+    if getattr(sock, "type", socket.SOCK_STREAM) == socket.SOCK_STREAM:
+        with selectors.PollSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            selector.select()
     return _pads(_kvscratch.receive_handles(fd))
 
 

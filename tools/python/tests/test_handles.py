@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -181,6 +183,24 @@ def test_handles_that_do_not_arrive(pad):
             errno.ECONNRESET)
     os.close(read)
     os.close(write)
+
+
+WRONG_SOCKETS = """
+import socket
+import kvscratch
+for kind in socket.SOCK_SEQPACKET, socket.SOCK_DGRAM:
+    for sock in socket.socketpair(socket.AF_UNIX, kind):
+        try:
+            kvscratch.receive_handles(sock)
+        except OSError as error:
+            print(error.errno)
+"""
+
+
+def test_handles_take_a_stream():
+    done = subprocess.run([sys.executable, "-c", WRONG_SOCKETS], capture_output=True, text=True,
+                          check=False, timeout=60)
+    assert (done.stdout, done.stderr) == (4 * f"{errno.EPROTOTYPE}\n", "")
 
 
 def in_child(function):
