@@ -8,6 +8,7 @@
  */
 #include "cgroup.h"
 #include "meters.h"
+#include "module.h"
 
 #include <grp.h>
 #include <linux/fs.h>
@@ -871,36 +872,16 @@ SCENARIO(unprivileged_holder, "an unprivileged user can append and read by handl
 
 /* The other side */
 
-static bool remove_module(void)
-{
-	/* files of processes that have just ended may be closed late */
-	for (int tries = 0; tries < 200000; tries++) {
-		if (!syscall(SYS_delete_module, "kvscratch", O_NONBLOCK))
-			return true;
-		sched_yield();
-	}
-	return false;
-}
-
-static void load_module(struct __test_metadata *_metadata)
-{
-	int fd = open("/kvscratch.ko", O_RDONLY | O_CLOEXEC);
-
-	ASSERT_LE(0, fd);
-	ASSERT_EQ(0, syscall(SYS_finit_module, fd, "", 0));
-	close(fd);
-}
-
 SCENARIO(without_a_module, "works on a stock kernel, without a module", "yes", "no")
 {
 	int err;
 
 	close_store(store);
-	ASSERT_TRUE(remove_module());
+	ASSERT_EQ(0, remove_module());
 	err = open_store(store, store->kind);
 	if (!err)
 		err = append_and_look(store);
-	load_module(_metadata);
+	ASSERT_EQ(0, load_module(""));
 	return err ? "no" : "yes";
 }
 

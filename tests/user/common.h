@@ -36,6 +36,7 @@
 /* The module seen from sysfs */
 #define MAX_PER_PAD "/sys/module/kvscratch/parameters/max_bytes_per_pad"
 #define MAX_TOTAL "/sys/module/kvscratch/parameters/max_bytes_total"
+#define BYTES_TOTAL "/sys/module/kvscratch/parameters/bytes_total"
 #define REFCNT "/sys/module/kvscratch/refcnt"
 
 #define MIB (1ull << 20)
@@ -279,6 +280,17 @@ static inline char await_sleep(pid_t pid)
 			return 0;
 		sched_yield();
 	}
+}
+
+/* The caller, and those that it makes from now on, run there and nowhere else. */
+static inline void keep_to_cpu(int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	if (sched_setaffinity(0, sizeof(cpus), &cpus))
+		abort();
 }
 
 static inline void write_file(const char *path, const char *text)

@@ -4,10 +4,9 @@
  * nothing behind, and that nobody else is killed for it.
  */
 #include "cgroup.h"
-#include "common.h"
+#include "module.h"
 
 #define MIN_AVAILABLE "/sys/module/kvscratch/parameters/min_available_bytes"
-#define BYTES_TOTAL "/sys/module/kvscratch/parameters/bytes_total"
 
 /* The module's limits, restored after each test */
 
@@ -324,6 +323,31 @@ TEST_F_TIMEOUT(memory, impossible_pads_fail_at_once, TEST_SECONDS)
 			TH_LOG("%u bytes a row", row_bytes);
 		EXPECT_EQ(0, nothing_accounted());
 	}
+}
+
+/* Where a parameter is set when the module is loaded; what is told is not set. */
+TEST_F_TIMEOUT(memory, parameters_at_load, TEST_SECONDS)
+{
+	const uint64_t one = charged_bytes(8, 4096);
+	char text[80];
+
+	EXPECT_ERRNO(EACCES, open(BYTES_TOTAL, O_WRONLY));
+	ASSERT_EQ(0, remove_module());
+	EXPECT_EQ(-EPERM, load_module("bytes_total=1"));
+	EXPECT_EQ(-EPERM, load_module("max_bytes_total=1 bytes_total=0"));
+	EXPECT_EQ(-EINVAL, load_module("max_bytes_total=many"));
+	snprintf(text, sizeof(text), "max_bytes_per_pad=%llu max_bytes_total=%llu",
+		 (unsigned long long)one, (unsigned long long)one);
+	ASSERT_EQ(0, load_module(text));
+	EXPECT_EQ(0, number_in_file(BYTES_TOTAL, NULL));
+	EXPECT_EQ(0, try_pad(8, 4096));
+	EXPECT_EQ(-EDQUOT, try_pad(9, 4096));
+	ASSERT_EQ(0, remove_module());
+	ASSERT_EQ(0, load_module("min_available_bytes=0x7fffffffffffffff"));
+	EXPECT_EQ(-ENOMEM, try_pad(8, 4096));
+	ASSERT_EQ(0, remove_module());
+	ASSERT_EQ(0, load_module(""));
+	EXPECT_EQ(self->saved_total, (uint64_t)number_in_file(MAX_TOTAL, NULL));
 }
 
 TEST_F_TIMEOUT(memory, fdinfo_tells_the_bytes, TEST_SECONDS)

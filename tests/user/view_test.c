@@ -4,9 +4,11 @@
  * long it lives, and what a process can do with a handle it was given.
  */
 #include "meters.h"
+#include "module.h"
 
 #include <dirent.h>
 #include <limits.h>
+#include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -801,33 +803,24 @@ TEST_F_TIMEOUT(lifetime, module_stays_while_anything_is_left, TEST_SECONDS)
 	EXPECT_EQ(0, room_for_a_pad(self->rows));
 }
 
-static void load_module(void)
-{
-	int fd = open("/kvscratch.ko", O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0 || syscall(SYS_finit_module, fd, "", 0)) {
-		perror("/kvscratch.ko");
-		abort();
-	}
-	close(fd);
-}
-
 /*
  * Closed and unloaded at once, by turns: the last reference is a descriptor's, a
- * view's, a message's that nobody took, a killed process's.
+ * view's, a message's that nobody took, a killed process's; or there is still somebody to
+ * be woken.
  */
 TEST(close_and_unload)
 {
 	for (int round = 0; round < 40; round++) {
 		int fd = new_pad(600, 4096);
 		const char *name = "k";
+		struct epoll_event event = { .events = EPOLLIN };
 		struct kvscratch_view view;
 		struct child child;
-		int ends[2];
+		int ends[2], epoll;
 
 		ASSERT_LE(0, fd);
 		ASSERT_EQ(0, device_map(fd, &view));
-		switch (round % 4) {
+		switch (round % 5) {
 		case 0:
 			device_unmap(&view);
 			close(fd);
@@ -853,13 +846,85 @@ TEST(close_and_unload)
 			close(fd);
 			kill(child.pid, SIGKILL);
 			EXPECT_EQ(128 + SIGKILL, end_child(&child));
+			break;
+		case 4:
+			epoll = epoll_create1(EPOLL_CLOEXEC);
+			ASSERT_EQ(0, epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event));
+			ASSERT_EQ(0, append_rows(fd, 4096, 0, 1));
+			device_unmap(&view);
+			close(fd);
+			close(epoll);
 		}
-		while (syscall(SYS_delete_module, "kvscratch", O_NONBLOCK)) {
-			ASSERT_EQ(EWOULDBLOCK, errno);
-			sched_yield();
-		}
-		load_module();
+		ASSERT_EQ(0, remove_module());
+		ASSERT_EQ(0, load_module(""));
 	}
+}
+
+/*
+ * What handles are files of is let go after their release. A descriptor that is O_PATH is no
+ * handle, and holds it as well: the module stays until that is closed.
+ */
+TEST(the_mount_goes_late)
+{
+	for (int round = 0; round < 20; round++) {
+		int fd = new_pad(600, 4096), place;
+		struct kvscratch_pad_info info;
+		struct child child;
+		char path[40];
+
+		ASSERT_LE(0, fd);
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+		place = open(path, O_PATH | O_CLOEXEC);
+		ASSERT_LE(0, place);
+		EXPECT_EQ(-EBADF, device_pad_info(place, &info));
+		close(fd);
+		EXPECT_EQ(0, number_in_file(BYTES_TOTAL, NULL));
+		EXPECT_ERRNO(EWOULDBLOCK, syscall(SYS_delete_module, "kvscratch", O_NONBLOCK));
+		/* the last one is another process's, at the same time */
+		if (start_child(&child)) {
+			CHILD_CHECK(say(child.line));
+			close(place);
+			_exit(0);
+		}
+		close(place);
+		ASSERT_TRUE(hear(child.line));
+		ASSERT_EQ(0, remove_module());
+		ASSERT_EQ(0, load_module(""));
+		EXPECT_EQ(0, end_child(&child));
+	}
+}
+
+/* Pads and places of them, as long as there is a module */
+static void use_for_ever(void)
+{
+	for (;;) {
+		char path[40];
+		int fd = new_pad(1, 1);
+
+		if (fd >= 0) {
+			snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+			CHILD_CHECK(!close(open(path, O_PATH | O_CLOEXEC)));
+			CHILD_CHECK(!close(fd));
+		}
+		for (int i = 0; i < 8; i++)
+			sched_yield();
+	}
+}
+
+TEST(unloaded_beside_its_users)
+{
+	struct child child;
+
+	if (start_child(&child))
+		use_for_ever();
+	for (int round = 0; round < 100; round++) {
+		ASSERT_EQ(0, remove_module());
+		ASSERT_EQ(0, load_module(""));
+	}
+	kill(child.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	EXPECT_EQ(0, remove_module());
+	EXPECT_EQ(0, load_module(""));
 }
 
 /* Rights, and handles that are passed on */
@@ -1566,6 +1631,52 @@ TEST_F_TIMEOUT(planes, populated_by_plane_take_no_faults, TEST_SECONDS)
 	before = page_faults();
 	sum_bytes(map + self->planes[3].offset, plane_bytes(&self->planes[3]));
 	EXPECT_EQ(2, page_faults() - before);
+	munmap(map, self->info.mapping_bytes);
+}
+
+/* Of a process that locks all that it maps: populated to the first hole, and not locked. */
+TEST_F_TIMEOUT(planes, of_who_locks_all_memory, TEST_SECONDS)
+{
+	uint8_t *map;
+	long before;
+
+	stamp_planes(_metadata, self, SHAPE_ROWS);
+	ASSERT_EQ(0, mlockall(MCL_FUTURE));
+	map = map_everything(self, ANYWHERE);
+	EXPECT_EQ(0, smaps_kib(map, "Locked:"));
+	/* large planes come first, and the last of them has the first hole */
+	before = page_faults();
+	for (uint32_t i = 1; i < SHAPES; i++)
+		sum_bytes(map + self->planes[i].offset, plane_bytes(&self->planes[i]));
+	EXPECT_EQ(0, page_faults() - before);
+	EXPECT_TRUE(all_in_place(self, map));
+	ASSERT_EQ(0, munlockall());
+	EXPECT_TRUE(all_in_place(self, map));
+	munmap(map, self->info.mapping_bytes);
+}
+
+/* Of a process that wants no huge pages; kernels before 6.7 do not ask it here. */
+TEST_F_TIMEOUT(planes, of_who_wants_no_huge_pages, TEST_SECONDS)
+{
+	const long pages = (plane_bytes(&self->planes[3]) + 4095) / 4096;
+	uint8_t *map;
+	long before;
+
+	if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
+		SKIP(return, "the kernel has no huge pages");
+	stamp_planes(_metadata, self, SHAPE_ROWS);
+	check_views(_metadata, self);
+	map = map_everything(self, CONGRUENT);
+	before = page_faults();
+	sum_bytes(map + self->planes[3].offset, plane_bytes(&self->planes[3]));
+	before = page_faults() - before;
+	EXPECT_TRUE(before == pages || before == 2)
+		TH_LOG("%ld faults in %ld pages", before, pages);
+	ASSERT_EQ(0, populate(self, map));
+	before = page_faults();
+	for (uint32_t i = 0; i < SHAPES; i++)
+		sum_bytes(map + self->planes[i].offset, plane_bytes(&self->planes[i]));
+	EXPECT_EQ(0, page_faults() - before);
 	munmap(map, self->info.mapping_bytes);
 }
 
