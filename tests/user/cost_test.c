@@ -590,24 +590,32 @@ static const uint8_t *last_row(const struct kvscratch_view *view)
 	return (const uint8_t *)view->data + SCRUB_BYTES - ROW_BYTES;
 }
 
-/* Fill the pad, and kill who empties it with ZERO when the first row is zero. */
-static void kill_in_scrub(struct __test_metadata *_metadata, FIXTURE_DATA(cost) *self,
-			  const struct kvscratch_view *view)
+/* Fill a pad of SCRUB_BYTES, and have a child empty it with ZERO; @first is its first byte. */
+static void start_scrub(struct __test_metadata *_metadata, struct child *child, int fd,
+			const volatile uint8_t *first)
 {
-	const volatile uint8_t *first = view->data;
-	struct child child;
+	uint8_t *rows = malloc(SCRUB_BYTES / 64);
 
+	ASSERT_NE(NULL, rows);
+	memset(rows, 1, SCRUB_BYTES / 64);
 	for (int i = 0; i < 64; i++)
-		ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 1, SCRUB_BYTES / ROW_BYTES / 64));
-	if (start_child(&child)) {
-		CHILD_CHECK(!device_truncate(self->pad, 0, KVSCRATCH_TRUNCATE_ZERO));
-		_exit(0);
-	}
+		ASSERT_EQ(0, device_append(fd, rows, SCRUB_BYTES / 64));
+	free(rows);
+	if (start_child(child))
+		_exit(-device_truncate(fd, 0, KVSCRATCH_TRUNCATE_ZERO));
 	while (*first)
 		;
+}
+
+/* Kill who does it when the first row is zero. */
+static void kill_in_scrub(struct __test_metadata *_metadata, int fd, const void *first)
+{
+	struct child child;
+
+	start_scrub(_metadata, &child, fd, first);
 	kill(child.pid, SIGKILL);
 	end_child(&child);
-	ASSERT_EQ(0, len_of(self->pad));
+	ASSERT_EQ(0, len_of(fd));
 }
 
 TEST_F_TIMEOUT(cost, fatal_signal_ends_a_scrub, TEST_SECONDS)
@@ -622,7 +630,7 @@ TEST_F_TIMEOUT(cost, fatal_signal_ends_a_scrub, TEST_SECONDS)
 		int tries = 0;
 
 		do
-			kill_in_scrub(_metadata, self, &view);
+			kill_in_scrub(_metadata, self->pad, view.data);
 		while (all_zero(last_row(&view), ROW_BYTES) && ++tries < SCRUB_TRIES);
 		EXPECT_GT(SCRUB_TRIES, tries);
 		if (seal) {
@@ -636,6 +644,90 @@ TEST_F_TIMEOUT(cost, fatal_signal_ends_a_scrub, TEST_SECONDS)
 		EXPECT_TRUE(all_zero(view.data, SCRUB_BYTES));
 	}
 	device_unmap(&view);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/*
+ * A takeover while there is a scrub: it does not wait for it, and what is left is owed.
+ * Through the writer's handle, and through one without a role
+ */
+TEST_F_TIMEOUT(cost, takeover_ends_a_scrub, TEST_SECONDS)
+{
+	struct kvscratch_view view;
+
+	self->pad = new_pad(SCRUB_BYTES / ROW_BYTES, ROW_BYTES);
+	ASSERT_LE(0, self->pad);
+	ASSERT_EQ(0, device_map(self->pad, &view));
+	for (int role = 0; role < 2; role++) {
+		int tries = 0, successor = -1, status;
+		uint64_t generation;
+
+		do {
+			int fd = self->pad;
+			struct child child;
+
+			close(successor);
+			if (role)
+				fd = device_open_writer(self->pad, 0);
+			generation = generation_of(self->pad);
+			start_scrub(_metadata, &child, fd, view.data);
+			successor = device_open_writer(self->pad, KVSCRATCH_OPEN_TAKEOVER);
+			ASSERT_LE(0, successor);
+			status = end_child(&child);
+			if (role)
+				close(fd);
+		} while (!status && ++tries < SCRUB_TRIES);
+		EXPECT_EQ(role ? ESTALE : EBUSY, status);
+		/* its rows are dropped, and their bytes are not all gone */
+		EXPECT_EQ(0, len_of(self->pad));
+		EXPECT_EQ(generation + 1, generation_of(self->pad));
+		EXPECT_FALSE(all_zero(last_row(&view), ROW_BYTES));
+		/* of which there is nothing to keep */
+		EXPECT_EQ(-EINVAL, device_keep(successor, 0, 0, 1));
+		EXPECT_EQ(0, append_rows(successor, ROW_BYTES, 7, 2));
+		EXPECT_TRUE(row_is(view.data, ROW_BYTES, 7));
+		EXPECT_EQ(0, device_truncate(successor, 1, KVSCRATCH_TRUNCATE_ZERO));
+		EXPECT_TRUE(row_is(view.data, ROW_BYTES, 7));
+		EXPECT_TRUE(all_zero((uint8_t *)view.data + ROW_BYTES, SCRUB_BYTES - ROW_BYTES));
+		EXPECT_EQ(0, device_truncate(successor, 0, 0));
+		close(successor);
+	}
+	device_unmap(&view);
+	close(self->pad);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* Nor is there after a scrub of several planes that did not come to the last of them. */
+TEST_F_TIMEOUT(cost, a_scrub_cut_short_leaves_nothing_to_keep, TEST_SECONDS)
+{
+	const struct kvscratch_plane half = { .dim = ROW_BYTES / 2, .dtype = KVSCRATCH_DTYPE_U8 };
+	struct kvscratch_plane planes[2] = { half, half };
+	struct kvscratch_pad_info info;
+	const uint8_t *map, *last;
+	int writer, tries = 0;
+
+	self->pad = device_create_planes(SCRUB_BYTES / ROW_BYTES, planes, 2);
+	ASSERT_LE(0, self->pad);
+	ASSERT_EQ(0, device_pad_info(self->pad, &info));
+	ASSERT_EQ(2, device_planes(self->pad, 0, planes, 2));
+	map = mmap(NULL, info.mapping_bytes, PROT_READ, MAP_SHARED, self->pad, 0);
+	ASSERT_NE(MAP_FAILED, (void *)map);
+	last = map + planes[1].offset + (info.max_seq_len - 1) * planes[1].row_bytes;
+	writer = device_open_writer(self->pad, 0);
+	ASSERT_LE(0, writer);
+	do
+		kill_in_scrub(_metadata, writer, map + planes[0].offset);
+	while (all_zero(last, ROW_BYTES / 2) && ++tries < SCRUB_TRIES);
+	EXPECT_GT(SCRUB_TRIES, tries);
+	for (uint32_t plane = 0; plane < 2; plane++) {
+		EXPECT_EQ(-EINVAL, device_keep(writer, plane, 0, 1));
+		EXPECT_EQ(-EINVAL, device_keep(writer, plane, 0, info.max_seq_len));
+	}
+	EXPECT_EQ(0, device_truncate(writer, 0, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_TRUE(all_zero(last, ROW_BYTES / 2));
+	munmap((void *)map, info.mapping_bytes);
+	close(writer);
 	close(self->pad);
 	EXPECT_EQ(0, nothing_accounted());
 }

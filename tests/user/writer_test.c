@@ -709,6 +709,45 @@ static void on_signal(int number)
 	(void)number;
 }
 
+/* Calls that wait for the turn of another; the last two are the writer's. */
+enum waiting { WAITING_WRITE, WAITING_TRUNCATE, WAITING_SEAL, WAITING_OPEN, WAITING_STAGE,
+	       WAITING_COMMIT, WAITING_CALLS };
+
+static int call_that_waits(FIXTURE_DATA(writer) *self, int fd, enum waiting call)
+{
+	switch (call) {
+	case WAITING_WRITE:
+		return append_token(self, fd, 1);
+	case WAITING_TRUNCATE:
+		return device_truncate(fd, 0, 0);
+	case WAITING_SEAL:
+		return device_seal(fd);
+	case WAITING_OPEN:
+		return device_open_writer(fd, 0);
+	case WAITING_STAGE:
+		return stage(self, fd, K, len_of(fd), 1, 1);
+	default:
+		return device_commit(fd, len_of(fd));
+	}
+}
+
+/* A child that sleeps in such a call, and exits with its errno */
+static void start_sleeper(struct __test_metadata *_metadata, FIXTURE_DATA(writer) *self,
+			  struct child *child, int fd, enum waiting call)
+{
+	if (start_child(child)) {
+		const struct sigaction action = { .sa_handler = on_signal };
+		int err;
+
+		sigaction(SIGUSR1, &action, NULL);
+		CHILD_CHECK(say(child->line));
+		err = call_that_waits(self, fd, call);
+		_exit(err < 0 ? -err : 0);
+	}
+	ASSERT_TRUE(hear(child->line));
+	ASSERT_EQ('S', await_sleep(child->pid));
+}
+
 /* Others wait for a turn, and a signal ends that. */
 TEST_F_TIMEOUT(writer, waiting_is_interruptible, TEST_SECONDS)
 {
@@ -717,22 +756,10 @@ TEST_F_TIMEOUT(writer, waiting_is_interruptible, TEST_SECONDS)
 	NEEDS_USERFAULTFD();
 	close(self->writer);
 	stall(_metadata, self, &stalled, self->fd, STALLED_WRITE);
-	for (int call = 0; call < 4; call++) {
+	for (enum waiting call = WAITING_WRITE; call <= WAITING_OPEN; call++) {
 		struct child child;
 
-		if (start_child(&child)) {
-			const struct sigaction action = { .sa_handler = on_signal };
-			int err;
-
-			sigaction(SIGUSR1, &action, NULL);
-			CHILD_CHECK(say(child.line));
-			err = call == 0 ? append_token(self, self->fd, 1) :
-			      call == 1 ? device_truncate(self->fd, 0, 0) :
-			      call == 2 ? device_seal(self->fd) : device_open_writer(self->fd, 0);
-			_exit(-err);
-		}
-		ASSERT_TRUE(hear(child.line));
-		ASSERT_EQ('S', await_sleep(child.pid));
+		start_sleeper(_metadata, self, &child, self->fd, call);
 		kill(child.pid, SIGUSR1);
 		EXPECT_EQ(EINTR, end_child(&child))
 			TH_LOG("call %d", call);
@@ -740,6 +767,123 @@ TEST_F_TIMEOUT(writer, waiting_is_interruptible, TEST_SECONDS)
 	EXPECT_EQ(0, let_go(&stalled));
 	EXPECT_EQ(1, state_of(self));
 	self->writer = device_open_writer(self->fd, 0);
+}
+
+/* Who sleeps while the role changes hands learns of it, and does nothing. */
+TEST_F_TIMEOUT(writer, a_takeover_tells_who_waits, TEST_SECONDS)
+{
+	struct child sleepers[WAITING_CALLS];
+	struct stalled stalled;
+
+	NEEDS_USERFAULTFD();
+	/* through the writer's handle, then through one without a role */
+	for (int role = 1; role >= 0; role--) {
+		const int last = role ? WAITING_COMMIT : WAITING_OPEN;
+		int fd = role ? self->writer : self->fd;
+		int successor;
+
+		if (!role)
+			close(self->writer);
+		stall(_metadata, self, &stalled, fd, STALLED_WRITE);
+		for (int call = 0; call <= last; call++)
+			/* which the writer cannot */
+			if (!role || call != WAITING_OPEN)
+				start_sleeper(_metadata, self, &sleepers[call], fd, call);
+		successor = device_open_writer(self->fd, KVSCRATCH_OPEN_TAKEOVER);
+		ASSERT_LE(0, successor);
+		for (int call = 0; call <= last; call++) {
+			if (role && call == WAITING_OPEN)
+				continue;
+			EXPECT_EQ(role ? ESTALE : EBUSY, end_child(&sleepers[call]))
+				TH_LOG("call %d", call);
+		}
+		EXPECT_EQ(role ? ESTALE : EBUSY, let_go(&stalled));
+		EXPECT_EQ(0, state_of(self));
+		if (role)
+			close(self->writer);
+		self->writer = successor;
+	}
+}
+
+/* They start over from the seal: it comes before the role, and SEAL again is 0. */
+TEST_F_TIMEOUT(writer, a_seal_tells_who_waits, TEST_SECONDS)
+{
+	const struct sched_param first = { .sched_priority = 1 }, other = { 0 };
+	struct child sleepers[WAITING_OPEN + 1];
+	struct stalled stalled;
+
+	NEEDS_USERFAULTFD();
+	close(self->writer);
+	keep_to_cpu(0);
+	stall(_metadata, self, &stalled, self->fd, STALLED_WRITE);
+	for (enum waiting call = WAITING_WRITE; call <= WAITING_OPEN; call++)
+		start_sleeper(_metadata, self, &sleepers[call], self->fd, call);
+	/* they do not run between the takeover and the seal */
+	ASSERT_EQ(0, sched_setscheduler(0, SCHED_FIFO, &first));
+	self->writer = device_open_writer(self->fd, KVSCRATCH_OPEN_TAKEOVER);
+	EXPECT_EQ(0, device_seal(self->writer));
+	ASSERT_EQ(0, sched_setscheduler(0, SCHED_OTHER, &other));
+	ASSERT_LE(0, self->writer);
+	for (enum waiting call = WAITING_WRITE; call <= WAITING_OPEN; call++) {
+		EXPECT_EQ(call == WAITING_SEAL ? 0 : EROFS, end_child(&sleepers[call]))
+			TH_LOG("call %d", call);
+	}
+	/* it did not run either, and was only revoked */
+	EXPECT_EQ(EBUSY, let_go(&stalled));
+	EXPECT_EQ(0, state_of(self));
+}
+
+/* A takeover, and a call that stalls at once: in the successor's process */
+static void stall_as_successor(FIXTURE_DATA(writer) *self, int line, const bool *go)
+{
+	const size_t bytes = 64 * page_bytes();
+	void *source = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			    -1, 0);
+	int fd;
+
+	keep_to_cpu(1);
+	CHILD_CHECK(source != MAP_FAILED);
+	stop_at(source, bytes);
+	CHILD_CHECK(say(line));
+	while (!__atomic_load_n(go, __ATOMIC_ACQUIRE))
+		;
+	fd = device_open_writer(self->fd, KVSCRATCH_OPEN_TAKEOVER);
+	CHILD_CHECK(fd >= 0);
+	device_stage(fd, WIDE, 0, source, 1);
+	_exit(1);
+}
+
+/* The turn of a successor is none of theirs to wait for. */
+TEST_F_TIMEOUT(writer, who_lost_the_role_waits_for_no_successor, TEST_SECONDS)
+{
+	const struct sched_param first = { .sched_priority = 1 }, other = { 0 };
+	bool *go = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+			-1, 0);
+	struct child sleeper, successor;
+	struct stalled stalled;
+
+	NEEDS_USERFAULTFD();
+	if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
+		SKIP(return, "a machine with one processor");
+	ASSERT_NE(MAP_FAILED, (void *)go);
+	stall(_metadata, self, &stalled, self->writer, STALLED_STAGE);
+	if (start_child(&successor))
+		stall_as_successor(self, successor.line, go);
+	ASSERT_TRUE(hear(successor.line));
+	keep_to_cpu(0);
+	start_sleeper(_metadata, self, &sleeper, self->writer, WAITING_WRITE);
+	/* it does not run before the successor has its turn */
+	ASSERT_EQ(0, sched_setscheduler(0, SCHED_FIFO, &first));
+	__atomic_store_n(go, true, __ATOMIC_RELEASE);
+	await_sleep(successor.pid);
+	ASSERT_EQ(0, sched_setscheduler(0, SCHED_OTHER, &other));
+	EXPECT_EQ(0, await_sleep(sleeper.pid));
+	kill(successor.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&successor));
+	EXPECT_EQ(ESTALE, end_child(&sleeper));
+	EXPECT_EQ(ESTALE, let_go(&stalled));
+	EXPECT_EQ(0, state_of(self));
+	munmap(go, page_bytes());
 }
 
 TEST_F_TIMEOUT(writer, a_writer_killed_in_the_middle_leaves_nothing, TEST_SECONDS)
