@@ -1292,6 +1292,258 @@ TEST_F(abi, values_before_limits_before_memory)
 }
 
 /*
+ * All that can be in the way of a call, two at a time: the errno is that of the first one
+ */
+
+enum obstacle {
+	WRONG_KIND, BAD_POINTER, SHORT_STRUCT, UNKNOWN_TAIL, NO_RIGHTS, BAD_VALUE, SEALED, STALE,
+	OTHER_WRITER, NO_ROLE, TURN, UNEXPECTED, BEYOND_THE_PAD, NO_ROOM, BAD_SOURCE, NOT_FINITE,
+	NO_QUOTA, NO_MEMORY, NR_OBSTACLES
+};
+
+static const int obstacle_errno[] = {
+	ENOTTY, EFAULT, EINVAL, E2BIG, EACCES, EINVAL, EROFS, ESTALE, EBUSY, ENOLCK, EAGAIN,
+	ECANCELED, EINVAL, ENOSPC, EFAULT, EDOM, EDQUOT, ENOMEM,
+};
+
+#define BIT(obstacle) (1u << (obstacle))
+#define ANY_STRUCT (BIT(WRONG_KIND) | BIT(BAD_POINTER) | BIT(SHORT_STRUCT) | BIT(UNKNOWN_TAIL))
+#define ANY_ROLE (BIT(STALE) | BIT(OTHER_WRITER) | BIT(NO_ROLE))
+
+/* No ioctl */
+#define WRITE 0
+
+static const struct {
+	unsigned int cmd;
+	uint32_t obstacles;
+} calls_and_obstacles[] = {
+	{ WRITE, BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(SEALED) | BIT(STALE) | BIT(OTHER_WRITER) |
+		 BIT(TURN) | BIT(NO_ROOM) | BIT(BAD_SOURCE) | BIT(NOT_FINITE) },
+	{ KVSCRATCH_IOC_CREATE, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(BAD_SOURCE) |
+				BIT(NO_QUOTA) | BIT(NO_MEMORY) },
+	{ KVSCRATCH_IOC_OPEN, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(SEALED) |
+			      BIT(OTHER_WRITER) | BIT(TURN) },
+	{ KVSCRATCH_IOC_STAGE, ANY_STRUCT | BIT(BAD_VALUE) | BIT(SEALED) | BIT(STALE) |
+			       BIT(NO_ROLE) | BIT(TURN) | BIT(BEYOND_THE_PAD) | BIT(NO_ROOM) |
+			       BIT(BAD_SOURCE) | BIT(NOT_FINITE) },
+	{ KVSCRATCH_IOC_COMMIT, ANY_STRUCT | BIT(BAD_VALUE) | BIT(SEALED) | BIT(STALE) |
+				BIT(NO_ROLE) | BIT(TURN) | BIT(BEYOND_THE_PAD) },
+	{ KVSCRATCH_IOC_TRUNCATE, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(SEALED) |
+				  BIT(STALE) | BIT(OTHER_WRITER) | BIT(TURN) | BIT(UNEXPECTED) |
+				  BIT(BEYOND_THE_PAD) },
+	{ KVSCRATCH_IOC_SEAL, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(STALE) |
+			      BIT(OTHER_WRITER) | BIT(TURN) },
+	{ KVSCRATCH_IOC_SEEN, ANY_STRUCT | BIT(BAD_VALUE) },
+	{ KVSCRATCH_IOC_INFO, ANY_STRUCT & ~BIT(UNKNOWN_TAIL) },
+	{ KVSCRATCH_IOC_PLANES, (ANY_STRUCT & ~BIT(UNKNOWN_TAIL)) | BIT(BAD_VALUE) |
+				BIT(BAD_SOURCE) },
+};
+
+/* What there cannot be besides it: of one handle, one struct, one source */
+static uint32_t excluded_by(enum obstacle obstacle)
+{
+	switch (obstacle) {
+	case WRONG_KIND:
+		return BIT(SEALED) | ANY_ROLE | BIT(TURN) | BIT(UNEXPECTED) | BIT(BEYOND_THE_PAD) |
+		       BIT(NO_ROOM);
+	case BAD_POINTER:
+		return BIT(SHORT_STRUCT) | BIT(UNKNOWN_TAIL) | BIT(BAD_VALUE) | BIT(UNEXPECTED) |
+		       BIT(BEYOND_THE_PAD) | BIT(NO_ROOM) | BIT(BAD_SOURCE) | BIT(NOT_FINITE);
+	case SHORT_STRUCT:
+		return BIT(UNKNOWN_TAIL);
+	case NO_RIGHTS:
+		return BIT(STALE);
+	case SEALED:
+		return BIT(TURN);
+	case STALE:
+	case OTHER_WRITER:
+		return ANY_ROLE;
+	case BAD_SOURCE:
+		return BIT(NOT_FINITE);
+	default:
+		return 0;
+	}
+}
+
+/* Rows of the pad below, of numbers and of none */
+#define WIDE_DIM 1024u
+#define WIDE_BYTES 4096
+static float numbers[(ROWS + 1) * WIDE_DIM];
+static float no_numbers[(ROWS + 1) * WIDE_DIM];
+
+/* A pad, and what is open of it */
+struct scene {
+	int pad;
+	int writer;
+	/* by which the call comes */
+	int fd;
+	struct stall stall;
+};
+
+static int handle_for(const FIXTURE_DATA(abi) *self, const struct scene *scene, unsigned int cmd,
+		      uint32_t obstacles)
+{
+	const int access = obstacles & BIT(NO_RIGHTS) ? O_RDONLY : O_RDWR;
+	bool node = (cmd == KVSCRATCH_IOC_CREATE) != !!(obstacles & BIT(WRONG_KIND));
+	bool of_the_writer = cmd == KVSCRATCH_IOC_STAGE || cmd == KVSCRATCH_IOC_COMMIT;
+
+	if (node)
+		return dup(access == O_RDONLY ? self->read_node : self->node);
+	if (of_the_writer && !(obstacles & BIT(NO_ROLE)))
+		return dup(scene->writer);
+	return device_reopen(scene->pad, access);
+}
+
+static void set_scene(const FIXTURE_DATA(abi) *self, struct scene *scene, unsigned int cmd,
+		      uint32_t obstacles)
+{
+	static const struct kvscratch_plane plane = {
+		.dim = WIDE_DIM,
+		.dtype = KVSCRATCH_DTYPE_I32,
+		.input_dtype = KVSCRATCH_DTYPE_F32,
+	};
+	bool of_the_writer = cmd == KVSCRATCH_IOC_STAGE || cmd == KVSCRATCH_IOC_COMMIT;
+
+	*scene = (struct scene) { .writer = -1, .fd = -1 };
+	scene->pad = device_create_planes(ROWS, &plane, 1);
+	if (obstacles & BIT(STALE))
+		scene->fd = device_open_writer(scene->pad, 0);
+	if (of_the_writer || obstacles & ANY_ROLE)
+		scene->writer = device_open_writer(scene->pad, KVSCRATCH_OPEN_TAKEOVER);
+	if (scene->fd < 0)
+		scene->fd = handle_for(self, scene, cmd, obstacles);
+	if (obstacles & BIT(SEALED) &&
+	    device_seal(scene->writer < 0 ? scene->pad : scene->writer))
+		abort();
+	if (obstacles & BIT(TURN)) {
+		start_stall(&scene->stall, scene->writer < 0 ? scene->pad : scene->writer,
+			    WIDE_BYTES, stalled_append);
+		fcntl(scene->fd, F_SETFL, O_NONBLOCK);
+	}
+}
+
+static void clear_scene(struct scene *scene)
+{
+	if (scene->stall.child.pid)
+		kill_stall(&scene->stall);
+	close(scene->fd);
+	close(scene->writer);
+	close(scene->pad);
+}
+
+/* The argument of a call that all of them are in the way of, but for the handle's */
+static union arg obstructed_arg(const FIXTURE_DATA(abi) *self, unsigned int cmd,
+				uint32_t obstacles)
+{
+	union arg arg = valid_arg(cmd);
+	uint32_t known = arg.size;
+
+	/* flags, but for those that have none */
+	if (obstacles & BIT(BAD_VALUE)) {
+		arg.words[1] = 1u << 31;
+		if (cmd == KVSCRATCH_IOC_PLANES)
+			arg.planes.first = 2;
+	}
+	switch (cmd) {
+	case KVSCRATCH_IOC_CREATE:
+		if (obstacles & BIT(BAD_SOURCE))
+			arg.create.planes = (uintptr_t)self->bad;
+		break;
+	case KVSCRATCH_IOC_OPEN:
+		arg.open.flags |= KVSCRATCH_OPEN_WRITER;
+		break;
+	case KVSCRATCH_IOC_STAGE:
+		arg.stage.row = obstacles & BIT(BEYOND_THE_PAD) ? 5 : 0;
+		arg.stage.rows = obstacles & BIT(NO_ROOM) ? ROWS + 1 : 1;
+		arg.stage.addr = obstacles & BIT(BAD_SOURCE) ? (uintptr_t)self->bad :
+				 (uintptr_t)(obstacles & BIT(NOT_FINITE) ? no_numbers : numbers);
+		break;
+	case KVSCRATCH_IOC_COMMIT:
+		arg.commit.len = obstacles & BIT(BEYOND_THE_PAD) ? 5 : 0;
+		break;
+	case KVSCRATCH_IOC_TRUNCATE:
+		arg.truncate.len = obstacles & BIT(BEYOND_THE_PAD) ? 5 : 0;
+		if (obstacles & BIT(UNEXPECTED)) {
+			arg.truncate.flags |= KVSCRATCH_TRUNCATE_EXPECT;
+			arg.truncate.expected_len = 5;
+		}
+		break;
+	case KVSCRATCH_IOC_PLANES:
+		arg.planes.count = 1;
+		arg.planes.planes = (uintptr_t)(obstacles & BIT(BAD_SOURCE) ? self->bad : numbers);
+		break;
+	}
+	if (obstacles & BIT(SHORT_STRUCT))
+		arg.size = 4;
+	if (obstacles & BIT(UNKNOWN_TAIL)) {
+		arg.size = known + 8;
+		arg.bytes[known] = 1;
+	}
+	return arg;
+}
+
+/* 0 or the errno */
+static int obstructed_call(const FIXTURE_DATA(abi) *self, unsigned int cmd, uint32_t obstacles)
+{
+	union arg arg = obstructed_arg(self, cmd, obstacles);
+	struct scene scene;
+	int ret, err;
+
+	set_scene(self, &scene, cmd, obstacles);
+	if (cmd == WRITE) {
+		const void *from = obstacles & BIT(BAD_SOURCE) ? self->bad :
+				   obstacles & BIT(NOT_FINITE) ? (void *)no_numbers : numbers;
+		size_t bytes = (obstacles & BIT(NO_ROOM) ? ROWS + 1 : 1) * WIDE_BYTES;
+
+		ret = write(scene.fd, from, bytes - !!(obstacles & BIT(BAD_VALUE)));
+	} else {
+		if (obstacles & BIT(NO_QUOTA))
+			write_number(MAX_TOTAL, 0);
+		if (obstacles & BIT(NO_MEMORY))
+			write_number(MIN_AVAILABLE, INT64_MAX);
+		ret = ioctl(scene.fd, cmd, obstacles & BIT(BAD_POINTER) ? NULL : &arg);
+	}
+	err = ret < 0 ? errno : 0;
+	if (ret > 0 && cmd != WRITE)
+		close(ret);
+	clear_scene(&scene);
+	return err;
+}
+
+TEST_F_TIMEOUT(abi, every_pair_in_its_order, TEST_SECONDS)
+{
+	uint64_t available = number_in_file(MIN_AVAILABLE, NULL);
+	uint64_t total = number_in_file(MAX_TOTAL, NULL);
+	unsigned int pairs = 0;
+
+	for (size_t i = 0; i < ARRAY_SIZE(no_numbers); i++)
+		no_numbers[i] = __builtin_nanf("");
+	for (size_t i = 0; i < ARRAY_SIZE(calls_and_obstacles); i++) {
+		const unsigned int cmd = calls_and_obstacles[i].cmd;
+		const uint32_t all = calls_and_obstacles[i].obstacles;
+
+		EXPECT_EQ(0, obstructed_call(self, cmd, 0))
+			TH_LOG("call %u", _IOC_NR(cmd));
+		/* with @a twice: it alone */
+		for (int a = 0; a < NR_OBSTACLES; a++) {
+			const uint32_t others = all & ~excluded_by(a) & -BIT(a);
+			int expected = cmd == WRITE && a == NO_RIGHTS ? EBADF : obstacle_errno[a];
+
+			for (int b = a; all & BIT(a) && b < NR_OBSTACLES; b++) {
+				if (b != a && !(others & BIT(b)))
+					continue;
+				EXPECT_EQ(expected, obstructed_call(self, cmd, BIT(a) | BIT(b)))
+					TH_LOG("call %u, obstacles %d and %d", _IOC_NR(cmd), a, b);
+				pairs += a != b;
+				write_number(MAX_TOTAL, total);
+				write_number(MIN_AVAILABLE, available);
+			}
+		}
+	}
+	TH_LOG("%u pairs", pairs);
+}
+
+/*
  * What is told
  */
 
