@@ -698,7 +698,46 @@ TEST_F_TIMEOUT(cost, takeover_ends_a_scrub, TEST_SECONDS)
 	EXPECT_EQ(0, nothing_accounted());
 }
 
-/* Nor is there after a scrub of several planes that did not come to the last of them. */
+/* A SEAL that has a scrub to finish is killed as well: the pad is not sealed then. */
+TEST_F_TIMEOUT(cost, fatal_signal_ends_a_seal, TEST_SECONDS)
+{
+	struct kvscratch_view view;
+	struct child child;
+	int tries = 0, killed;
+
+	/* who was faster than the signal has sealed it: once more, with another pad */
+	do {
+		const volatile uint8_t *first;
+
+		self->pad = new_pad(SCRUB_BYTES / ROW_BYTES, ROW_BYTES);
+		ASSERT_LE(0, self->pad);
+		ASSERT_EQ(0, device_map(self->pad, &view));
+		first = view.data;
+		kill_in_scrub(_metadata, self->pad, view.data);
+		/* it is owed all of it, and begins anew */
+		ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 1, 1));
+		ASSERT_EQ(0, device_truncate(self->pad, 0, 0));
+		ASSERT_NE(0, *first);
+		if (start_child(&child))
+			_exit(-device_seal(self->pad));
+		while (*first)
+			;
+		kill(child.pid, SIGKILL);
+		end_child(&child);
+		/* of a sealed pad all is zero */
+		killed = !all_zero(last_row(&view), ROW_BYTES);
+		EXPECT_EQ(killed ? 0 : -EROFS, device_truncate(self->pad, 0, 0));
+		EXPECT_EQ(0, device_seal(self->pad));
+		EXPECT_TRUE(all_zero(view.data, SCRUB_BYTES));
+		EXPECT_EQ(-EROFS, device_truncate(self->pad, 0, 0));
+		device_unmap(&view);
+		close(self->pad);
+	} while (!killed && ++tries < SCRUB_TRIES);
+	EXPECT_GT(SCRUB_TRIES, tries);
+	EXPECT_EQ(0, nothing_accounted());
+}
+
+/* A scrub of several planes that did not come to the last of them leaves nothing to keep. */
 TEST_F_TIMEOUT(cost, a_scrub_cut_short_leaves_nothing_to_keep, TEST_SECONDS)
 {
 	const struct kvscratch_plane half = { .dim = ROW_BYTES / 2, .dtype = KVSCRATCH_DTYPE_U8 };

@@ -3,7 +3,7 @@
  * The only writer of a pad: what it stages and commits, how its role begins, ends and is
  * taken over, and what a stalled or dying writer can do to others.
  */
-#include "common.h"
+#include "ring.h"
 
 #include <linux/landlock.h>
 #include <pthread.h>
@@ -495,6 +495,33 @@ TEST_F_TIMEOUT(writer, role_ends_with_the_last_reference, TEST_SECONDS)
 	close(sockets[1]);
 }
 
+/* A request that is not done holds the open file as well. */
+TEST_F_TIMEOUT(writer, role_ends_with_the_last_request, TEST_SECONDS)
+{
+	const struct io_uring_sqe sqe = {
+		.opcode = IORING_OP_POLL_ADD,
+		.fd = self->writer,
+		.poll32_events = POLLRDHUP,
+		.user_data = 1,
+	};
+	const struct io_uring_sqe cancel = { .opcode = IORING_OP_ASYNC_CANCEL, .fd = -1, .addr = 1 };
+	struct pollfd polled = { .fd = self->fd, .events = POLLOUT };
+	struct ring ring;
+
+	ASSERT_EQ(0, ring_open(&ring));
+	ASSERT_EQ(0, ring_submit(&ring, &sqe));
+	close(self->writer);
+	EXPECT_EQ(-EBUSY, append_token(self, self->fd, 0));
+	EXPECT_EQ(0, poll(&polled, 1, 0));
+	ASSERT_EQ(0, ring_submit(&ring, &cancel));
+	EXPECT_EQ(1, poll(&polled, 1, -1));
+	EXPECT_EQ(0, ring_wait(&ring) + ring_wait(&ring) + ECANCELED);
+	close(ring.fd);
+	EXPECT_EQ(0, append_token(self, self->fd, 0));
+	self->writer = device_open_writer(self->fd, 0);
+	EXPECT_LE(0, self->writer);
+}
+
 TEST_F_TIMEOUT(writer, standby_is_told_when_the_writer_dies, TEST_SECONDS)
 {
 	struct pollfd polled = { .fd = self->fd, .events = POLLOUT };
@@ -681,6 +708,61 @@ TEST_F_TIMEOUT(writer, a_stalled_call_holds_up_no_reader, TEST_SECONDS)
 	EXPECT_EQ(2, state_of(self));
 }
 
+static void *map_and_exit(void *arg)
+{
+	void *map = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	(void)arg;
+	CHILD_CHECK(map != MAP_FAILED);
+	memset(map, 1, 1 << 20);
+	CHILD_CHECK(!munmap(map, 1 << 20));
+	return NULL;
+}
+
+struct stalled_thread {
+	int fd;
+	const void *source;
+};
+
+static void *stage_and_stall(void *arg)
+{
+	const struct stalled_thread *stalled = arg;
+
+	device_stage(stalled->fd, WIDE, 0, stalled->source, 1);
+	return NULL;
+}
+
+/* Nor any thread of its own process: they map, fault and end as if nothing were. */
+TEST_F_TIMEOUT(writer, a_stalled_call_holds_up_no_thread, TEST_SECONDS)
+{
+	struct child child;
+
+	NEEDS_USERFAULTFD();
+	if (start_child(&child)) {
+		const size_t bytes = 64 * page_bytes();
+		struct stalled_thread stalled = {
+			.fd = self->writer,
+			.source = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+				       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+		};
+		int faults = stop_at((void *)stalled.source, bytes);
+		pthread_t staging, other;
+
+		CHILD_CHECK(!pthread_create(&staging, NULL, stage_and_stall, &stalled));
+		CHILD_CHECK(await_stop(faults));
+		for (int i = 0; i < 10; i++) {
+			CHILD_CHECK(!pthread_create(&other, NULL, map_and_exit, NULL));
+			CHILD_CHECK(!pthread_join(other, NULL));
+		}
+		CHILD_CHECK(say(child.line));
+		hear(child.line);
+		_exit(1);
+	}
+	EXPECT_TRUE(hear(child.line));
+	kill(child.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+}
+
 TEST_F_TIMEOUT(writer, who_must_not_wait_does_not, TEST_SECONDS)
 {
 	struct pollfd polled = { .fd = self->writer, .events = POLLOUT };
@@ -803,6 +885,26 @@ TEST_F_TIMEOUT(writer, a_takeover_tells_who_waits, TEST_SECONDS)
 			close(self->writer);
 		self->writer = successor;
 	}
+}
+
+/* So does who sleeps in poll() until the turn of its own handle ends: it is ESTALE then. */
+TEST_F_TIMEOUT(writer, a_takeover_wakes_pollers, TEST_SECONDS)
+{
+	struct pollfd polled = { .fd = self->writer, .events = POLLOUT };
+	struct child poller;
+	struct stalled stalled;
+	int successor;
+
+	NEEDS_USERFAULTFD();
+	stall(_metadata, self, &stalled, self->writer, STALLED_STAGE);
+	if (start_child(&poller))
+		_exit(poll(&polled, 1, -1) == 1 && polled.revents == POLLOUT ? 0 : 1);
+	ASSERT_EQ('S', await_sleep(poller.pid));
+	successor = device_open_writer(self->fd, KVSCRATCH_OPEN_TAKEOVER);
+	ASSERT_LE(0, successor);
+	EXPECT_EQ(0, end_child(&poller));
+	EXPECT_EQ(ESTALE, let_go(&stalled));
+	close(successor);
 }
 
 /* They start over from the seal: it comes before the role, and SEAL again is 0. */
