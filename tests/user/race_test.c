@@ -343,4 +343,37 @@ TEST(handles_come_and_go)
 	EXPECT_EQ(refs, number_in_file(REFCNT, NULL));
 }
 
+/* Each truncate keeps what its generation says: INFO is of one moment. */
+#define MOMENTS 3000
+#define MOMENT_ROWS 8
+
+static void truncate_by_generation(int fd)
+{
+	uint8_t row[MOMENT_ROWS] = { 0 };
+
+	for (uint64_t generation = 1;; generation++) {
+		CHILD_CHECK(!device_append(fd, row, MOMENT_ROWS - len_of(fd)));
+		CHILD_CHECK(!device_truncate(fd, generation % 7, 0));
+	}
+}
+
+TEST(info_is_of_one_moment)
+{
+	struct kvscratch_pad_info info = { 0 };
+	int fd = new_pad(MOMENT_ROWS, 1);
+	struct child child;
+
+	ASSERT_LE(0, fd);
+	if (start_child(&child))
+		truncate_by_generation(fd);
+	for (int i = 0; i < MOMENTS || info.generation < MOMENTS; i++) {
+		ASSERT_EQ(0, device_pad_info(fd, &info));
+		ASSERT_EQ(info.generation % 7, info.trunc_len);
+		ASSERT_TRUE(info.len == MOMENT_ROWS || info.len == info.trunc_len);
+	}
+	kill(child.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	close(fd);
+}
+
 TEST_HARNESS_MAIN
