@@ -1752,11 +1752,16 @@ static bool kvs_page_has_room(struct page *page)
 	return page_ref_count(compound_head(page)) <= INT_MAX / 2;
 }
 
-/*
+/**
+ * kvs_fault() - give fault handling a page of a view
+ * @vmf: of a VMA whose private data is the pad
+ *
  * Where a view is aligned as the chunk is, the core maps all of a huge chunk by one entry:
  * it lies at a multiple of its size in the mapping.
+ *
+ * Return: 0, or VM_FAULT_SIGBUS where there is no page, or too many references to it.
  */
-static vm_fault_t kvs_fault(struct vm_fault *vmf)
+vm_fault_t kvs_fault(struct vm_fault *vmf)
 {
 	const struct kvs_pad *pad = vmf->vma->vm_private_data;
 	struct page *page = kvs_pad_page(pad, vmf->pgoff);
@@ -1767,6 +1772,7 @@ static vm_fault_t kvs_fault(struct vm_fault *vmf)
 	vmf->page = page;
 	return 0;
 }
+EXPORT_SYMBOL_FOR_KUNIT(kvs_fault);
 
 static const struct vm_operations_struct kvs_vm_ops = { .fault = kvs_fault };
 

@@ -203,6 +203,7 @@ u64 kvs_reserved(void);
 
 struct page *kvs_array_page(const struct kvs_array *array, u64 index);
 struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index);
+vm_fault_t kvs_fault(struct vm_fault *vmf);
 
 struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
 			       struct kvscratch_plane *planes);

@@ -249,6 +249,24 @@ static void model_status_words(struct kunit *test)
 	KUNIT_EXPECT_NULL(test, memchr_inv(status + 1, 0, PAGE_SIZE - sizeof(*status)));
 }
 
+/* What the page says is not believed where it would lead out of the pad. */
+static void a_len_on_the_page_is_clamped(struct kunit *test)
+{
+	struct fixture *f = test->priv;
+	u8 row[FIXTURE_ROW_BYTES];
+
+	append(f->pad, f->rows, 3 * FIXTURE_ROW_BYTES);
+	f->pad->status->state.word = kvs_state(0, U32_MAX);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, FIXTURE_ROWS);
+	KUNIT_EXPECT_EQ(test, read_at(f->pad, (FIXTURE_ROWS - 1) * FIXTURE_ROW_BYTES, row,
+				      sizeof(row)), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, read_at(f->pad, FIXTURE_ROWS * FIXTURE_ROW_BYTES, row, sizeof(row)),
+			0);
+	/* nor is it what counts: that is the pad's own */
+	KUNIT_EXPECT_EQ(test, append(f->pad, f->rows, FIXTURE_ROW_BYTES), FIXTURE_ROW_BYTES);
+	KUNIT_EXPECT_EQ(test, info_of(f->pad).len, 4);
+}
+
 static void model_get_token(struct kunit *test)
 {
 	struct fixture *f = test->priv;
@@ -774,6 +792,62 @@ static void mapping_has_its_pages(struct kunit *test)
 	kvs_pad_put(pad);
 }
 
+/* What a page of a view was given, and how many references its head has then */
+static vm_fault_t fault_at(struct kvs_pad *pad, u64 index, struct page **page)
+{
+	struct vm_area_struct *vma = kzalloc(sizeof(*vma), GFP_KERNEL);
+	struct vm_fault vmf = { .vma = vma, .pgoff = index };
+	vm_fault_t fault = VM_FAULT_OOM;
+
+	if (vma) {
+		vma->vm_private_data = pad;
+		fault = kvs_fault(&vmf);
+	}
+	*page = vmf.page;
+	kfree(vma);
+	return fault;
+}
+
+/* Nobody can take so many in a guest: views refuse before a count overflows. */
+static void faults_leave_room_for_references(struct kunit *test)
+{
+	struct kvscratch_plane planes[] = {
+		{ .dim = PAGE_SIZE, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 1, .dtype = KVSCRATCH_DTYPE_U8 },
+	};
+	struct kvscratch_create create = {
+		.max_seq_len = CHUNK / PAGE_SIZE,
+		.nr_planes = ARRAY_SIZE(planes),
+	};
+	struct kvs_pad *pad = kvs_pad_create(&create, planes);
+	u64 indices[3];
+	size_t i;
+
+	KUNIT_ASSERT_FALSE(test, IS_ERR(pad));
+	/* in the middle of a huge chunk, of a table, and the status page */
+	indices[0] = (pad->planes[0].data.offset >> PAGE_SHIFT) + 77;
+	indices[1] = pad->planes[1].data.offset >> PAGE_SHIFT;
+	indices[2] = pad->layout.status_offset >> PAGE_SHIFT;
+	for (i = 0; i < ARRAY_SIZE(indices); i++) {
+		struct page *head = compound_head(kvs_pad_page(pad, indices[i]));
+		int before = page_ref_count(head);
+		struct page *page;
+
+		page_ref_add(head, INT_MAX / 2 - before);
+		KUNIT_EXPECT_EQ(test, fault_at(pad, indices[i], &page), 0);
+		KUNIT_EXPECT_PTR_EQ(test, page, kvs_pad_page(pad, indices[i]));
+		KUNIT_EXPECT_EQ(test, page_ref_count(head), INT_MAX / 2 + 1);
+		KUNIT_EXPECT_EQ(test, fault_at(pad, indices[i], &page), VM_FAULT_SIGBUS);
+		KUNIT_EXPECT_NULL(test, page);
+		KUNIT_EXPECT_EQ(test, page_ref_count(head), INT_MAX / 2 + 1);
+		page_ref_sub(head, INT_MAX / 2 + 1 - before);
+	}
+	/* where there is nothing there is no reference either */
+	KUNIT_EXPECT_EQ(test, fault_at(pad, indices[2] + 1, &(struct page *){ NULL }),
+			VM_FAULT_SIGBUS);
+	kvs_pad_put(pad);
+}
+
 static void limits_do_not_overflow(struct kunit *test)
 {
 	static const u64 sizes[] = {
@@ -820,6 +894,7 @@ static struct kunit_case kvs_pad_cases[] = {
 	KUNIT_CASE(model_as_tensor),
 	KUNIT_CASE(model_status_page),
 	KUNIT_CASE(model_status_words),
+	KUNIT_CASE(a_len_on_the_page_is_clamped),
 	KUNIT_CASE(model_get_token),
 	KUNIT_CASE(model_clear),
 	KUNIT_CASE(model_truncate),
@@ -1103,6 +1178,7 @@ static struct kunit_case kvs_bounds_cases[] = {
 	KUNIT_CASE(layout_of_many_planes),
 	KUNIT_CASE(create_refuses),
 	KUNIT_CASE(mapping_has_its_pages),
+	KUNIT_CASE(faults_leave_room_for_references),
 	KUNIT_CASE(limits_do_not_overflow),
 	KUNIT_CASE(create_respects_the_total),
 	{}
