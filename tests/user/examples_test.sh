@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
 # The examples as a newcomer runs them, one step at a time: each waits for what the one
-# before has printed. Prints TAP. What is called producer, reader and scratchpad is in PATH.
+# before has printed. Prints TAP. What is called producer, reader, decoder and so on is in PATH.
 cd "$(mktemp -d)" || exit 1
 count=0
 
@@ -100,6 +100,13 @@ expect_failure "reader: left.sock: cannot connect: Connection refused" reader le
 
 output=$(timeout 60 scratchpad 2>&1) && [ "$output" = "the last row begins with 1000" ]
 result $? "a pad as a C++ object" "$output"
+
+output=$(timeout 60 decoder 2>&1) && [ "$output" = "5 tokens, v1 adds up to 126" ]
+result $? "a cache in one pad, and drafts" "$output"
+
+output=$(timeout 60 cache 2>&1) && [ "$output" = "expected a len from 1, the committed rows, to what every plane has staged, got 2
+1 token, v1 ends with 8" ]
+result $? "a cache as a C++ object, and half a token" "$output"
 
 expect_failure "reader: nowhere.sock: cannot connect: No such file or directory" reader nowhere.sock
 expect_failure "producer: no/such.sock: cannot listen: No such file or directory" producer no/such.sock
