@@ -1824,7 +1824,7 @@ TEST(planes_that_are_refused)
 		     kvscratch_new_planes(&pad, 8, planes, 4097, NULL, 0));
 	EXPECT_ERROR(EINVAL, "tag: expected at most 64 bytes, got 65",
 		     kvscratch_new_planes(&pad, 8, planes, 3, tag, sizeof(tag)));
-	EXPECT_ERROR(EINVAL, "plane 0: max_seq_len: expected 1 to 4294967295 rows, got 0",
+	EXPECT_ERROR(EINVAL, "max_seq_len: expected 1 to 4294967295 rows, got 0",
 		     kvscratch_new_planes(&pad, 0, planes, 3, NULL, 0));
 	planes[2].dtype = 99;
 	EXPECT_ERROR(EINVAL, "plane 2: dtype: expected one of f64 f32 f16 bf16 i64 i32 i16 i8 u8 and "

@@ -185,6 +185,9 @@ int lay_out(struct kvscratch_info *info, const struct kvscratch_geometry *geomet
 void describe(struct kvscratch_info *info, const struct kvscratch_pad_info *pad,
 	      const struct kvscratch_plane *planes);
 
+/* Have all pages of a mapping there; 0 or a negative errno */
+int populate(const void *at, size_t bytes);
+
 /**
  * map_view() - map a pad and have its pages there
  * @view: info, planes and nr_planes count; receives the rest

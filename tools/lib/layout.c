@@ -69,15 +69,12 @@ static uint32_t larger_element(const struct kvscratch_plane *plane)
 	return stored > input ? stored : input;
 }
 
-/* All that the format says, in the order in which people make mistakes */
-static int check_new_plane(struct kvscratch_plane *plane, uint64_t max_seq_len)
+static int check_new_plane(struct kvscratch_plane *plane)
 {
 	int err = check_label(plane);
 
 	if (!err)
 		err = check_dtypes(plane);
-	if (!err)
-		err = check_max_seq_len(max_seq_len);
 	if (!err)
 		err = check_dim(plane);
 	if (!err && !kvs_layout_rows(plane))
@@ -99,15 +96,15 @@ static int of_plane(int err, uint32_t index)
 int lay_out_planes(struct kvs_layout *layout, struct kvscratch_plane *planes, uint32_t nr_planes,
 		   uint64_t max_seq_len)
 {
-	if (!nr_planes || nr_planes > KVSCRATCH_MAX_PLANES)
-		return set_error(-EINVAL, "planes: expected 1 to %u, got %" PRIu32,
-				 KVSCRATCH_MAX_PLANES, nr_planes);
-	for (uint32_t i = 0; i < nr_planes; i++) {
-		int err = check_new_plane(&planes[i], max_seq_len);
+	int err = check_max_seq_len(max_seq_len);
 
-		if (err)
-			return nr_planes == 1 ? err : of_plane(err, i);
+	for (uint32_t i = 0; !err && i < nr_planes; i++) {
+		err = check_new_plane(&planes[i]);
+		if (err && nr_planes > 1)
+			err = of_plane(err, i);
 	}
+	if (err)
+		return err;
 	if (!kvs_layout_init(layout, planes, nr_planes, max_seq_len, sysconf(_SC_PAGESIZE)))
 		return set_error(-EINVAL, "planes: expected tokens of at most %u bytes over all of "
 				 "them, as stored and as appended, got more",

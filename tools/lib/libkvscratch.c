@@ -580,23 +580,33 @@ int kvscratch_display(struct kvscratch *pad, char *text, size_t size)
 			several ? pad->nr_planes : (uint32_t)pad->info.dim);
 }
 
-static int populate(const struct kvscratch_view *view, uint64_t offset, uint64_t bytes)
+int populate(const void *at, size_t bytes)
 {
-	return madvise((char *)view->data + offset, bytes, MADV_POPULATE_READ) ? -errno : 0;
+	const size_t page = sysconf(_SC_PAGESIZE);
+
+	if (!madvise((void *)at, bytes, MADV_POPULATE_READ))
+		return 0;
+	if (errno != EINVAL)
+		return -errno;
+	/* what Linux knows since 5.14 */
+	for (size_t i = 0; i < bytes; i += page)
+		(void)*((const volatile char *)at + i);
+	return 0;
 }
 
 /* Array by array, for there may be nothing between them */
 static int populate_all(const struct kvscratch_view *view)
 {
+	const char *data = view->data;
 	const uint64_t rows = view->info.max_seq_len;
-	int err = populate(view, view->info.status_offset, sizeof(struct kvscratch_status));
+	int err = populate(view->status, sizeof(*view->status));
 
 	for (uint32_t i = 0; !err && i < view->nr_planes; i++) {
 		const struct kvscratch_plane *plane = &view->planes[i];
 
-		err = populate(view, plane->offset, rows * plane->row_bytes);
+		err = populate(data + plane->offset, rows * plane->row_bytes);
 		if (!err && plane->scales_row_bytes)
-			err = populate(view, plane->scales_offset, rows * plane->scales_row_bytes);
+			err = populate(data + plane->scales_offset, rows * plane->scales_row_bytes);
 	}
 	return err;
 }

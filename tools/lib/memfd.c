@@ -669,6 +669,10 @@ static int truncate_locked(const struct kvscratch *pad, const struct change *cha
 	__atomic_store_n(&status->generation, generation, __ATOMIC_RELAXED);
 	store_word(&status->trunc, now);
 	drop_staged(pad, truncate->len);
+	/* which their len told so far */
+	for (uint32_t i = 0; i < pad->nr_planes; i++)
+		set_cursor(&pad->memfd.planes[i].whole,
+			   at_least(pad->memfd.planes[i].whole, change->len));
 	publish(pad, now);
 	return truncate->flags & KVSCRATCH_TRUNCATE_ZERO ? scrub(pad, truncate->len) : 0;
 }

@@ -109,8 +109,9 @@ int kvscratch_map_plane(struct kvscratch *pad, uint32_t plane, void *address)
 		return set_error(-EOVERFLOW, "cannot map %" PRIu64 " bytes: this program has 32-bit "
 				 "addresses", bytes);
 	if (mmap(address, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, pad->fd,
-		 pad->planes[plane].offset) == MAP_FAILED ||
-	    madvise(address, bytes, MADV_POPULATE_READ))
-		return cannot("map the plane and have its pages there", -errno);
-	return 0;
+		 pad->planes[plane].offset) == MAP_FAILED)
+		err = -errno;
+	else
+		err = populate(address, bytes);
+	return err ? cannot("map the plane and have its pages there", err) : 0;
 }
