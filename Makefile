@@ -61,7 +61,7 @@ help:
 	@echo 'make clean         remove what was built, but not the cached kernels'
 
 tools: $(TOOLS:%=build/%)
-tests: $(USER_TESTS:%=build/%) build/torture
+tests: $(USER_TESTS:%=build/%) build/torture build/fragmented
 tests-32: $(USER_TESTS:%=build/%-32)
 arm64: $(patsubst %,build/arm64/%,$(TOOLS) $(USER_TESTS) torture)
 sanitized: $(TOOLS:%=build/%-sanitized) build/npy_test-sanitized build/scale_test-sanitized build/library_test-sanitized
@@ -126,6 +126,7 @@ HARNESS = $(eval HARNESS := -isystem $(shell tests/qemu/kernel source)/tools/tes
 $(foreach tool,$(TOOLS),$(eval $(call program,$(tool),$($(tool)-sources),)))
 $(foreach test,$(USER_TESTS),$(eval $(call program,$(test),tests/user/$(test).c,$$(HARNESS))))
 $(eval $(call program,torture,tests/torture/torture.c,$$(HARNESS)))
+$(eval $(call program,fragmented,tests/user/fragmented.c,$$(HARNESS)))
 
 # C or C++ by the end of the name, so there is no -std for all of what is compiled here.
 define example

@@ -61,6 +61,12 @@ static inline size_t page_bytes(void)
 	return sysconf(_SC_PAGESIZE);
 }
 
+/* Whether order 9 is refused: no chunk is huge, see fragmented.c */
+static inline bool is_fragmented(void)
+{
+	return getenv("KVSCRATCH_FRAGMENTED");
+}
+
 /*
  * What a pad of one plane takes from the module's limits where memory is not fragmented: data,
  * a pointer and a struct of two words for each chunk, a pointer for each single page, a page
