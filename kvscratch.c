@@ -29,6 +29,7 @@
 #include <linux/sort.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 
 #include "kvscratch.h"
 #include "kvscratch_scale.h"
@@ -65,8 +66,10 @@
  * wait queues and work items, which are taken outside of it, follows it;
  * mmap_lock is never taken under it.
  *
- * Pollers are woken by a work item, after the unlock: any reader can register any
- * number of them, and a writer does not walk them.
+ * Pollers are woken by work items, after the unlock: any reader can register any
+ * number of them, and a writer does not walk them. Who waits to write has a queue that
+ * readers do not join, and the handle of the only writer joins no other: even when
+ * it polls it waits for no walk of the readers.
  */
 
 /**
@@ -249,6 +252,20 @@ static bool kvs_leaves_enough(u64 bytes)
  * Chunks
  */
 
+/*
+ * Zeroed memory for arrays of any length. kvmalloc() would compact the machine for a long
+ * one, since KVS_GFP does not give up easily; free it with kvfree().
+ */
+static void *kvs_zalloc(size_t bytes)
+{
+	void *memory;
+
+	if (bytes <= PAGE_SIZE)
+		return kzalloc(bytes, KVS_GFP);
+	memory = kzalloc(bytes, (KVS_GFP & ~__GFP_RETRY_MAYFAIL) | __GFP_NORETRY);
+	return memory ? memory : __vmalloc(bytes, KVS_GFP | __GFP_ZERO);
+}
+
 static u32 kvs_pages(u64 bytes)
 {
 	return DIV_ROUND_UP_ULL(bytes, PAGE_SIZE);
@@ -298,7 +315,7 @@ static void kvs_chunk_free(struct kvs_chunk *chunk)
 
 static struct kvs_chunk *kvs_chunk_table(u32 nr_pages)
 {
-	struct kvs_chunk *chunk = kvzalloc(struct_size(chunk, pages, nr_pages), KVS_GFP);
+	struct kvs_chunk *chunk = kvs_zalloc(struct_size(chunk, pages, nr_pages));
 
 	if (!chunk)
 		return NULL;
@@ -391,7 +408,7 @@ static int kvs_array_alloc(struct kvs_array *array, unsigned int *refusals)
 {
 	u64 i;
 
-	array->chunks = kvcalloc(array->nr_chunks, sizeof(*array->chunks), KVS_GFP);
+	array->chunks = kvs_zalloc(array_size(array->nr_chunks, sizeof(*array->chunks)));
 	if (!array->chunks)
 		return -ENOMEM;
 	for (i = 0; i < array->nr_chunks; i++) {
@@ -518,10 +535,19 @@ static void kvs_status_init(struct kvs_pad *pad)
 
 static void kvs_wake_pollers(struct work_struct *work)
 {
-	struct kvs_pad *pad = container_of(work, struct kvs_pad, wake);
+	struct kvs_pollers *pollers = container_of(work, struct kvs_pollers, wake);
 
-	/* without a key: io_uring believes what it says, and does not look itself then */
-	wake_up_interruptible(&pad->wait);
+	/*
+	 * Without a key: io_uring believes what it says, and does not look itself then. All:
+	 * each handle has news of its own, and nobody keeps what another is to hear.
+	 */
+	wake_up_interruptible_all(&pollers->queue);
+}
+
+static void kvs_pollers_init(struct kvs_pollers *pollers)
+{
+	init_waitqueue_head(&pollers->queue);
+	INIT_WORK(&pollers->wake, kvs_wake_pollers);
 }
 
 /* Frees also what kvs_pad_alloc() made half of. */
@@ -549,24 +575,24 @@ static struct kvs_pad *kvs_pad_alloc(const struct kvscratch_create *create,
 		return NULL;
 	pad->max_seq_len = create->max_seq_len;
 	pad->nr_planes = create->nr_planes;
-	pad->planes = kvcalloc(pad->nr_planes, sizeof(*pad->planes), KVS_GFP);
-	pad->arrays = kvcalloc(pad->nr_planes, 2 * sizeof(*pad->arrays), KVS_GFP);
+	pad->planes = kvs_zalloc(array_size(pad->nr_planes, sizeof(*pad->planes)));
+	pad->arrays = kvs_zalloc(array_size(pad->nr_planes, 2 * sizeof(*pad->arrays)));
 	pad->status = (void *)__get_free_page(KVS_GFP | __GFP_ZERO);
 	if (!pad->planes || !pad->arrays || !pad->status)
 		goto err_free;
 	virt_to_folio(pad->status)->index = 0;
 	kvs_planes_init(pad, planes);
 	if (kvs_pad_converts(pad)) {
-		pad->staging = kvmalloc(KVS_STAGING_BYTES, KVS_GFP);
+		pad->staging = kvs_zalloc(KVS_STAGING_BYTES);
 		if (!pad->staging)
 			goto err_free;
 	}
 	memcpy(pad->tag, create->tag, sizeof(pad->tag));
 	refcount_set(&pad->refs, 1);
 	mutex_init(&pad->lock);
-	init_waitqueue_head(&pad->wait);
+	kvs_pollers_init(&pad->to_read);
+	kvs_pollers_init(&pad->to_write);
 	init_waitqueue_head(&pad->turn_wait);
-	INIT_WORK(&pad->wake, kvs_wake_pollers);
 	return pad;
 
 err_free:
@@ -673,8 +699,9 @@ void kvs_pad_put(struct kvs_pad *pad)
 {
 	if (!refcount_dec_and_test(&pad->refs))
 		return;
-	/* nobody is left to queue it anew */
-	cancel_work_sync(&pad->wake);
+	/* nobody is left to queue them anew */
+	cancel_work_sync(&pad->to_read.wake);
+	cancel_work_sync(&pad->to_write.wake);
 	iput(pad->inode);
 	mutex_destroy(&pad->lock);
 	kvs_pad_free(pad);
@@ -742,11 +769,11 @@ static struct kvs_op kvs_op_of(struct kvs_handle *handle)
 	return (struct kvs_op) { .handle = handle, .budget = KVS_HOLD_BYTES };
 }
 
-static void kvs_wake(struct kvs_pad *pad)
+static void kvs_wake(struct kvs_pollers *pollers)
 {
 	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll(); litmus: poll-wake */
-	if (wq_has_sleeper(&pad->wait))
-		queue_work(kvs_wakers, &pad->wake);
+	if (wq_has_sleeper(&pollers->queue))
+		queue_work(kvs_wakers, &pollers->wake);
 }
 
 /* What forbids @handle to change the pad, apart from turns */
@@ -826,7 +853,7 @@ static noinline int kvs_pause(struct kvs_pad *pad, struct kvs_op *op, size_t mis
 	return missing && (absent == missing || ++op->rounds >= KVS_MAX_ROUNDS) ? -EFAULT : 0;
 }
 
-/* Drop the lock for good; @changed: pollers have something to see */
+/* Drop the lock for good; @changed: who polls to read has something to see */
 static __always_inline void kvs_end(struct kvs_pad *pad, const struct kvs_op *op, bool changed)
 {
 	bool had_turn = pad->turn == op;
@@ -834,10 +861,12 @@ static __always_inline void kvs_end(struct kvs_pad *pad, const struct kvs_op *op
 	if (unlikely(had_turn))
 		WRITE_ONCE(pad->turn, NULL);
 	mutex_unlock(&pad->lock);
-	if (unlikely(had_turn))
+	if (changed)
+		kvs_wake(&pad->to_read);
+	if (unlikely(had_turn)) {
 		wake_up_interruptible(&pad->turn_wait);
-	if (changed || had_turn)
-		kvs_wake(pad);
+		kvs_wake(&pad->to_write);
+	}
 }
 
 /* The one place that changes what readers see. */
@@ -1433,6 +1462,8 @@ int kvs_pad_seal(struct kvs_handle *handle, bool nowait)
 		kvs_publish_role(pad);
 	}
 	kvs_end(pad, &op, !err);
+	if (!err)
+		kvs_wake(&pad->to_write);
 	return err;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_seal);
@@ -1481,7 +1512,7 @@ int kvs_pad_take_role(struct kvs_handle *handle, bool takeover, bool nowait)
 	mutex_unlock(&pad->lock);
 	if (revoked)
 		wake_up_interruptible(&pad->turn_wait);
-	kvs_wake(pad);
+	kvs_wake(&pad->to_write);
 	return 0;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_take_role);
@@ -1506,7 +1537,7 @@ void kvs_pad_end_role(struct kvs_handle *handle)
 	}
 	mutex_unlock(&pad->lock);
 	if (ended)
-		kvs_wake(pad);
+		kvs_wake(&pad->to_write);
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_end_role);
 
@@ -1799,6 +1830,8 @@ static int kvs_mmap(struct file *file, struct vm_area_struct *vma)
 
 static int kvs_init_fs_context(struct fs_context *context)
 {
+	/* no program lies here: a process with READ_IMPLIES_EXEC can map for reading */
+	context->s_iflags |= SB_I_NOEXEC;
 	return init_pseudo(context, KVSCRATCH_STATUS_MAGIC) ? 0 : -ENOMEM;
 }
 
@@ -1833,6 +1866,7 @@ static int kvs_pad_make_inode(struct kvs_pad *pad)
 	inode->i_uid = current_fsuid();
 	inode->i_gid = current_fsgid();
 	inode->i_flags |= S_PRIVATE;
+	kvs_inode_set_anonymous(inode);
 	kvs_inode_init_times(inode);
 	/* which is what fstat() says */
 	i_size_write(inode, MAX_LFS_FILESIZE);
@@ -1878,7 +1912,7 @@ static struct file *kvs_handle_file(struct kvs_pad *pad, int flags)
  */
 static struct file *kvs_handle_new(struct kvs_pad *pad, int flags)
 {
-	struct kvs_handle *handle = kzalloc(sizeof(*handle), GFP_KERNEL_ACCOUNT);
+	struct kvs_handle *handle = kzalloc(sizeof(*handle), KVS_GFP);
 	struct file *file;
 	int err;
 
@@ -1976,7 +2010,7 @@ static struct kvs_pad *kvs_create_from_user(const struct kvscratch_create *creat
 	struct kvs_pad *pad;
 	int err;
 
-	planes = kvmalloc_array(create->nr_planes, sizeof(*planes), KVS_GFP);
+	planes = kvs_zalloc(array_size(create->nr_planes, sizeof(*planes)));
 	if (!planes)
 		return ERR_PTR(-ENOMEM);
 	err = kvs_copy_planes(planes, create);
@@ -2371,7 +2405,11 @@ static __poll_t kvs_poll(struct file *file, struct poll_table_struct *table)
 	struct kvs_pad *pad = handle->pad;
 	__poll_t events = 0;
 
-	poll_wait(file, &pad->wait, table);
+	/* whatever is asked for: epoll does not come again when that changes */
+	if (!handle->writer)
+		poll_wait(file, &pad->to_read.queue, table);
+	if (file->f_mode & FMODE_WRITE)
+		poll_wait(file, &pad->to_write.queue, table);
 	/* queue, then look; pairs with wq_has_sleeper() in kvs_wake(); litmus: poll-wake */
 	smp_mb();
 	/*

@@ -100,6 +100,16 @@ struct kvs_moment {
 	u32 trunc_len;
 };
 
+/**
+ * struct kvs_pollers - who polls handles of a pad, and what wakes them
+ * @queue: where they are registered, any number by any reader
+ * @wake: walks the queue, outside of the pad's lock and of the task that has something to tell
+ */
+struct kvs_pollers {
+	wait_queue_head_t queue;
+	struct work_struct wake;
+};
+
 struct kvs_op;
 
 /**
@@ -128,8 +138,8 @@ struct kvs_handle {
  * @tag: user space's
  * @inode: of all its handles; its mapping is what views are of
  * @refs: one per handle
- * @wait: pollers
- * @wake: wakes them, outside of @lock and of the task that has something to tell
+ * @to_read: who waits for a change, all handles but the writer's
+ * @to_write: who waits until it may write; readers are not among them, and so hold up no writer
  * @turn_wait: who waits for the end of a turn; no poller joins
  * @lock: see "Locks" in kvscratch.c
  * @turn: protected by @lock: the operation that dropped @lock before its end, or NULL
@@ -160,8 +170,8 @@ struct kvs_pad {
 	u8 tag[KVSCRATCH_TAG_BYTES];
 	struct inode *inode;
 	refcount_t refs;
-	wait_queue_head_t wait;
-	struct work_struct wake;
+	struct kvs_pollers to_read;
+	struct kvs_pollers to_write;
 	wait_queue_head_t turn_wait;
 
 	struct mutex lock;	/* everything from here on, and the cursors of planes */
@@ -238,10 +248,21 @@ static inline void kvs_inode_init_times(struct inode *inode)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
 	simple_inode_init_ts(inode);
+#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+	inode->i_atime = inode_set_ctime_current(inode);
+	inode->i_mtime = inode->i_atime;
 #else
 	inode->i_atime = current_time(inode);
 	inode->i_mtime = inode->i_atime;
 	inode->i_ctime = inode->i_atime;
+#endif
+}
+
+/* Of no type: what opens it by its link in /proc is refused, and does not take that for a bug. */
+static inline void kvs_inode_set_anonymous(struct inode *inode)
+{
+#ifdef S_ANON_INODE
+	inode->i_flags |= S_ANON_INODE;
 #endif
 }
 

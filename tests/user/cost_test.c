@@ -779,9 +779,9 @@ TEST_F_TIMEOUT(cost, a_scrub_cut_short_leaves_nothing_to_keep, TEST_SECONDS)
 #define REGISTRATIONS 50000
 #define VIEWS 65000
 
-static void sleep_in_epoll(int line, int reader)
+static void sleep_in_epoll(int line, int reader, uint32_t flags)
 {
-	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET | flags };
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 
 	CHILD_CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, reader, &event));
@@ -821,7 +821,7 @@ TEST_F_TIMEOUT(cost, readers_delay_no_writer, TEST_SECONDS)
 	ASSERT_LE(0, reader);
 	for (int i = 0; i < SLEEPERS; i++)
 		if (start_child(&sleepers[i]))
-			sleep_in_epoll(sleepers[i].line, reader);
+			sleep_in_epoll(sleepers[i].line, reader, 0);
 	for (int i = 0; i < SLEEPERS; i++)
 		ASSERT_TRUE(hear(sleepers[i].line));
 	ASSERT_TRUE(register_often(epoll, reader));
@@ -859,6 +859,33 @@ TEST_F_TIMEOUT(cost, readers_delay_no_writer, TEST_SECONDS)
 	close(wakeups);
 	close(epoll);
 	close(reader);
+	close(self->pad);
+}
+
+/* Exclusive waiters of one handle are no pool with those of another. */
+TEST_F_TIMEOUT(cost, nobody_keeps_a_wake_up, TEST_SECONDS)
+{
+	struct child sleepers[2];
+	int readers[2];
+
+	self->pad = new_pad(4, ROW_BYTES);
+	for (int i = 0; i < 2; i++) {
+		readers[i] = device_open_reader(self->pad);
+		ASSERT_LE(0, readers[i]);
+		if (start_child(&sleepers[i]))
+			sleep_in_epoll(sleepers[i].line, readers[i], EPOLLEXCLUSIVE);
+		ASSERT_TRUE(hear(sleepers[i].line));
+		await_sleep(sleepers[i].pid);
+	}
+	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 1));
+	for (int i = 0; i < 2; i++) {
+		EXPECT_TRUE(hear(sleepers[i].line));
+	}
+	for (int i = 0; i < 2; i++) {
+		kill(sleepers[i].pid, SIGKILL);
+		EXPECT_EQ(128 + SIGKILL, end_child(&sleepers[i]));
+		close(readers[i]);
+	}
 	close(self->pad);
 }
 

@@ -934,12 +934,19 @@ TEST_F_TIMEOUT(security, read_implies_exec, TEST_SECONDS)
 	struct child child;
 
 	if (start_child(&child)) {
+		const uint8_t *view;
+
 		CHILD_CHECK(personality(READ_IMPLIES_EXEC) >= 0);
-		CHILD_CHECK(mmap(NULL, self->page, PROT_READ, MAP_SHARED, self->reader, 0) ==
-			    MAP_FAILED && errno == EPERM);
-		_exit(0);
+		view = mmap(NULL, self->page, PROT_READ, MAP_SHARED, self->reader, 0);
+		CHILD_CHECK(view != MAP_FAILED && row_is(view, ROW_BYTES, 0));
+		CHILD_CHECK(mprotect((void *)view, self->page, PROT_READ | PROT_EXEC) &&
+			    errno == EACCES);
+		CHILD_CHECK(mmap(NULL, self->page, PROT_READ | PROT_EXEC, MAP_SHARED,
+				 self->reader, 0) == MAP_FAILED && errno == EPERM);
+		/* runs what it jumps to, where that may be run */
+		((void (*)(void))view)();
 	}
-	EXPECT_EQ(0, end_child(&child));
+	EXPECT_EQ(128 + SIGSEGV, end_child(&child));
 }
 
 /* What was handed out for reading stays so, and no call for files changes a pad. */

@@ -7,6 +7,7 @@
 
 #include <linux/landlock.h>
 #include <pthread.h>
+#include <sys/epoll.h>
 #include <sys/inotify.h>
 #include <sys/stat.h>
 
@@ -268,6 +269,43 @@ TEST_F_TIMEOUT(writer, a_failed_stage_leaves_what_was_before_its_row, TEST_SECON
 	for (uint32_t row = 0; row < 3; row++) {
 		EXPECT_TRUE(token_is(self, row, row));
 	}
+}
+
+/* The writer's own write() drops what was staged, also when it fails */
+TEST_F_TIMEOUT(writer, a_failed_write_of_the_writer_leaves_nothing, TEST_SECONDS)
+{
+	struct kvscratch_pad_info info;
+	uint8_t *half;
+
+	ASSERT_EQ(0, device_pad_info(self->fd, &info));
+	half = half_a_source(2 * info.input_row_bytes);
+	ASSERT_EQ(0, stage_all(self, self->writer, 0, 8, 0));
+	EXPECT_EQ(-1, write(self->writer, half, 3 * info.input_row_bytes));
+	EXPECT_EQ(EFAULT, errno);
+	EXPECT_EQ(-EINVAL, device_commit(self->writer, 1));
+	for (int plane = 0; plane < PLANES; plane++) {
+		EXPECT_EQ(-EINVAL, device_keep(self->writer, plane, 0, 1));
+	}
+	EXPECT_EQ(0, state_of(self));
+}
+
+/* Of the queue that readers join it is no part, so no reader holds it up there. */
+TEST_F_TIMEOUT(writer, own_commits_do_not_wake_the_writer, TEST_SECONDS)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	int reader = device_open_reader(self->fd);
+	int of_reader = epoll_create1(EPOLL_CLOEXEC), of_writer = epoll_create1(EPOLL_CLOEXEC);
+
+	ASSERT_LE(0, reader);
+	ASSERT_EQ(0, epoll_ctl(of_writer, EPOLL_CTL_ADD, self->writer, &event));
+	ASSERT_EQ(0, epoll_ctl(of_reader, EPOLL_CTL_ADD, reader, &event));
+	ASSERT_EQ(0, stage_all(self, self->writer, 0, 1, 0));
+	ASSERT_EQ(0, device_commit(self->writer, 1));
+	EXPECT_EQ(1, epoll_wait(of_reader, &event, 1, -1));
+	EXPECT_EQ(0, epoll_wait(of_writer, &event, 1, 0));
+	close(of_reader);
+	close(of_writer);
+	close(reader);
 }
 
 TEST_F_TIMEOUT(writer, keeps_what_is_whole_and_nothing_else, TEST_SECONDS)

@@ -104,8 +104,7 @@
  * - EACCES: CREATE, TRUNCATE or SEAL on a handle that is not open for write,
  *   OPEN with more rights than the handle has, mmap of a handle that is not
  *   open for read
- * - EPERM: the mapping would be writable, executable (as any is of a process
- *   with READ_IMPLIES_EXEC) or private
+ * - EPERM: the mapping would be writable, executable or private
  * - ENXIO: the mapping reaches outside the pad; opening a handle through
  *   /proc/PID/fd
  * - ESPIPE: a positional write
@@ -302,10 +301,11 @@ struct kvscratch_open {
  * @addr: where the rows are, as the plane takes them; 0 with KVSCRATCH_STAGE_KEEP
  *
  * Copy rows of one plane to their final place. When it succeeds, rows up to the
- * larger of what was staged of the plane and @row + @rows are staged; when it fails,
- * rows up to @row are. With KVSCRATCH_STAGE_KEEP rows that were stored
- * completely in this epoch, and were neither overwritten nor scrubbed since,
- * are staged again as they lie there.
+ * larger of what was staged of the plane and @row + @rows are staged; when the copy
+ * fails (EFAULT, EDOM, EINTR, ESTALE), rows up to @row are; other errors change nothing.
+ * With KVSCRATCH_STAGE_KEEP rows are staged again as they lie there: rows up to the end
+ * of those that were last stored completely in this epoch, or committed when it
+ * began. A copy that fails, a write() and a scrub move that end down to where they begin.
  *
  * Errors: EINVAL, E2BIG, EFAULT, EROFS, ENOLCK, ESTALE, EAGAIN, ENOSPC, EDOM,
  * EINTR.
@@ -432,8 +432,8 @@ struct kvscratch_seen {
  * @status_offset: out: mapping offset of &struct kvscratch_status
  * @allocated_bytes: out: what CREATE took from the module's limits
  * @shared_bytes: out: 0
- * @saturated: out: elements that were clamped by appends so far, those that a
- *	truncate dropped included
+ * @saturated: out: elements that were clamped by appends and STAGE so far, those that
+ *	were dropped since included
  * @epoch: out: how often a handle became the pad's writer
  * @nr_planes: out: planes, for KVSCRATCH_IOC_PLANES
  * @row_bytes: out: bytes per stored token, over all planes; what read() counts in
@@ -558,6 +558,9 @@ union kvscratch_word {
  * - EPOLLOUT: a write through this handle would neither wait nor be EBUSY. A full
  *   pad is writable and answers ENOSPC
  * - EPOLLRDHUP: the pad is sealed
+ *
+ * The handle that is the pad's writer sleeps for EPOLLOUT only: what it commits
+ * itself does not wake it.
  */
 struct kvscratch_status {
 	__u32 magic;
