@@ -52,7 +52,7 @@ build/paths:
 	sed 's,/usr/bin/,$(BINDIR)/,' tools/system/kvscratch-hold@.service >$@/kvscratch-hold@.service
 
 # What is installed needs no copy of the library, but for what that does not export.
-kvscratchctl-inside := build/lib/npy.o build/lib/output.o build/lib/container.o
+kvscratchctl-inside := build/lib/npy.o build/lib/output.o build/lib/container.o build/lib/json.o
 kvdecode-inside := build/lib/output.o
 define shared_program
 build/shared/$(1): $(2) $(SHARED) $(HEADERS) | build/shared

@@ -3,6 +3,7 @@
 #include "safetensors.h"
 
 #include "backend.h"
+#include "json.h"
 
 #include <endian.h>
 #include <errno.h>
@@ -29,36 +30,12 @@ static const char *const dtypes[] = {
 
 /* UTF-8 */
 
-/* Bytes of the character at @at, before @end; 0 if there is no valid one. */
-static size_t character_bytes(const char *at, const char *end)
-{
-	/* the least that may follow a first byte, so that nothing is longer than it has to be */
-	static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-	unsigned char first = *at;
-	size_t bytes = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 :
-		       first >> 3 == 30 ? 4 : 0;
-	uint32_t code;
-
-	if (bytes < 2 || (size_t)(end - at) < bytes)
-		return bytes == 1;
-	code = first & (0x7f >> bytes);
-	for (size_t i = 1; i < bytes; i++) {
-		if ((at[i] & 0xc0) != 0x80)
-			return 0;
-		code = code << 6 | (at[i] & 0x3f);
-	}
-	/* no halves of UTF-16 pairs, and nothing beyond the last character */
-	if (code < least[bytes] || code >> 11 == 0x1b || code > 0x10ffff)
-		return 0;
-	return bytes;
-}
-
 static bool is_utf8(const char *text)
 {
 	const char *end = text + strlen(text);
 
 	while (text < end) {
-		size_t bytes = character_bytes(text, end);
+		size_t bytes = utf8_bytes(text, end);
 
 		if (!bytes)
 			return false;
@@ -67,34 +44,13 @@ static bool is_utf8(const char *text)
 	return true;
 }
 
-static char *put_character(char *to, uint32_t code)
-{
-	if (code < 0x80) {
-		*to++ = code;
-		return to;
-	}
-	if (code < 0x800) {
-		*to++ = 0xc0 | code >> 6;
-	} else {
-		if (code < 0x10000) {
-			*to++ = 0xe0 | code >> 12;
-		} else {
-			*to++ = 0xf0 | code >> 18;
-			*to++ = 0x80 | (code >> 12 & 0x3f);
-		}
-		*to++ = 0x80 | (code >> 6 & 0x3f);
-	}
-	*to++ = 0x80 | (code & 0x3f);
-	return to;
-}
-
 const char *printable_name(char text[static PRINTABLE_NAME_BYTES], const char *name)
 {
 	const char *end = name + strlen(name);
 	char *to = text;
 
 	while (name < end) {
-		size_t valid = character_bytes(name, end);
+		size_t valid = utf8_bytes(name, end);
 		size_t bytes = valid ? valid : 1;
 
 		if (to - text + bytes > PRINTABLE_NAME_BYTES - sizeof("...")) {
@@ -113,190 +69,19 @@ const char *printable_name(char text[static PRINTABLE_NAME_BYTES], const char *n
 	return text;
 }
 
-/* JSON */
-
-/* The part of the header that is still to be read */
-struct parser {
-	char *start;
-	char *at;
-	char *end;
-};
-
-static int unexpected(const struct parser *parser, const char *what)
-{
-	size_t place = parser->at - parser->start;
-
-	if (parser->at == parser->end)
-		return set_error(-EBADMSG, "safetensors header: expected %s at byte %zu, got its "
-				 "end", what, place);
-	if (*parser->at > ' ' && *parser->at <= '~')
-		return set_error(-EBADMSG, "safetensors header: expected %s at byte %zu, got '%c'",
-				 what, place, *parser->at);
-	return set_error(-EBADMSG, "safetensors header: expected %s at byte %zu, got byte 0x%02x",
-			 what, place, (unsigned char)*parser->at);
-}
-
-static void skip_blanks(struct parser *parser)
-{
-	while (parser->at < parser->end && *parser->at && strchr(" \t\r\n", *parser->at))
-		parser->at++;
-}
-
-/* Take @token if it comes next. */
-static bool take(struct parser *parser, char token)
-{
-	if (parser->at == parser->end || *parser->at != token)
-		return false;
-	parser->at++;
-	return true;
-}
-
-/* Take what begins something, blanks before it aside. */
-static int begin(struct parser *parser, char token, const char *what)
-{
-	skip_blanks(parser);
-	return take(parser, token) ? 0 : unexpected(parser, what);
-}
-
-/* Whether a list or an object goes on, having taken @taken elements: 1, 0, or an error */
-static int goes_on(struct parser *parser, size_t taken, char close)
-{
-	skip_blanks(parser);
-	if (take(parser, close))
-		return 0;
-	if (taken && !take(parser, ','))
-		return unexpected(parser, close == '}' ? "',' or '}'" : "',' or ']'");
-	return 1;
-}
-
-/* Four digits */
-static int parse_unit(struct parser *parser, uint32_t *unit)
-{
-	*unit = 0;
-	for (int i = 0; i < 4; i++, parser->at++) {
-		static const char digits[] = "0123456789abcdef0123456789ABCDEF";
-		const char *digit = parser->at < parser->end && *parser->at ?
-				    strchr(digits, *parser->at) : NULL;
-
-		if (!digit)
-			return unexpected(parser, "a hexadecimal digit");
-		*unit = *unit << 4 | (uint32_t)((digit - digits) & 15);
-	}
-	return 0;
-}
-
-/* What follows \u: a character, or half of one and then the other half */
-static int parse_code(struct parser *parser, uint32_t *code)
-{
-	uint32_t low;
-	int err = parse_unit(parser, code);
-
-	if (err)
-		return err;
-	if (!*code)
-		return set_error(-EBADMSG, "safetensors header: expected no \\u0000 in a string, "
-				 "got one before byte %td", parser->at - parser->start);
-	if (*code >> 11 != 0x1b)
-		return 0;
-	if (*code >> 10 == 0x36 && take(parser, '\\') && take(parser, 'u')) {
-		err = parse_unit(parser, &low);
-		if (err)
-			return err;
-		if (low >> 10 == 0x37) {
-			*code = 0x10000 + ((*code & 0x3ff) << 10 | (low & 0x3ff));
-			return 0;
-		}
-	}
-	return set_error(-EBADMSG, "safetensors header: expected both halves of a UTF-16 pair, "
-			 "got one of them before byte %td", parser->at - parser->start);
-}
-
-/* What follows a backslash */
-static int parse_escape(struct parser *parser, char **to)
-{
-	static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-	const char *escape;
-	uint32_t code;
-	int err;
-
-	if (take(parser, 'u')) {
-		err = parse_code(parser, &code);
-		if (!err)
-			*to = put_character(*to, code);
-		return err;
-	}
-	escape = parser->at < parser->end && *parser->at ? strchr(escapes, *parser->at) : NULL;
-	if (!escape)
-		return unexpected(parser, "an escape of JSON");
-	*(*to)++ = meanings[escape - escapes];
-	parser->at++;
-	return 0;
-}
-
-/* Decode a string in place: it never becomes longer, and its NUL takes that of the quote. */
-static int parse_string(struct parser *parser, const char **text, const char *what)
-{
-	char *to;
-	int err = begin(parser, '"', what);
-
-	if (err)
-		return err;
-	to = parser->at;
-	*text = to;
-	while (!take(parser, '"')) {
-		size_t bytes = 0;
-
-		if (take(parser, '\\')) {
-			err = parse_escape(parser, &to);
-			if (err)
-				return err;
-			continue;
-		}
-		if (parser->at < parser->end && (unsigned char)*parser->at >= ' ')
-			bytes = character_bytes(parser->at, parser->end);
-		if (!bytes)
-			return unexpected(parser, "a character of UTF-8 or the end of a string");
-		memmove(to, parser->at, bytes);
-		to += bytes;
-		parser->at += bytes;
-	}
-	*to = '\0';
-	return 0;
-}
-
-static int parse_number(struct parser *parser, uint64_t *number)
-{
-	const char *start;
-
-	skip_blanks(parser);
-	start = parser->at;
-	*number = 0;
-	while (parser->at < parser->end && *parser->at >= '0' && *parser->at <= '9') {
-		unsigned int digit = *parser->at - '0';
-
-		if (parser->at > start && *start == '0')
-			return unexpected(parser, "no digit behind a leading 0");
-		if (*number > (UINT64_MAX - digit) / 10)
-			return unexpected(parser, "a number below 2^64");
-		*number = *number * 10 + digit;
-		parser->at++;
-	}
-	return parser->at > start ? 0 : unexpected(parser, "a whole number");
-}
-
 /* Up to @max numbers; returns how many. */
-static int parse_numbers(struct parser *parser, uint64_t *numbers, unsigned int max,
+static int parse_numbers(struct json *json, uint64_t *numbers, unsigned int max,
 			 const char *what)
 {
 	unsigned int count = 0;
-	int more, err = begin(parser, '[', what);
+	int more, err = json_begin(json, '[', what);
 
 	if (err)
 		return err;
-	while ((more = goes_on(parser, count, ']')) > 0) {
+	while ((more = json_goes_on(json, count, ']')) > 0) {
 		if (count == max)
-			return unexpected(parser, what);
-		err = parse_number(parser, &numbers[count]);
+			return json_unexpected(json, what);
+		err = json_number(json, &numbers[count]);
 		if (err)
 			return err;
 		count++;
@@ -304,11 +89,11 @@ static int parse_numbers(struct parser *parser, uint64_t *numbers, unsigned int 
 	return more < 0 ? more : (int)count;
 }
 
-static int parse_dtype(struct parser *parser, const char *tensor, uint32_t *dtype)
+static int parse_dtype(struct json *json, const char *tensor, uint32_t *dtype)
 {
 	char name[PRINTABLE_NAME_BYTES], got[PRINTABLE_NAME_BYTES];
 	const char *text;
-	int err = parse_string(parser, &text, "a string as dtype");
+	int err = json_string(json, &text, "a string as dtype");
 
 	if (err)
 		return err;
@@ -320,9 +105,9 @@ static int parse_dtype(struct parser *parser, const char *tensor, uint32_t *dtyp
 			 printable_name(got, text));
 }
 
-static int parse_shape(struct parser *parser, struct safetensors_tensor *tensor)
+static int parse_shape(struct json *json, struct safetensors_tensor *tensor)
 {
-	int ndim = parse_numbers(parser, tensor->shape, SAFETENSORS_MAX_DIMS,
+	int ndim = parse_numbers(json, tensor->shape, SAFETENSORS_MAX_DIMS,
 				 "a list of at most 8 numbers as shape");
 
 	if (ndim < 0)
@@ -331,100 +116,19 @@ static int parse_shape(struct parser *parser, struct safetensors_tensor *tensor)
 	return 0;
 }
 
-static int parse_offsets(struct parser *parser, struct safetensors_tensor *tensor)
+static int parse_offsets(struct json *json, struct safetensors_tensor *tensor)
 {
 	static const char what[] = "a list of two numbers as data_offsets";
 	uint64_t offsets[2];
-	int count = parse_numbers(parser, offsets, 2, what);
+	int count = parse_numbers(json, offsets, 2, what);
 
 	if (count < 0)
 		return count;
 	if (count != 2)
-		return unexpected(parser, what);
+		return json_unexpected(json, what);
 	tensor->begin = offsets[0];
 	tensor->end = offsets[1];
 	return 0;
-}
-
-/* What others may put beside what we know, and how deep they may nest it */
-#define MAX_DEPTH 100
-
-static bool take_word(struct parser *parser, const char *word)
-{
-	size_t length = strlen(word);
-
-	if ((size_t)(parser->end - parser->at) < length || memcmp(parser->at, word, length))
-		return false;
-	parser->at += length;
-	return true;
-}
-
-static bool take_digits(struct parser *parser)
-{
-	const char *start = parser->at;
-
-	while (parser->at < parser->end && *parser->at >= '0' && *parser->at <= '9')
-		parser->at++;
-	return parser->at > start;
-}
-
-/* Any number of JSON */
-static bool take_any_number(struct parser *parser)
-{
-	take(parser, '-');
-	if (!take(parser, '0') && !take_digits(parser))
-		return false;
-	if (take(parser, '.') && !take_digits(parser))
-		return false;
-	if (!take(parser, 'e') && !take(parser, 'E'))
-		return true;
-	if (!take(parser, '+'))
-		take(parser, '-');
-	return take_digits(parser);
-}
-
-/* Any value that is not made of others */
-static int skip_scalar(struct parser *parser)
-{
-	static const char what[] = "a value of JSON";
-	const char *unused;
-
-	if (parser->at < parser->end && *parser->at == '"')
-		return parse_string(parser, &unused, what);
-	if (take_word(parser, "true") || take_word(parser, "false") || take_word(parser, "null") ||
-	    take_any_number(parser))
-		return 0;
-	return unexpected(parser, what);
-}
-
-static int skip_value(struct parser *parser, unsigned int depth)
-{
-	const char *unused;
-	size_t count = 0;
-	char close;
-	int more, err;
-
-	skip_blanks(parser);
-	if (take(parser, '['))
-		close = ']';
-	else if (take(parser, '{'))
-		close = '}';
-	else
-		return skip_scalar(parser);
-	if (depth == MAX_DEPTH)
-		return set_error(-EBADMSG, "safetensors header: expected at most %d values in one "
-				 "another, got more at byte %td", MAX_DEPTH,
-				 parser->at - parser->start);
-	while ((more = goes_on(parser, count++, close)) > 0) {
-		err = close == '}' ? parse_string(parser, &unused, "a key") : 0;
-		if (!err && close == '}')
-			err = begin(parser, ':', "':'");
-		if (!err)
-			err = skip_value(parser, depth + 1);
-		if (err)
-			return err;
-	}
-	return more;
 }
 
 enum key { KEY_DTYPE = 1, KEY_SHAPE = 2, KEY_DATA_OFFSETS = 4, ALL_KEYS = 7 };
@@ -438,35 +142,35 @@ static enum key key_by_name(const char *name)
 	return strcmp(name, "data_offsets") ? 0 : KEY_DATA_OFFSETS;
 }
 
-static int parse_value(struct parser *parser, enum key key, struct safetensors_tensor *tensor)
+static int parse_value(struct json *json, enum key key, struct safetensors_tensor *tensor)
 {
 	switch (key) {
 	case KEY_DTYPE:
-		return parse_dtype(parser, tensor->name, &tensor->dtype);
+		return parse_dtype(json, tensor->name, &tensor->dtype);
 	case KEY_SHAPE:
-		return parse_shape(parser, tensor);
+		return parse_shape(json, tensor);
 	case KEY_DATA_OFFSETS:
-		return parse_offsets(parser, tensor);
+		return parse_offsets(json, tensor);
 	default:
-		return skip_value(parser, 0);
+		return json_skip_value(json, 0);
 	}
 }
 
 /* The value of a tensor's entry */
-static int parse_tensor(struct parser *parser, struct safetensors_tensor *tensor)
+static int parse_tensor(struct json *json, struct safetensors_tensor *tensor)
 {
 	char name[PRINTABLE_NAME_BYTES], got[PRINTABLE_NAME_BYTES];
 	const char *text;
 	size_t count = 0;
 	int keys = 0;
-	int more, err = begin(parser, '{', "an object as what a tensor is");
+	int more, err = json_begin(json, '{', "an object as what a tensor is");
 
 	if (err)
 		return err;
-	while ((more = goes_on(parser, count++, '}')) > 0) {
+	while ((more = json_goes_on(json, count++, '}')) > 0) {
 		enum key key;
 
-		err = parse_string(parser, &text, "a key of a tensor");
+		err = json_string(json, &text, "a key of a tensor");
 		if (err)
 			return err;
 		key = key_by_name(text);
@@ -475,9 +179,9 @@ static int parse_tensor(struct parser *parser, struct safetensors_tensor *tensor
 					 "data_offsets, got a second \"%s\"",
 					 printable_name(name, tensor->name),
 					 printable_name(got, text));
-		err = begin(parser, ':', "':'");
+		err = json_begin(json, ':', "':'");
 		if (!err)
-			err = parse_value(parser, key, tensor);
+			err = parse_value(json, key, tensor);
 		if (err)
 			return err;
 		keys |= key;
@@ -530,24 +234,24 @@ static int add_tensor(struct safetensors *file, const struct safetensors_tensor 
 	return 0;
 }
 
-static int parse_metadata(struct parser *parser, struct safetensors *file)
+static int parse_metadata(struct json *json, struct safetensors *file)
 {
 	int more, err;
 
-	skip_blanks(parser);
-	if (take_word(parser, "null"))
+	json_skip_blanks(json);
+	if (json_take_word(json, "null"))
 		return 0;
-	err = begin(parser, '{', "an object as " METADATA);
+	err = json_begin(json, '{', "an object as " METADATA);
 	if (err)
 		return err;
-	while ((more = goes_on(parser, file->nr_metadata, '}')) > 0) {
+	while ((more = json_goes_on(json, file->nr_metadata, '}')) > 0) {
 		struct safetensors_entry entry;
 
-		err = parse_string(parser, &entry.key, "a key of " METADATA);
+		err = json_string(json, &entry.key, "a key of " METADATA);
 		if (!err)
-			err = begin(parser, ':', "':'");
+			err = json_begin(json, ':', "':'");
 		if (!err)
-			err = parse_string(parser, &entry.value, "a string in " METADATA);
+			err = json_string(json, &entry.value, "a string in " METADATA);
 		if (!err)
 			err = add_entry(file, &entry);
 		if (err)
@@ -556,29 +260,29 @@ static int parse_metadata(struct parser *parser, struct safetensors *file)
 	return more;
 }
 
-static int parse_object(struct parser *parser, struct safetensors *file)
+static int parse_object(struct json *json, struct safetensors *file)
 {
 	bool has_metadata = false;
 	int more, err;
 
 	/* no blanks before it: so the format is told from others */
-	if (!take(parser, '{'))
-		return unexpected(parser, "'{'");
-	while ((more = goes_on(parser, file->nr_tensors + has_metadata, '}')) > 0) {
+	if (!json_take(json, '{'))
+		return json_unexpected(json, "'{'");
+	while ((more = json_goes_on(json, file->nr_tensors + has_metadata, '}')) > 0) {
 		struct safetensors_tensor tensor = { 0 };
 
-		err = parse_string(parser, &tensor.name, "the name of a tensor");
+		err = json_string(json, &tensor.name, "the name of a tensor");
 		if (!err)
-			err = begin(parser, ':', "':'");
+			err = json_begin(json, ':', "':'");
 		if (err)
 			return err;
 		if (!strcmp(tensor.name, METADATA)) {
 			if (has_metadata)
 				return set_error(-EBADMSG, "expected one " METADATA ", got two");
 			has_metadata = true;
-			err = parse_metadata(parser, file);
+			err = parse_metadata(json, file);
 		} else {
-			err = parse_tensor(parser, &tensor);
+			err = parse_tensor(json, &tensor);
 			if (!err)
 				err = add_tensor(file, &tensor);
 		}
@@ -587,8 +291,8 @@ static int parse_object(struct parser *parser, struct safetensors *file)
 	}
 	if (more < 0)
 		return more;
-	skip_blanks(parser);
-	return parser->at == parser->end ? 0 : unexpected(parser, "nothing behind the object");
+	json_skip_blanks(json);
+	return json->at == json->end ? 0 : json_unexpected(json, "nothing behind the object");
 }
 
 /* What has to hold across entries */
@@ -727,11 +431,13 @@ static int check_header(struct safetensors *file, uint64_t data_bytes)
 
 int safetensors_parse(struct safetensors *file, char *header, size_t length, uint64_t data_bytes)
 {
-	struct parser parser = { .start = header, .at = header, .end = header + length };
+	struct json json = { .start = header, .at = header, .end = header + length };
 	int err;
 
 	*file = (struct safetensors){ 0 };
-	err = parse_object(&parser, file);
+	err = parse_object(&json, file);
+	if (*json.words)
+		set_error(err, "safetensors header: %s", json.words);
 	if (!err)
 		err = check_header(file, data_bytes);
 	if (err)
