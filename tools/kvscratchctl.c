@@ -90,6 +90,21 @@ static int parse_option(struct arguments *args, int option, const char *text)
 	case OPT_UNTIL:
 		return parse_integer(EXIT_INPUT, "until", text, 0, KVSCRATCH_MAX_SEQ_LEN,
 				     &args->until);
+	case OPT_PLANES:
+		args->planes = text;
+		return 0;
+	case OPT_PLANES_FILE:
+		args->planes_file = text;
+		return 0;
+	case OPT_TAG:
+		args->tag = text;
+		return 0;
+	case OPT_PLANE:
+		if (args->nr_plane_values == ARRAY_SIZE(args->plane_values))
+			return fail(EXIT_INPUT, "--plane: expected at most %zu of them, got more",
+				    ARRAY_SIZE(args->plane_values));
+		args->plane_values[args->nr_plane_values++] = text;
+		return 0;
 	case OPT_TIMEOUT:
 		return parse_integer(EXIT_INPUT, "timeout", text, 0, INT_MAX / 1000, &args->timeout);
 	default:
@@ -102,7 +117,7 @@ static int parse_option(struct arguments *args, int option, const char *text)
 #define OPTION(name, argument, id) { name, argument, NULL, id }
 #define HELP OPTION("help", no_argument, OPT_HELP)
 #define END { 0 }
-#define MAX_OPTIONS 12
+#define MAX_OPTIONS 16
 
 enum {
 	TAKES_FD = 1,
@@ -110,6 +125,8 @@ enum {
 	TAKES_PAD = TAKES_FD | TAKES_NAME,
 	TAKES_ARGUMENT = 4,
 	TAKES_COMMAND = 8,
+	/* --fd says where the command finds the handle, --name which pad it is of */
+	TAKES_BOTH = 16 | TAKES_PAD | TAKES_COMMAND,
 };
 
 /**
@@ -136,14 +153,23 @@ struct verb {
 "  --dtype TYPE     f64 f32 f16 bf16 i64 i32 i16 i8 u8 mxint8 (f32)\n" \
 "  --input TYPE     f64 f32 f16 or bf16: what append takes, to be converted to\n" \
 "                   mxint8, i64, i32, i16 or i8 (as stored)\n" \
-"  --frac-bits N    fraction bits of an integer: i stands for i * 2^-N (0)\n"
+"  --frac-bits N    fraction bits of an integer: i stands for i * 2^-N (0)\n" \
+"  --planes LIST    instead, a pad of several planes: LABEL:DIM[:TYPE[:INPUT[:BITS]]]\n" \
+"                   for each, as --dim to --frac-bits, with a comma between them\n" \
+"  --planes-file FILE\n" \
+"                   the same from JSON: a list of objects, or one as info --json\n" \
+"                   prints it, with that list as \"planes\"\n" \
+"  --tag TEXT       what the pad is to be known by: up to 64 bytes\n"
 
 #define GEOMETRY_OPTIONS \
 	OPTION("max-seq-len", required_argument, OPT_MAX_SEQ_LEN), \
 	OPTION("dim", required_argument, OPT_DIM), \
 	OPTION("dtype", required_argument, OPT_DTYPE), \
 	OPTION("input", required_argument, OPT_INPUT), \
-	OPTION("frac-bits", required_argument, OPT_FRAC_BITS)
+	OPTION("frac-bits", required_argument, OPT_FRAC_BITS), \
+	OPTION("planes", required_argument, OPT_PLANES), \
+	OPTION("planes-file", required_argument, OPT_PLANES_FILE), \
+	OPTION("tag", required_argument, OPT_TAG)
 
 #define NO_PROGRESS_HELP \
 "  --no-progress      no bar, even if stderr is a terminal\n"
@@ -155,8 +181,8 @@ static const struct verb verbs[] = {
 		.name = "create",
 		.summary = "make a pad",
 		.help =
-"Usage: kvscratchctl [--fd N] create --max-seq-len N --dim N [--dtype TYPE]\n"
-"                    [--input TYPE] [--frac-bits N] -- COMMAND [ARGUMENT]...\n"
+"Usage: kvscratchctl [--fd N] create --max-seq-len N --dim N [OPTION]... -- COMMAND\n"
+"       kvscratchctl [--fd N] create --max-seq-len N --planes LIST [OPTION]... -- COMMAND\n"
 "Make a new, zero-filled pad and run COMMAND with a handle on it as descriptor N\n"
 "(3), for reading and writing. All memory of the pad is taken here. It lives as long\n"
 "as somebody has a handle or a view.\n"
@@ -166,14 +192,28 @@ GEOMETRY_HELP,
 		.takes = TAKES_FD | TAKES_COMMAND,
 		.options = { GEOMETRY_OPTIONS, HELP, END },
 	}, {
+		.name = "attach",
+		.summary = "give a command a handle",
+		.help =
+"Usage: kvscratchctl [--fd N] [-n NAME] attach [--write] -- COMMAND [ARGUMENT]...\n"
+"Run COMMAND with a handle of its own on the pad of descriptor N (3), or on the one\n"
+"that is held as NAME, as descriptor N, for reading only.\n"
+"\n"
+"  --write  for reading and writing\n",
+		.run = run_attach,
+		.takes = TAKES_BOTH,
+		.options = { OPTION("write", no_argument, OPT_WRITE), HELP, END },
+	}, {
 		.name = "info",
 		.summary = "describe the pad",
 		.help =
 "Usage: kvscratchctl [--fd N | -n NAME] info [--json]\n"
 "Print one line: Scratchpad(len=3, capacity=10, dim=4)\n"
 "for scaled integers another: mxint8, from f32, 0 saturated\n"
-"then the backend and which promises it keeps, and a line for each that it does\n"
-"not keep.\n"
+"for several planes one each: plane k0: 64 f32\n"
+"the tag, the epoch of the writers and whether there is one, and whether the pad is\n"
+"sealed, each unless there is nothing to tell; then the backend and which promises\n"
+"it keeps, and a line for each that it does not keep.\n"
 "\n"
 "  --json  more of it, as one JSON object\n",
 		.run = run_info,
@@ -181,13 +221,18 @@ GEOMETRY_HELP,
 		.options = { OPTION("json", no_argument, OPT_JSON), HELP, END },
 	}, {
 		.name = "append",
-		.summary = "append rows from a file or stdin",
+		.summary = "append rows from files or stdin",
 		.help =
 "Usage: kvscratchctl [--fd N | -n NAME] append [OPTION]... [FILE]\n"
+"       kvscratchctl [--fd N | -n NAME] append [OPTION]... --plane PLANE=FILE...\n"
 "Append whole rows from FILE or, without one or with -, from stdin. All of the\n"
 "input is read into memory and checked before the first row is appended; up to\n"
-"2 GiB go in as one batch that other processes see at once.\n"
+"2 GiB go in as one batch that other processes see at once. Rows of several planes\n"
+"are a row of each in turn; or each plane has a file of its own, and all are\n"
+"committed at once, by the pad's writer, which append becomes for as long.\n"
 "\n"
+"  --plane PLANE=FILE\n"
+"                     the rows of one plane, by its label or its index\n"
 "  --format FORMAT    raw (elements in this machine's byte order) or npy;\n"
 "                     otherwise npy if the input begins as such a file does, and\n"
 "                     raw unless it looks like something else\n"
@@ -195,6 +240,7 @@ NO_PROGRESS_HELP,
 		.run = run_append,
 		.takes = TAKES_PAD | TAKES_ARGUMENT,
 		.options = {
+			OPTION("plane", required_argument, OPT_PLANE),
 			OPTION("format", required_argument, OPT_FORMAT),
 			NO_PROGRESS_OPTION, HELP, END
 		},
@@ -206,8 +252,10 @@ NO_PROGRESS_HELP,
 "Write all committed rows, as they are at one moment; they are copied first.\n"
 "Scaled integers are scaled back in text and JSON, and in npy as f32 (mxint8) or\n"
 "f64 (of long i64 the last bits are lost). What is to be appended to such a pad\n"
-"again is raw.\n"
+"again is raw. Of several planes there is a line for each, k0: 1 2, in JSON a list of\n"
+"their rows, and no npy.\n"
 "\n"
+"  --plane PLANE      only this one, by its label or its index\n"
 "  --format FORMAT    text (a row per line), raw or npy (text)\n"
 "  --json             an array of rows: NaN is null, infinity is 1e999\n"
 "  -o, --output FILE  replace FILE in one step, instead of stdout; a device or a\n"
@@ -216,6 +264,7 @@ NO_PROGRESS_HELP,
 		.run = run_dump,
 		.takes = TAKES_PAD,
 		.options = {
+			OPTION("plane", required_argument, OPT_PLANE),
 			OPTION("format", required_argument, OPT_FORMAT),
 			OPTION("json", no_argument, OPT_JSON),
 			OPTION("output", required_argument, OPT_OUTPUT),
@@ -285,19 +334,40 @@ NO_PROGRESS_HELP,
 		.takes = TAKES_PAD,
 		.options = { OPTION("zero", no_argument, OPT_ZERO), HELP, END },
 	}, {
+		.name = "seal",
+		.summary = "make the length final",
+		.help =
+"Usage: kvscratchctl [--fd N | -n NAME] seal\n"
+"From now on nothing changes the pad any more. There is no way back.\n",
+		.run = run_seal,
+		.takes = TAKES_PAD,
+		.options = { HELP, END },
+	}, {
+		.name = "takeover",
+		.summary = "end the role of the pad's writer",
+		.help =
+"Usage: kvscratchctl [--fd N | -n NAME] takeover\n"
+"Take the role of the pad's writer from whoever has it, one that hangs say, and give\n"
+"it up again. Who had it can change the pad no more; the rows that it has not\n"
+"committed are dropped.\n",
+		.run = run_takeover,
+		.takes = TAKES_PAD,
+		.options = { HELP, END },
+	}, {
 		.name = "watch",
 		.summary = "follow the length of the pad",
 		.help =
 "Usage: kvscratchctl [--fd N | -n NAME] watch [OPTION]...\n"
 "Map the pad and print a line whenever rows were appended or dropped. Reads the\n"
-"status page and sleeps in between. Ends when interrupted. Opens a handle of its\n"
-"own.\n"
+"status page and sleeps in between. Ends when interrupted and, after a line that says\n"
+"so, when the pad is sealed. Opens a handle of its own.\n"
 "\n"
 "  --socket PATH  take the handle from a server on this Unix socket, as\n"
 "                 kvdecode --serve is one, and end when it hangs up\n"
 "  --pad NAME     which of the pads served (the last one)\n"
 "  --timeout S    how long to wait for the socket to exist (10)\n"
 "  --rows         print each row before the line with the length\n"
+"  --plane PLANE  only of this plane, by its label or its index\n"
 "  --until LEN    end when there are LEN rows\n"
 "  --json         a JSON object per line\n",
 		.run = run_watch,
@@ -307,6 +377,7 @@ NO_PROGRESS_HELP,
 			OPTION("pad", required_argument, OPT_PAD),
 			OPTION("timeout", required_argument, OPT_TIMEOUT),
 			OPTION("rows", no_argument, OPT_ROWS),
+			OPTION("plane", required_argument, OPT_PLANE),
 			OPTION("until", required_argument, OPT_UNTIL),
 			OPTION("json", no_argument, OPT_JSON),
 			HELP, END
@@ -317,6 +388,7 @@ NO_PROGRESS_HELP,
 		.help =
 "Usage: kvscratchctl hold NAME --write\n"
 "       kvscratchctl hold NAME --max-seq-len N --dim N [OPTION]...\n"
+"       kvscratchctl hold NAME --max-seq-len N --planes LIST [OPTION]...\n"
 "       kvscratchctl --fd N hold NAME [OPTION]...\n"
 "Keep pads in a process of their own, in the background, and hand out handles on\n"
 "them to processes of the same user, root being another one. It begins with a new\n"
@@ -454,7 +526,8 @@ static int check_pad_options(const struct verb *verb, const struct arguments *ar
 		return fail(EXIT_INPUT, "unexpected --fd, see --help");
 	if (given(args, OPT_NAME) && !(verb->takes & TAKES_NAME))
 		return fail(EXIT_INPUT, "unexpected --name, see --help");
-	if (given(args, OPT_FD) && given(args, OPT_NAME))
+	if (given(args, OPT_FD) && given(args, OPT_NAME) &&
+	    (verb->takes & TAKES_BOTH) != TAKES_BOTH)
 		return fail(EXIT_INPUT, "expected either --fd or --name, got both");
 	return 0;
 }

@@ -103,6 +103,9 @@ offers 'kvscratchctl dump -o no' notes
 offers 'kvscratchctl dump --output no' notes
 offers 'kvscratchctl watch --socket no' notes
 offers 'kvscratchctl truncate --len ' ''
+offers 'kvscratchctl create --max-seq-len 5 --planes ' ''
+offers 'kvscratchctl create --max-seq-len 5 --planes-file no' notes
+offers 'kvscratchctl create --tag ' ''
 offers 'kvscratchctl create --max-seq-len 5 --dim 4 -- kvdecode --wa' --wait-reader
 
 # held pads
@@ -114,6 +117,11 @@ offers 'kvscratchctl drop st' story story/pad
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story
+kvscratchctl hold cache --max-seq-len 4 --planes k0:2,v0:2,k1:2
+offers 'kvscratchctl -n cache dump --plane ' k0 k1 v0
+offers 'kvscratchctl watch --name cache --rows --plane k' k0 k1
+offers 'kvscratchctl -n story dump --plane ' ''
+kvscratchctl drop cache
 kvscratchctl drop story && kvscratchctl drop empty
 result $? "drop both" ''
 offers 'kvscratchctl drop ' ''

@@ -62,13 +62,13 @@ npy() {
 # Help and wrong usage need no device.
 usage()
 {
-	for verb in create info append dump save load truncate clear watch hold drop ls metrics; do
+	for verb in create attach info append dump save load truncate clear seal takeover watch hold drop ls metrics; do
 		run kvscratchctl $verb --help
 		case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 		result $status "$verb has help"
 	done
 	run kvscratchctl --help
-	case $output in *create*info*append*dump*save*load*truncate*clear*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
+	case $output in *create*attach*info*append*dump*save*load*truncate*clear*seal*takeover*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
 	result $status "help lists every verb"
 	run kvscratchctl
 	expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
@@ -76,8 +76,8 @@ usage()
 	expect "an unknown verb" 1 "kvscratchctl: expected a verb, got \"frobnicate\", see kvscratchctl --help"
 	run kvscratchctl info extra
 	expect "an argument too many" 1 "kvscratchctl info: unexpected argument \"extra\""
-	run kvscratchctl create --max-seq-len 5
-	expect "an option too few" 1 "kvscratchctl create: expected --max-seq-len and --dim"
+	run kvscratchctl create --max-seq-len 5 -- true
+	expect "an option too few" 1 "kvscratchctl create: expected --max-seq-len, and --dim or --planes"
 	run kvscratchctl create --max-seq-len -5 --dim 1
 	expect "a negative number" 1 "kvscratchctl create: --max-seq-len: expected an integer from 1 to 4294967295, got \"-5\""
 	run kvscratchctl create --max-seq-len 1 --dim 1 --dtype f33
@@ -132,7 +132,7 @@ life()
 	run display
 	expect "the Display line" 0 "Scratchpad(len=3, capacity=10, dim=4)"
 	run sh -c 'kvscratchctl info --json | sed "s/, .backend.*//"'
-	expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "input_dtype": "f32", "input_row_bytes": 16, "frac_bits": 0, "saturated": 0'
+	expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "row_bytes": 16, "input_row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "saturated": 0, "tag": "", "epoch": 0, "writer": false, "sealed": false, "planes": [{"label": "", "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "offset": 0, "row_bytes": 16, "scales_offset": 0, "scales_row_bytes": 0, "input_row_bytes": 16}]'
 	run sh -c 'kvscratchctl info --json | grep -o "\"backend\": \"[a-z]*\", \"promises\": {\"whole-appends\": true,"'
 	expect "the backend in JSON" 0 "\"backend\": \"$backend\", \"promises\": {\"whole-appends\": true,"
 	run sh -c 'kvscratchctl info --json | grep -o ": true" | wc -l; kvscratchctl info | sed -n "s/^$1 keeps: //p" | wc -w; kvscratchctl info | grep -c "^$1 does not keep [a-z-]*: "' sh "$backend"
@@ -527,6 +527,15 @@ commands()
 	expect "a name of a pad to make" 1 "kvscratchctl create: unexpected --name, see --help"
 	run kvscratchctl ls --fd 3
 	expect "an option of other verbs" 1 "kvscratchctl ls: unexpected --fd, see --help"
+	run kvscratchctl create --max-seq-len 4 --dim 2 --dtype u8 -- sh -c 'printf ab | kvscratchctl append; kvscratchctl --fd 3 attach -- sh -c "printf cd | kvscratchctl append; kvscratchctl dump"'
+	expect "attach to a descriptor, for a reader" 0 "kvscratchctl append: descriptor 3: expected it open for write, got read only
+97 98"
+	run kvscratchctl create --max-seq-len 4 --dim 2 --dtype u8 -- kvscratchctl attach --write -- sh -c 'printf cd | kvscratchctl append; kvscratchctl dump'
+	expect "attach to a descriptor, for a writer" 0 "99 100"
+	run kvscratchctl attach
+	expect "attach for nobody" 1 "kvscratchctl attach: expected -- COMMAND"
+	run kvscratchctl --fd 7 attach -- true
+	expect "attach to nothing" 2 "kvscratchctl attach: descriptor 7: expected a handle, got none"
 	run kvscratchctl --fd 3 -n story info
 	expect "two pads" 1 "kvscratchctl info: expected either --fd or --name, got both"
 }
@@ -552,6 +561,24 @@ holders()
 	run kvscratchctl watch -n story --until 1 --rows
 	expect "watch by name" 0 "0: 1 2 3 4
 Scratchpad(len=1, capacity=5, dim=4)"
+	run kvscratchctl -n story --fd 8 attach -- sh -c 'kvscratchctl --fd 8 dump; kvscratchctl --fd 8 clear'
+	expect "attach by name, for a reader" 2 "1 2 3 4
+kvscratchctl clear: descriptor 8: expected it open for write, got read only"
+	run kvscratchctl attach --write -n story -- kvscratchctl truncate --len 1
+	expect "attach by name, for a writer" 0 ""
+	kvscratchctl hold cache --max-seq-len 5 --planes k0:2,v0:2 --tag model
+	run sh -c 'kvscratchctl ls; kvscratchctl -n cache info | sed "/keeps:/,\$d"; kvscratchctl metrics | grep "info{"; kvscratchctl ls --json | grep -o "\"tag\": \"model\""; kvscratchctl drop cache'
+	expect "hold planes" 0 "cache/pad: Scratchpad(len=0, capacity=5, planes=2)
+notes/pad: Scratchpad(len=0, capacity=5, dim=4)
+story/pad: Scratchpad(len=1, capacity=5, dim=4)
+Scratchpad(len=0, capacity=5, planes=2)
+plane k0: 2 f32
+plane v0: 2 f32
+tag: model
+kvscratch_pad_info{holder=\"cache\",pad=\"pad\",backend=\"$backend\",planes=\"2\"} 1
+kvscratch_pad_info{holder=\"notes\",pad=\"pad\",backend=\"$backend\",dtype=\"f32\",dim=\"4\"} 1
+kvscratch_pad_info{holder=\"story\",pad=\"pad\",backend=\"$backend\",dtype=\"f32\",dim=\"4\"} 1
+\"tag\": \"model\""
 	run kvscratchctl --fd 3 hold inherited
 	expect "hold a descriptor" 0 ""
 	run sh -c 'kvscratchctl hold quiet --write 6>&1 >/dev/null 2>&1 | timeout 30 cat && kvscratchctl drop quiet'
@@ -593,7 +620,7 @@ kvscratch_pad_bytes{holder=\"story\",pad=\"pad\"} 80
 # HELP kvscratch_pad_truncates_total Truncates: the generation.
 # TYPE kvscratch_pad_truncates_total counter
 kvscratch_pad_truncates_total{holder=\"notes\",pad=\"pad\"} 0
-kvscratch_pad_truncates_total{holder=\"story\",pad=\"pad\"} 1
+kvscratch_pad_truncates_total{holder=\"story\",pad=\"pad\"} 2
 # HELP kvscratch_pad_saturated_elements_total Elements that were clamped by a conversion.
 # TYPE kvscratch_pad_saturated_elements_total counter
 kvscratch_pad_saturated_elements_total{holder=\"notes\",pad=\"pad\"} 0
@@ -650,7 +677,12 @@ story: no pads"
 	run kvscratchctl hold
 	expect "hold under what name" 1 "kvscratchctl hold: expected NAME"
 	run kvscratchctl hold story --max-seq-len 5
-	expect "hold half a shape" 1 "kvscratchctl hold: expected --max-seq-len and --dim"
+	expect "hold half a shape" 1 "kvscratchctl hold: expected --max-seq-len, and --dim or --planes"
+	for part in '--planes k0:4' '--tag model' '--dtype f16'; do
+		# shellcheck disable=SC2086 # words
+		run kvscratchctl hold story --write $part
+		expect "hold no more than $part" 1 "kvscratchctl hold: expected --max-seq-len, and --dim or --planes"
+	done
 	run kvscratchctl hold story --max-seq-len 5 --dim 33 --dtype mxint8
 	expect "hold no shape that there is" 1 "kvscratchctl hold: dim: expected a multiple of 32 for mxint8, got 33"
 	touch kvscratch/file
@@ -665,6 +697,181 @@ story: no pads"
 	expect "a directory for holders that is relative" 2 "kvscratchctl ls: XDG_RUNTIME_DIR: expected an absolute path, got \"run\""
 	run env -u XDG_RUNTIME_DIR kvscratchctl ls
 	expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
+}
+
+# refused_planes NAME LIST MESSAGE
+refused_planes() {
+	run kvscratchctl create --max-seq-len 4 --planes "$2" -- true
+	expect "planes: $1" 1 "kvscratchctl create: $3"
+}
+
+# refused_file NAME JSON MESSAGE
+refused_file() {
+	printf '%s' "$2" >bad.json
+	run kvscratchctl create --max-seq-len 4 --planes-file bad.json -- true
+	expect "a file of planes: $1" 1 "kvscratchctl create: $3"
+}
+
+new_planes()
+{
+	dtypes='expected a dtype of f64 f32 f16 bf16 i64 i32 i16 i8 u8 or mxint8'
+	run kvscratchctl create --max-seq-len 4 --planes 'k0:64,k1:64:mxint8:f32,:3:i16:f64:8,x:1:i64::40' -- sh -c 'kvscratchctl info >described; kvscratchctl info --json >planes.json; head -n 6 described'
+	expect "planes of every kind" 0 "Scratchpad(len=0, capacity=4, planes=4)
+plane k0: 64 f32
+plane k1: 64 mxint8, from f32
+plane 2: 3 i16 with 8 fraction bits, from f64
+plane x: 1 i64 with 40 fraction bits
+0 saturated"
+	run kvscratchctl create --max-seq-len 4 --planes-file planes.json -- sh -c 'kvscratchctl info | cmp - described'
+	expect "planes as info --json tells them" 0 ""
+	echo ' [ {"label": "k\u0030", "dim": 2, "note": [1, {}]} ] ' >planes.json
+	# shellcheck disable=SC1003 # a backslash
+	run kvscratchctl create --max-seq-len 4 --planes-file planes.json --tag 'a "b" \' -- sh -c 'kvscratchctl info | head -n 2; kvscratchctl info --json | grep -oE "\"(tag|label)\": \"[^\"]*\""'
+	expect "a list of planes, and a tag" 0 'Scratchpad(len=0, capacity=4, dim=2)
+tag: a "b" \x5c
+"tag": "a \u0022b\u0022 \u005c"
+"label": "k0"'
+	run sh -c 'kvscratchctl create --max-seq-len 4 --planes-file - -- kvscratchctl info <planes.json | head -n 1'
+	expect "planes from stdin" 0 "Scratchpad(len=0, capacity=4, dim=2)"
+	refused_planes "no dim" k0 "--planes: plane 0: expected LABEL:DIM[:DTYPE[:INPUT[:FRAC-BITS]]], got no DIM"
+	refused_planes "one too few" k0:1, "--planes: plane 1: expected LABEL:DIM[:DTYPE[:INPUT[:FRAC-BITS]]], got no DIM"
+	refused_planes "a field too many" k0:1:f32:f32:0:0 "--planes: plane 0: expected LABEL:DIM[:DTYPE[:INPUT[:FRAC-BITS]]], got more"
+	refused_planes "an unknown dtype" k0:1,v0:1:f33 "--planes: plane 1: $dtypes, got \"f33\""
+	refused_planes "a dim that is none" k0:x "--planes: plane 0: dim: expected a whole number, got \"x\""
+	refused_planes "a dim of 0" k0:0 "--planes: plane 0: dim: expected 1 to 16777216, got 0"
+	refused_planes "a label too long" k234567890123456:1 "--planes: plane 0: expected a label of at most 15 bytes, got 16"
+	refused_planes "half a block" k0:1,v0:33:mxint8 "plane 1: dim: expected a multiple of 32 for mxint8, got 33"
+	refused_planes "too many" "$(seq -s , 4097 | sed 's/[0-9]*/k:1/g')" "--planes: expected at most 4096 planes, got more"
+	refused_file "no JSON" "[{]" "bad.json: expected a key of a plane at byte 2, got ']'"
+	refused_file "no list" '{"len": 3}' 'bad.json: expected an object with "planes", got none'
+	refused_file "two lists" '{"planes": [], "planes": []}' 'bad.json: expected one list "planes", got two'
+	refused_file "no dim" '[{"label": "k0"}]' "bad.json: plane 0: expected a dim, got none"
+	refused_file "no planes" '[]' "planes: expected 1 to 4096, got 0"
+	refused_file "fraction bits" '[{"dim": 1, "dtype": "i8", "frac_bits": 63}]' "bad.json: plane 0: fraction bits: expected 0 to 62, got 63"
+	refused_file "something behind it" '[{"dim": 1}] x' "bad.json: expected its end at byte 13, got 'x'"
+	refused_file "nothing" '' "bad.json: expected a list of planes at byte 0, got its end"
+	run kvscratchctl create --max-seq-len 4 --planes-file nix.json -- true
+	expect "no file of planes" 1 "kvscratchctl create: nix.json: cannot open: No such file or directory"
+	run kvscratchctl create --max-seq-len 4 --planes-file bad.json --planes k0:1 -- true
+	expect "planes twice" 1 "kvscratchctl create: expected either --planes or --planes-file, got both"
+	run kvscratchctl create --max-seq-len 4 --planes k0:1 --dtype f16 -- true
+	expect "planes and a dtype" 1 "kvscratchctl create: expected planes or --dim, --dtype, --input and --frac-bits of the only one, got both"
+	run kvscratchctl create --max-seq-len 4 --dim 1 --tag "$(printf '%65s' '')" -- true
+	expect "a tag too long" 1 "kvscratchctl create: --tag: expected at most 64 bytes, got 65"
+}
+
+# k0 is [10, 4] u8, v0 [10, 1] i16 with 3 fraction bits
+planes()
+{
+	printf 'abcd\001\000' >token
+	printf 'abcdefgh' >k
+	printf '\001\000\002\000' >v
+	run kvscratchctl append token
+	expect "append a token" 0 ""
+	run kvscratchctl append --plane k0=k --plane 1=v
+	expect "append by plane" 0 ""
+	run kvscratchctl dump
+	expect "dump planes" 0 "k0: 97 98 99 100
+v0: 0.125
+k0: 97 98 99 100
+v0: 0.125
+k0: 101 102 103 104
+v0: 0.25"
+	run kvscratchctl dump --plane v0
+	expect "dump a plane by its label" 0 "0.125
+0.125
+0.25"
+	run sh -c 'kvscratchctl dump --plane 0 --format raw; kvscratchctl dump --format raw | head -c 6 | cmp - token'
+	expect "dump a plane by its index, and tokens" 0 "abcdabcdefgh"
+	run kvscratchctl dump --json
+	expect "planes as JSON" 0 "[[[97, 98, 99, 100], [0.125]],
+ [[97, 98, 99, 100], [0.125]],
+ [[101, 102, 103, 104], [0.25]]]"
+	run kvscratchctl dump --format npy
+	expect "planes as .npy" 1 "kvscratchctl dump: --format: .npy has one array: expected --plane with it"
+	kvscratchctl dump --format npy --plane k0 -o k.npy
+	run kvscratchctl append --plane v0=v --plane k0=k.npy
+	expect "planes of different lengths" 1 "kvscratchctl append: v: expected 3 rows, as of plane 0, got 2"
+	run kvscratchctl append k.npy
+	expect "tokens of several dtypes as .npy" 1 "kvscratchctl append: k.npy: expected raw tokens, for the planes take several dtypes, got .npy: --plane takes one for each"
+	run kvscratchctl append k
+	expect "bytes too many for a token" 1 "kvscratchctl append: k: expected rows of 6 bytes, got 1 rows and 2 bytes"
+	run kvscratchctl append --plane k0=k
+	expect "a plane too few" 1 "kvscratchctl append: --plane: expected a file for each of 2 planes, got none for plane 1, \"v0\""
+	run kvscratchctl append --plane k0=k --plane 0=v
+	expect "a plane twice" 1 "kvscratchctl append: --plane: expected one file for each, got \"k\" and \"v\""
+	run kvscratchctl append --plane k1=k
+	expect "a plane that is not there" 1 "kvscratchctl append: --plane: no plane is called \"k1\""
+	run kvscratchctl append --plane 2=k
+	expect "a plane that is not there, by its index" 1 "kvscratchctl append: --plane: no plane is called \"2\""
+	run kvscratchctl append --plane k0
+	expect "a plane without a file" 1 "kvscratchctl append: --plane: expected PLANE=FILE, got \"k0\""
+	run kvscratchctl append --plane k0=k k
+	expect "a plane and all of them" 1 "kvscratchctl append: expected either --plane or FILE, got both"
+	run kvscratchctl watch --plane k0
+	expect "watch a plane without its rows" 1 "kvscratchctl watch: --plane: expected --rows with it"
+	run kvscratchctl watch --rows --until 3
+	expect "watch planes" 0 "0 k0: 97 98 99 100
+0 v0: 0.125
+1 k0: 97 98 99 100
+1 v0: 0.125
+2 k0: 101 102 103 104
+2 v0: 0.25
+Scratchpad(len=3, capacity=10, planes=2)"
+	run kvscratchctl watch --rows --plane v0 --until 3
+	expect "watch a plane" 0 "0: 0.125
+1: 0.125
+2: 0.25
+Scratchpad(len=3, capacity=10, planes=2)"
+	run kvscratchctl create --max-seq-len 4 --planes k0:3,v0:1 -- sh -c 'kvscratchctl append numpy && kvscratchctl dump'
+	expect "tokens of one dtype as .npy" 0 "k0: 1 2 3
+v0: 4
+k0: -0.5 0.100000001 inf
+v0: nan
+k0: 0 1.40129846e-45 3.40282347e+38
+v0: -2"
+}
+
+# The writer, and the end of it
+writers()
+{
+	run display
+	expect "a pad without a writer" 0 "Scratchpad(len=0, capacity=10, planes=2)
+plane k0: 4 u8
+plane v0: 1 i16 with 3 fraction bits
+tag: toy"
+	run kvscratchctl takeover
+	expect "take over" 0 ""
+	run sh -c 'kvscratchctl info --json | grep -oE "\"epoch.*\"sealed\": [a-z]*"'
+	expect "an epoch later" 0 '"epoch": 1, "writer": false, "sealed": false'
+	kvscratchctl append --plane k0=k --plane v0=v
+	kvscratchctl append token
+	run kvscratchctl info
+	case $output in *"(len=3, "*", without a writer"*) ;; *) status=9 ;; esac
+	result "$status" "the role is free again"
+	run kvscratchctl watch --until 3
+	expect "watch before the seal" 0 "Scratchpad(len=3, capacity=10, planes=2)"
+	run kvscratchctl seal
+	expect "seal" 0 ""
+	run kvscratchctl seal
+	expect "seal again" 0 ""
+	run kvscratchctl append token
+	expect "append to what is sealed" 2 "kvscratchctl append: descriptor 3: cannot append: the pad is sealed"
+	run kvscratchctl takeover
+	expect "take over what is sealed" 2 "kvscratchctl takeover: descriptor 3: cannot become the writer: the pad is sealed"
+	run sh -c 'kvscratchctl info | grep sealed; kvscratchctl info --json | grep -o "\"sealed\": true"'
+	expect "info of what is sealed" 0 'sealed
+"sealed": true'
+	run kvscratchctl watch
+	expect "watch ends with the seal" 0 "Scratchpad(len=3, capacity=10, planes=2)
+sealed"
+	run kvscratchctl watch --json
+	expect "watch ends with the seal, as JSON" 0 '{"len": 3, "generation": 0}
+{"sealed": true}'
+	run kvscratchctl watch --until 4
+	expect "rows that never come" 2 "Scratchpad(len=3, capacity=10, planes=2)
+sealed
+kvscratchctl watch: --until: expected 4 rows, got 3 when the pad was sealed"
 }
 
 files()
@@ -803,6 +1010,9 @@ with_pad fixed_point --max-seq-len 4 --dim 2 --dtype i16 --input f64 --frac-bits
 with_pad watch --max-seq-len 10 --dim 1 --dtype i8
 with_pad json --max-seq-len 4 --dim 2 --dtype f32
 commands
+new_planes
+with_pad planes --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3
+with_pad writers --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3 --tag toy
 with_pad holders --max-seq-len 4 --dim 2
 with_pad files --max-seq-len 10 --dim 4
 echo "1..$(cat count)"

@@ -41,6 +41,10 @@ enum option_id {
 	OPT_WRITE,
 	OPT_FOREGROUND,
 	OPT_NO_PROGRESS,
+	OPT_PLANES,
+	OPT_PLANES_FILE,
+	OPT_TAG,
+	OPT_PLANE,
 };
 
 enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
@@ -50,6 +54,8 @@ enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
  * @given: a bit per option
  * @argument: the one that is no option, or NULL
  * @command: behind --, ended by NULL; or NULL
+ * @plane_values: of --plane, in their order
+ * @nr_plane_values: how many
  * others: the values of options
  */
 struct arguments {
@@ -61,6 +67,9 @@ struct arguments {
 	uint32_t dtype;
 	uint32_t input_dtype;
 	uint64_t frac_bits;
+	const char *planes;
+	const char *planes_file;
+	const char *tag;
 	uint64_t len;
 	enum format format;
 	const char *output;
@@ -70,6 +79,8 @@ struct arguments {
 	uint64_t timeout;
 	const char *argument;
 	char **command;
+	const char *plane_values[KVSCRATCH_MAX_PLANES];
+	unsigned int nr_plane_values;
 };
 
 static inline bool given(const struct arguments *args, enum option_id id)
@@ -91,6 +102,9 @@ int run_ls(const struct arguments *args);
 int run_save(const struct arguments *args);
 int run_load(const struct arguments *args);
 int run_metrics(const struct arguments *args);
+int run_seal(const struct arguments *args);
+int run_attach(const struct arguments *args);
+int run_takeover(const struct arguments *args);
 
 /*
  * The pad of --name, or else of the descriptor, if it is open for @access, O_RDONLY or
@@ -101,11 +115,14 @@ int open_pad(const struct arguments *args, int access, struct kvscratch **pad);
 /* The pad of --name; @access may be O_RDWR as well. */
 int open_held(const struct arguments *args, int access, struct kvscratch **pad);
 
+/* A handle of its own on the pad of --name, or else of the descriptor; as open_held(). */
+int open_own(const struct arguments *args, int access, struct kvscratch **pad);
+
 /* Say what the library had to say about @err, and of which pad; returns an exit code. */
 int fail_pad(const struct arguments *args, int err);
 
-/* What create and hold are to make; returns 0, or an exit code after fail(). */
-int parse_geometry(const struct arguments *args, struct kvscratch_geometry *geometry);
+/* Make what create and hold were asked for; returns 0, or an exit code after fail(). */
+int make_pad(const struct arguments *args, struct kvscratch **pad);
 
 /* Run args->command with @pad as descriptor args->fd; returns only on failure. */
 int run_command(const struct arguments *args, const struct kvscratch *pad);
@@ -126,21 +143,77 @@ struct output;
 int begin_output(const char *path, struct output *output);
 int end_output(const char *path, struct output *output, int err);
 
-/* Scratchpad(len=3, capacity=10, dim=4) */
-void print_display_line(uint64_t len, const struct kvscratch_info *info);
+/**
+ * struct selection - planes that a verb works on, all of them or one
+ * @planes: the first of them
+ * @first: its index
+ * @count: how many
+ * @row_bytes: of a row of each, scales included
+ */
+struct selection {
+	const struct kvscratch_plane *planes;
+	uint32_t first;
+	uint32_t count;
+	uint32_t row_bytes;
+};
+
+/* The one of --plane, or all; returns 0, or an exit code after fail(). */
+int select_planes(const struct arguments *args, const struct kvscratch *pad,
+		  struct selection *selection);
+
+/* By its label or its index; returns 0, or an exit code after fail(). */
+int find_plane(const struct kvscratch *pad, const char *name, uint32_t *index);
+
+/* As kvscratch_copy_rows() does; returns 0 or a negative errno. */
+int copy_selected(struct kvscratch *pad, const struct selection *selection, uint64_t first,
+		  uint64_t count, void *rows);
+
+static inline uint32_t stored_row_bytes(const struct kvscratch_plane *plane)
+{
+	return plane->row_bytes + plane->scales_row_bytes;
+}
+
+/**
+ * struct description - a pad as it was at one moment, without a handle on it
+ * @info: all that is not of a plane
+ * @planes: its planes; free() them
+ * @backend: where it lives
+ */
+struct description {
+	struct kvscratch_pad_info info;
+	struct kvscratch_plane *planes;
+	enum kvscratch_backend backend;
+};
+
+/* Returns 0 or a negative errno. */
+int describe_pad(struct kvscratch *pad, struct description *description);
+
+/* Scratchpad(len=3, capacity=10, dim=4), or with planes=2 at its end */
+void print_display_line(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
+			uint32_t nr_planes);
 
 /* What is in an object of JSON about a pad, without the braces */
-void print_json_members(const struct kvscratch_info *info, enum kvscratch_backend backend);
+void print_json_members(const struct description *description);
+
+/* Bytes that somebody else chose, on one line, or as a string of JSON */
+void print_escaped(const void *text, size_t bytes);
+void print_json_bytes(const void *text, size_t bytes);
+
+/* The label of a plane, or its index when it has none */
+void print_plane_name(const struct kvscratch_plane *plane, uint32_t index);
 
 /*
  * What a scaled integer of @row stands for; a double holds all of it but the end of a long
  * i64. A row is its elements and behind them its scales, as kvscratch_copy_rows() gives it.
  */
-double scaled_value(const struct kvscratch_info *info, const char *row, uint32_t i);
+double scaled_value(const struct kvscratch_plane *plane, const char *row, uint32_t i);
 
 /* The elements of a row, with as many digits as tell two values apart */
-void print_row(const struct kvscratch_info *info, const char *row);
-void print_json_row(const struct kvscratch_info *info, const char *row);
+void print_row(const struct kvscratch_plane *plane, const char *row);
+void print_json_row(const struct kvscratch_plane *plane, const char *row);
+
+/* A line for each plane, which begins with @before and, of several, its name */
+void print_selected_row(const struct selection *selection, const char *row, const char *before);
 
 /*
  * The handles of a holder. Their names, all ended by NUL, follow one another.

@@ -15,36 +15,37 @@
 #include <string.h>
 
 /* .npy has no scales: MXINT8 becomes f32, which holds what was converted, fractions f64. */
-static uint32_t npy_dtype(const struct kvscratch_info *info)
+static uint32_t npy_dtype(const struct kvscratch_plane *plane)
 {
-	if (info->dtype == KVSCRATCH_DTYPE_MXINT8)
+	if (plane->dtype == KVSCRATCH_DTYPE_MXINT8)
 		return KVSCRATCH_DTYPE_F32;
-	return info->frac_bits ? KVSCRATCH_DTYPE_F64 : info->dtype;
+	return plane->frac_bits ? KVSCRATCH_DTYPE_F64 : plane->dtype;
 }
 
-static void write_npy_row(const struct kvscratch_info *info, const char *row)
+static void write_npy_row(const struct kvscratch_plane *plane, const char *row)
 {
-	if (npy_dtype(info) == info->dtype) {
-		fwrite(row, info->row_bytes, 1, stdout);
+	if (npy_dtype(plane) == plane->dtype) {
+		fwrite(row, plane->row_bytes, 1, stdout);
 		return;
 	}
-	for (uint32_t i = 0; i < info->dim; i++) {
-		double wide = scaled_value(info, row, i);
+	for (uint32_t i = 0; i < plane->dim; i++) {
+		double wide = scaled_value(plane, row, i);
 		float narrow = (float)wide;
 
-		if (npy_dtype(info) == KVSCRATCH_DTYPE_F64)
+		if (npy_dtype(plane) == KVSCRATCH_DTYPE_F64)
 			fwrite(&wide, sizeof(wide), 1, stdout);
 		else
 			fwrite(&narrow, sizeof(narrow), 1, stdout);
 	}
 }
 
-static void write_head(enum format format, const struct kvscratch_info *info)
+static void write_head(enum format format, const struct selection *selection, uint64_t len)
 {
+	const struct kvscratch_plane *plane = selection->planes;
 	char header[NPY_HEADER_BYTES];
 
 	if (format == FORMAT_NPY) {
-		size_t bytes = npy_write_header(header, info->len, info->dim, npy_dtype(info));
+		size_t bytes = npy_write_header(header, len, plane->dim, npy_dtype(plane));
 
 		fwrite(header, 1, bytes, stdout);
 	}
@@ -52,35 +53,51 @@ static void write_head(enum format format, const struct kvscratch_info *info)
 		putchar('[');
 }
 
-static void write_row(enum format format, const struct kvscratch_info *info, const char *row,
+/* Of several planes a list of the rows of each */
+static void write_json_row(const struct selection *selection, const char *row)
+{
+	if (selection->count > 1)
+		putchar('[');
+	for (uint32_t i = 0; i < selection->count; i++) {
+		if (i)
+			fputs(", ", stdout);
+		print_json_row(&selection->planes[i], row);
+		row += stored_row_bytes(&selection->planes[i]);
+	}
+	if (selection->count > 1)
+		putchar(']');
+}
+
+static void write_row(enum format format, const struct selection *selection, const char *row,
 		      bool first)
 {
 	switch (format) {
 	case FORMAT_NPY:
-		write_npy_row(info, row);
+		write_npy_row(selection->planes, row);
 		break;
 	case FORMAT_RAW:
-		fwrite(row, info->row_bytes, 1, stdout);
+		fwrite(row, selection->row_bytes, 1, stdout);
 		break;
 	case FORMAT_JSON:
 		if (!first)
 			fputs(",\n ", stdout);
-		print_json_row(info, row);
+		write_json_row(selection, row);
 		break;
 	default:
-		print_row(info, row);
+		print_selected_row(selection, row, "");
 	}
 }
 
-static int write_dump(const struct arguments *args, const struct kvscratch_info *info,
-		      const char *rows)
+static int write_dump(const struct arguments *args, const struct selection *selection,
+		      const char *rows, uint64_t len)
 {
 	struct progress progress = progress_start(args, "writing");
+	const uint64_t row_bytes = selection->row_bytes;
 
-	write_head(args->format, info);
-	for (uint64_t row = 0; row < info->len && !ferror(stdout) && !interrupted(); row++) {
-		write_row(args->format, info, rows + row * info->row_bytes, !row);
-		progress_at(&progress, row * info->row_bytes, info->len * info->row_bytes);
+	write_head(args->format, selection, len);
+	for (uint64_t row = 0; row < len && !ferror(stdout) && !interrupted(); row++) {
+		write_row(args->format, selection, rows + row * row_bytes, !row);
+		progress_at(&progress, row * row_bytes, len * row_bytes);
 	}
 	if (args->format == FORMAT_JSON)
 		puts("]");
@@ -88,17 +105,19 @@ static int write_dump(const struct arguments *args, const struct kvscratch_info 
 	return finish_output();
 }
 
-/* All committed rows of one moment; info->len says how many. */
+/* All committed rows of one moment; *@len says how many. */
 static int copy_rows(const struct arguments *args, struct kvscratch *pad,
-		     struct kvscratch_info *info, char **copy)
+		     const struct selection *selection, char **copy, uint64_t *len)
 {
 	int err;
 
 	*copy = NULL;
 	do {
-		err = kvscratch_info(pad, info);
+		int64_t got = kvscratch_len(pad);
+
+		err = got < 0 ? (int)got : 0;
 		if (!err) {
-			uint64_t bytes = info->len * info->row_bytes;
+			uint64_t bytes = got * (uint64_t)selection->row_bytes;
 			/* 0 bytes make a pointer, too */
 			char *more = bytes < SIZE_MAX ? realloc(*copy, bytes + 1) : NULL;
 
@@ -108,7 +127,8 @@ static int copy_rows(const struct arguments *args, struct kvscratch *pad,
 					    (unsigned long long)bytes);
 			}
 			*copy = more;
-			err = kvscratch_copy_rows(pad, 0, info->len, *copy);
+			*len = got;
+			err = copy_selected(pad, selection, 0, got, *copy);
 		}
 		/* a truncate came in between: there are not that many any more */
 	} while (err == -EINVAL);
@@ -118,35 +138,39 @@ static int copy_rows(const struct arguments *args, struct kvscratch *pad,
 	return fail_pad(args, err);
 }
 
-static int check_dump(const struct arguments *args, struct kvscratch *pad)
+static int check_dump(const struct arguments *args, const struct selection *selection)
 {
+	const struct kvscratch_plane *plane = selection->planes;
 	char header[NPY_HEADER_BYTES];
-	struct kvscratch_info info;
-	int err = kvscratch_info(pad, &info);
 
-	if (err)
-		return fail_pad(args, err);
-	if (args->format == FORMAT_NPY && !npy_write_header(header, 0, info.dim, npy_dtype(&info)))
+	if (args->format != FORMAT_NPY)
+		return 0;
+	if (selection->count > 1)
+		return fail(EXIT_INPUT, "--format: .npy has one array: expected --plane with it");
+	if (!npy_write_header(header, 0, plane->dim, npy_dtype(plane)))
 		return fail(EXIT_INPUT, "--format: .npy has no type for %s; expected text, raw or "
-			    "json", kvscratch_dtype_name(info.dtype));
+			    "json", kvscratch_dtype_name(plane->dtype));
 	return 0;
 }
 
 static int dump(const struct arguments *args, struct kvscratch *pad)
 {
-	struct kvscratch_info info;
+	struct selection selection;
 	struct output output;
+	uint64_t len = 0;
 	char *rows;
-	int err = check_dump(args, pad);
+	int err = select_planes(args, pad, &selection);
 
 	if (!err)
-		err = copy_rows(args, pad, &info, &rows);
+		err = check_dump(args, &selection);
+	if (!err)
+		err = copy_rows(args, pad, &selection, &rows, &len);
 	if (err)
 		return err;
 	/* only now: an error before this leaves also what is no file as it was */
 	err = begin_output(args->output, &output);
 	if (!err)
-		err = end_output(args->output, &output, write_dump(args, &info, rows));
+		err = end_output(args->output, &output, write_dump(args, &selection, rows, len));
 	free(rows);
 	return err;
 }

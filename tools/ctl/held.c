@@ -20,14 +20,12 @@
  * struct entry - a held pad, or a holder without one
  * @holder: its name
  * @pad: the name of the pad, or "" if the holder has none
- * @info: the pad
- * @backend: where it lives
+ * @pad_is: what that is, otherwise
  */
 struct entry {
 	char holder[KVSCRATCH_MAX_NAME + 1];
 	char pad[KVSCRATCH_MAX_NAME + 1];
-	struct kvscratch_info info;
-	enum kvscratch_backend backend;
+	struct description pad_is;
 };
 
 struct entries {
@@ -74,13 +72,19 @@ static int add_pad(struct entries *entries, const char *holder, const char *name
 		entries->count--;
 		return fail(EXIT_SYSTEM, "%s/%s: %s", holder, name, kvscratch_error());
 	}
-	err = kvscratch_info(pad, &entry->info);
-	entry->backend = kvscratch_backend(pad);
+	err = describe_pad(pad, &entry->pad_is);
 	kvscratch_close(pad);
 	if (!err)
 		return 0;
 	entries->count--;
 	return fail(EXIT_SYSTEM, "%s/%s: %s", holder, name, kvscratch_error());
+}
+
+static void free_entries(const struct entries *entries)
+{
+	for (size_t i = 0; i < entries->count; i++)
+		free(entries->list[i].pad_is.planes);
+	free(entries->list);
 }
 
 static int add_holder(struct entries *entries, const char *name)
@@ -133,12 +137,14 @@ static int collect(struct entries *entries)
 
 static void print_entry(const struct entry *entry)
 {
+	const struct kvscratch_pad_info *info = &entry->pad_is.info;
+
 	if (!*entry->pad) {
 		printf("%s: no pads\n", entry->holder);
 		return;
 	}
 	printf("%s/%s: ", entry->holder, entry->pad);
-	print_display_line(entry->info.len, &entry->info);
+	print_display_line(info->len, info->max_seq_len, entry->pad_is.planes, info->nr_planes);
 }
 
 /* Names have no characters that JSON would want quoted. */
@@ -147,7 +153,7 @@ static void print_json_entry(const struct entry *entry)
 	printf("{\"holder\": \"%s\", ", entry->holder);
 	if (*entry->pad) {
 		printf("\"pad\": \"%s\", ", entry->pad);
-		print_json_members(&entry->info, entry->backend);
+		print_json_members(&entry->pad_is);
 		putchar('}');
 	} else {
 		printf("\"pad\": null}");
@@ -174,7 +180,7 @@ int run_ls(const struct arguments *args)
 	}
 	if (json)
 		puts("]");
-	free(entries.list);
+	free_entries(&entries);
 	err = finish_output();
 	return err ? err : unseen;
 }
@@ -195,27 +201,27 @@ int run_drop(const struct arguments *args)
 
 /* metrics */
 
-static uint64_t rows_of(const struct kvscratch_info *info)
+static uint64_t rows_of(const struct kvscratch_pad_info *info)
 {
 	return info->len;
 }
 
-static uint64_t capacity_of(const struct kvscratch_info *info)
+static uint64_t capacity_of(const struct kvscratch_pad_info *info)
 {
 	return info->max_seq_len;
 }
 
-static uint64_t bytes_of(const struct kvscratch_info *info)
+static uint64_t bytes_of(const struct kvscratch_pad_info *info)
 {
-	return info->data_bytes;
+	return info->max_seq_len * info->row_bytes;
 }
 
-static uint64_t generation_of(const struct kvscratch_info *info)
+static uint64_t generation_of(const struct kvscratch_pad_info *info)
 {
 	return info->generation;
 }
 
-static uint64_t saturated_of(const struct kvscratch_info *info)
+static uint64_t saturated_of(const struct kvscratch_pad_info *info)
 {
 	return info->saturated;
 }
@@ -224,7 +230,7 @@ static const struct {
 	const char *name;
 	const char *type;
 	const char *help;
-	uint64_t (*value)(const struct kvscratch_info *info);
+	uint64_t (*value)(const struct kvscratch_pad_info *info);
 } pad_metrics[] = {
 	{ "kvscratch_pad_rows", "gauge", "Committed rows.", rows_of },
 	{ "kvscratch_pad_capacity_rows", "gauge", "Rows that fit.", capacity_of },
@@ -257,6 +263,19 @@ static void print_head(const char *name, const char *type, const char *help)
 	printf("# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
+static void print_pad_info(const struct entry *entry)
+{
+	const struct description *pad = &entry->pad_is;
+
+	printf("kvscratch_pad_info{holder=\"%s\",pad=\"%s\",backend=\"%s\",", entry->holder,
+	       entry->pad, kvscratch_backend_name(pad->backend));
+	if (pad->info.nr_planes == 1)
+		printf("dtype=\"%s\",dim=\"%" PRIu32 "\"} 1\n",
+		       kvscratch_dtype_name(pad->planes->dtype), (uint32_t)pad->planes->dim);
+	else
+		printf("planes=\"%" PRIu32 "\"} 1\n", (uint32_t)pad->info.nr_planes);
+}
+
 /* Names have none of the characters that a label's value has to escape. */
 static void print_pad_metrics(const struct entries *entries)
 {
@@ -265,11 +284,7 @@ static void print_pad_metrics(const struct entries *entries)
 		const struct entry *entry = &entries->list[i];
 
 		if (*entry->pad)
-			printf("kvscratch_pad_info{holder=\"%s\",pad=\"%s\",backend=\"%s\","
-			       "dtype=\"%s\",dim=\"%" PRIu32 "\"} 1\n", entry->holder, entry->pad,
-			       kvscratch_backend_name(entry->backend),
-			       kvscratch_dtype_name(entry->info.dtype),
-			       (uint32_t)entry->info.dim);
+			print_pad_info(entry);
 	}
 	for (size_t m = 0; m < ARRAY_SIZE(pad_metrics); m++) {
 		print_head(pad_metrics[m].name, pad_metrics[m].type, pad_metrics[m].help);
@@ -279,7 +294,7 @@ static void print_pad_metrics(const struct entries *entries)
 			if (*entry->pad)
 				printf("%s{holder=\"%s\",pad=\"%s\"} %" PRIu64 "\n",
 				       pad_metrics[m].name, entry->holder, entry->pad,
-				       pad_metrics[m].value(&entry->info));
+				       pad_metrics[m].value(&entry->pad_is.info));
 		}
 	}
 }
@@ -334,6 +349,6 @@ int run_metrics(const struct arguments *args)
 	int err;
 
 	err = write_metrics(args->output, &entries);
-	free(entries.list);
+	free_entries(&entries);
 	return err ? err : unseen;
 }

@@ -682,19 +682,14 @@ static void take_back(void *context, int fd, const char *stored_name)
 	holder->pads[at] = held;
 }
 
-static int make_pad(struct holder *holder)
+static int keep_new_pad(struct holder *holder)
 {
-	struct kvscratch_geometry geometry;
 	struct kvscratch *pad;
-	int err = parse_geometry(holder->args, &geometry);
+	int err = make_pad(holder->args, &pad);
 
-	if (err)
-		return err;
-	err = kvscratch_new_geometry(&pad, &geometry);
-	if (err)
-		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
-	keep_new(holder, ONLY_PAD, pad);
-	return 0;
+	if (!err)
+		keep_new(holder, ONLY_PAD, pad);
+	return err;
 }
 
 static int keep_descriptor(struct holder *holder)
@@ -710,6 +705,20 @@ static int keep_descriptor(struct holder *holder)
 	return 0;
 }
 
+/* Any part of what a new pad is made of */
+static bool makes_pad(const struct arguments *args)
+{
+	static const enum option_id parts[] = {
+		OPT_MAX_SEQ_LEN, OPT_DIM, OPT_DTYPE, OPT_INPUT, OPT_FRAC_BITS, OPT_PLANES,
+		OPT_PLANES_FILE, OPT_TAG,
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(parts); i++)
+		if (given(args, parts[i]))
+			return true;
+	return false;
+}
+
 static int take_pads(struct holder *holder)
 {
 	if (given(holder->args, OPT_FOREGROUND))
@@ -719,19 +728,19 @@ static int take_pads(struct holder *holder)
 		return 0;
 	if (given(holder->args, OPT_FD))
 		return keep_descriptor(holder);
-	if (given(holder->args, OPT_MAX_SEQ_LEN) || given(holder->args, OPT_DIM))
-		return make_pad(holder);
+	if (makes_pad(holder->args))
+		return keep_new_pad(holder);
 	return 0;
 }
 
 static int check_hold(const struct arguments *args, char *path, size_t path_size)
 {
-	bool makes = given(args, OPT_MAX_SEQ_LEN) || given(args, OPT_DIM);
+	bool makes = makes_pad(args);
 
 	if (!args->argument)
 		return fail(EXIT_INPUT, "expected NAME");
 	if (makes && given(args, OPT_FD))
-		return fail(EXIT_INPUT, "expected either --fd or --max-seq-len and --dim, got both");
+		return fail(EXIT_INPUT, "expected either --fd or what a new pad is made of, got both");
 	if (!makes && !given(args, OPT_FD) && !given(args, OPT_WRITE))
 		return fail(EXIT_INPUT, "expected --write, for pads to be put, or --max-seq-len "
 			    "and --dim or --fd");

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -66,21 +67,17 @@ int open_pad(const struct arguments *args, int access, struct kvscratch **pad)
 	return err;
 }
 
-/* create */
-
-int parse_geometry(const struct arguments *args, struct kvscratch_geometry *geometry)
+/* The inherited handle shares its position with the shell. */
+int open_own(const struct arguments *args, int access, struct kvscratch **pad)
 {
-	if (!given(args, OPT_MAX_SEQ_LEN) || !given(args, OPT_DIM))
-		return fail(EXIT_INPUT, "expected --max-seq-len and --dim");
-	*geometry = (struct kvscratch_geometry){
-		.max_seq_len = args->max_seq_len,
-		.dim = args->dim,
-		.dtype = args->dtype,
-		.input_dtype = args->input_dtype,
-		.frac_bits = args->frac_bits,
-	};
+	if (args->name)
+		return open_held(args, access, pad);
+	if (kvscratch_attach(pad, args->fd, access))
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	return 0;
 }
+
+/* create, attach */
 
 /* As env(1) and nohup(1) have it */
 #define EXIT_CANNOT_RUN	126
@@ -101,18 +98,30 @@ int run_command(const struct arguments *args, const struct kvscratch *pad)
 
 int run_create(const struct arguments *args)
 {
-	struct kvscratch_geometry geometry;
 	struct kvscratch *pad;
-	int err = parse_geometry(args, &geometry);
+	int err;
 
-	if (err)
-		return err;
 	if (!args->command)
 		return fail(EXIT_INPUT, "expected -- COMMAND: the pad lives as long as somebody "
 			    "has a handle; kvscratchctl hold keeps one");
-	err = kvscratch_new_geometry(&pad, &geometry);
+	err = make_pad(args, &pad);
 	if (err)
-		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+		return err;
+	err = run_command(args, pad);
+	kvscratch_close(pad);
+	return err;
+}
+
+int run_attach(const struct arguments *args)
+{
+	struct kvscratch *pad;
+	int err;
+
+	if (!args->command)
+		return fail(EXIT_INPUT, "expected -- COMMAND");
+	err = open_own(args, given(args, OPT_WRITE) ? O_RDWR : O_RDONLY, &pad);
+	if (err)
+		return err;
 	err = run_command(args, pad);
 	kvscratch_close(pad);
 	return err;
@@ -148,56 +157,201 @@ int run_clear(const struct arguments *args)
 	return truncate_to(args, 0);
 }
 
+/* seal, takeover */
+
+int run_seal(const struct arguments *args)
+{
+	struct kvscratch *pad;
+	int err = open_pad(args, O_WRONLY, &pad);
+
+	if (err)
+		return err;
+	err = kvscratch_seal(pad);
+	if (err)
+		err = fail_pad(args, err);
+	kvscratch_close(pad);
+	return err;
+}
+
+int run_takeover(const struct arguments *args)
+{
+	struct kvscratch *pad, *writer;
+	int err = open_pad(args, O_WRONLY, &pad);
+
+	if (err)
+		return err;
+	err = kvscratch_takeover(&writer, pad);
+	if (err)
+		err = fail_pad(args, err);
+	else
+		kvscratch_close(writer);
+	kvscratch_close(pad);
+	return err;
+}
+
 /* info */
 
-void print_display_line(uint64_t len, const struct kvscratch_info *info)
+int describe_pad(struct kvscratch *pad, struct description *description)
 {
-	printf("Scratchpad(len=%" PRIu64 ", capacity=%" PRIu64 ", dim=%" PRIu32 ")\n", len,
-	       (uint64_t)info->max_seq_len, (uint32_t)info->dim);
+	const uint32_t nr_planes = kvscratch_nr_planes(pad);
+	int err;
+
+	*description = (struct description){ .backend = kvscratch_backend(pad) };
+	err = kvscratch_pad_info(pad, &description->info);
+	if (err)
+		return err;
+	description->planes = reallocarray(NULL, nr_planes, sizeof(*description->planes));
+	if (!description->planes)
+		return -ENOMEM;
+	memcpy(description->planes, kvscratch_plane(pad, 0),
+	       nr_planes * sizeof(*description->planes));
+	return 0;
 }
 
-void print_json_members(const struct kvscratch_info *info, enum kvscratch_backend backend)
+void print_display_line(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
+			uint32_t nr_planes)
 {
-	printf("\"len\": %" PRIu64 ", \"max_seq_len\": %" PRIu64 ", \"dim\": %" PRIu32
-	       ", \"dtype\": \"%s\", \"row_bytes\": %" PRIu32 ", \"generation\": %" PRIu64
-	       ", \"trunc_len\": %" PRIu64 ", \"data_bytes\": %" PRIu64
-	       ", \"status_offset\": %" PRIu64 ", \"input_dtype\": \"%s\""
-	       ", \"input_row_bytes\": %" PRIu32 ", \"frac_bits\": %" PRIu32
-	       ", \"saturated\": %" PRIu64 ", \"backend\": \"%s\"",
-	       (uint64_t)info->len, (uint64_t)info->max_seq_len, (uint32_t)info->dim,
-	       kvscratch_dtype_name(info->dtype), (uint32_t)info->row_bytes,
-	       (uint64_t)info->generation, (uint64_t)info->trunc_len, (uint64_t)info->data_bytes,
-	       (uint64_t)info->status_offset, kvscratch_dtype_name(info->input_dtype),
-	       (uint32_t)info->input_row_bytes, (uint32_t)info->frac_bits,
-	       (uint64_t)info->saturated, kvscratch_backend_name(backend));
+	printf("Scratchpad(len=%" PRIu64 ", capacity=%" PRIu64 ", %s=%" PRIu32 ")\n", len,
+	       capacity, nr_planes > 1 ? "planes" : "dim", nr_planes > 1 ? nr_planes : planes->dim);
 }
 
-static void print_json(const struct kvscratch_info *info, enum kvscratch_backend backend)
+static size_t tag_bytes(const struct kvscratch_pad_info *info)
 {
-	const struct kvscratch_promise *promises = kvscratch_promises(backend);
+	size_t bytes = sizeof(info->tag);
+
+	while (bytes && !info->tag[bytes - 1])
+		bytes--;
+	return bytes;
+}
+
+static bool is_sealed(const struct kvscratch_pad_info *info)
+{
+	return info->flags & KVSCRATCH_PAD_SEALED;
+}
+
+static bool has_writer(const struct kvscratch_pad_info *info)
+{
+	return info->flags & KVSCRATCH_PAD_WRITER;
+}
+
+static const char *json_bool(bool value)
+{
+	return value ? "true" : "false";
+}
+
+/* What one plane and the pad of one plane have */
+static void print_json_format(const struct kvscratch_plane *plane)
+{
+	printf("\"dim\": %" PRIu32 ", \"dtype\": \"%s\", \"input_dtype\": \"%s\", \"frac_bits\": %"
+	       PRIu32, (uint32_t)plane->dim, kvscratch_dtype_name(plane->dtype),
+	       kvscratch_dtype_name(plane->input_dtype), (uint32_t)plane->frac_bits);
+}
+
+static void print_json_plane(const struct kvscratch_plane *plane)
+{
+	fputs("{\"label\": ", stdout);
+	print_json_bytes(plane->label, strlen(plane->label));
+	fputs(", ", stdout);
+	print_json_format(plane);
+	printf(", \"offset\": %" PRIu64 ", \"row_bytes\": %" PRIu32 ", \"scales_offset\": %" PRIu64
+	       ", \"scales_row_bytes\": %" PRIu32 ", \"input_row_bytes\": %" PRIu32 "}",
+	       (uint64_t)plane->offset, (uint32_t)plane->row_bytes, (uint64_t)plane->scales_offset,
+	       (uint32_t)plane->scales_row_bytes, (uint32_t)plane->input_row_bytes);
+}
+
+void print_json_members(const struct description *description)
+{
+	const struct kvscratch_pad_info *info = &description->info;
+
+	printf("\"len\": %" PRIu64 ", \"max_seq_len\": %" PRIu64 ", ", (uint64_t)info->len,
+	       (uint64_t)info->max_seq_len);
+	if (info->nr_planes == 1) {
+		print_json_format(description->planes);
+		fputs(", ", stdout);
+	}
+	printf("\"row_bytes\": %" PRIu32 ", \"input_row_bytes\": %" PRIu32 ", \"generation\": %"
+	       PRIu64 ", \"trunc_len\": %" PRIu64 ", \"data_bytes\": %" PRIu64
+	       ", \"status_offset\": %" PRIu64 ", \"saturated\": %" PRIu64 ", \"tag\": ",
+	       (uint32_t)info->row_bytes, (uint32_t)info->input_row_bytes,
+	       (uint64_t)info->generation, (uint64_t)info->trunc_len,
+	       (uint64_t)(info->max_seq_len * info->row_bytes), (uint64_t)info->status_offset,
+	       (uint64_t)info->saturated);
+	print_json_bytes(info->tag, tag_bytes(info));
+	printf(", \"epoch\": %" PRIu32 ", \"writer\": %s, \"sealed\": %s, \"planes\": [",
+	       (uint32_t)info->epoch, json_bool(has_writer(info)), json_bool(is_sealed(info)));
+	for (uint32_t i = 0; i < info->nr_planes; i++) {
+		if (i)
+			fputs(", ", stdout);
+		print_json_plane(&description->planes[i]);
+	}
+	printf("], \"backend\": \"%s\"", kvscratch_backend_name(description->backend));
+}
+
+static void print_json(const struct description *description)
+{
+	const struct kvscratch_promise *promises = kvscratch_promises(description->backend);
 
 	putchar('{');
-	print_json_members(info, backend);
+	print_json_members(description);
 	fputs(", \"promises\": {", stdout);
 	for (int i = 0; promises[i].name; i++)
 		printf("%s\"%s\": %s", i ? ", " : "", promises[i].name,
-		       promises[i].holds ? "true" : "false");
+		       json_bool(promises[i].holds));
 	puts("}}");
 }
 
-/* What makes a pad of scaled integers one */
-static void print_format(const struct kvscratch_info *info)
+static bool converts(const struct kvscratch_plane *plane)
 {
-	if (info->dtype != KVSCRATCH_DTYPE_MXINT8 && info->dtype == info->input_dtype &&
-	    !info->frac_bits)
-		return;
-	printf("%s", kvscratch_dtype_name(info->dtype));
-	if (info->dtype != KVSCRATCH_DTYPE_MXINT8)
-		printf(" with %" PRIu32 " fraction bits", (uint32_t)info->frac_bits);
-	if (info->dtype != info->input_dtype)
-		printf(", from %s, %" PRIu64 " saturated", kvscratch_dtype_name(info->input_dtype),
-		       (uint64_t)info->saturated);
-	putchar('\n');
+	return plane->dtype != plane->input_dtype;
+}
+
+static void print_format(const struct kvscratch_plane *plane)
+{
+	printf("%s", kvscratch_dtype_name(plane->dtype));
+	if (plane->frac_bits || (converts(plane) && plane->dtype != KVSCRATCH_DTYPE_MXINT8))
+		printf(" with %" PRIu32 " fraction bits", (uint32_t)plane->frac_bits);
+	if (converts(plane))
+		printf(", from %s", kvscratch_dtype_name(plane->input_dtype));
+}
+
+/* A line for each of several planes; of the only one what makes it one of scaled integers */
+static void print_planes(const struct description *description)
+{
+	const struct kvscratch_plane *planes = description->planes;
+	const struct kvscratch_pad_info *info = &description->info;
+	bool any_converts = false;
+
+	for (uint32_t i = 0; i < info->nr_planes; i++) {
+		any_converts |= converts(&planes[i]);
+		if (info->nr_planes > 1) {
+			fputs("plane ", stdout);
+			print_plane_name(&planes[i], i);
+			printf(": %" PRIu32 " ", (uint32_t)planes[i].dim);
+			print_format(&planes[i]);
+			putchar('\n');
+		}
+	}
+	if (info->nr_planes == 1 && (any_converts || planes->frac_bits ||
+				     planes->dtype == KVSCRATCH_DTYPE_MXINT8)) {
+		print_format(planes);
+		fputs(any_converts ? ", " : "\n", stdout);
+	}
+	if (any_converts)
+		printf("%" PRIu64 " saturated\n", (uint64_t)info->saturated);
+}
+
+static void print_state(const struct kvscratch_pad_info *info)
+{
+	if (tag_bytes(info)) {
+		fputs("tag: ", stdout);
+		print_escaped(info->tag, tag_bytes(info));
+		putchar('\n');
+	}
+	if (info->epoch)
+		printf("epoch %" PRIu32 ", %s\n", (uint32_t)info->epoch,
+		       has_writer(info) ? "with a writer" : "without a writer");
+	if (is_sealed(info))
+		puts("sealed");
 }
 
 static void print_promises(enum kvscratch_backend backend)
@@ -218,7 +372,7 @@ static void print_promises(enum kvscratch_backend backend)
 
 int run_info(const struct arguments *args)
 {
-	struct kvscratch_info info;
+	struct description description;
 	struct kvscratch *pad;
 	int err;
 
@@ -229,15 +383,18 @@ int run_info(const struct arguments *args)
 		      fail(EXIT_SYSTEM, "%s", kvscratch_error()) : 0;
 	if (err)
 		return err;
-	if (kvscratch_info(pad, &info)) {
+	if (describe_pad(pad, &description)) {
 		err = fail_pad(args, -EIO);
 	} else if (given(args, OPT_JSON)) {
-		print_json(&info, kvscratch_backend(pad));
+		print_json(&description);
 	} else {
-		print_display_line(info.len, &info);
-		print_format(&info);
-		print_promises(kvscratch_backend(pad));
+		print_display_line(description.info.len, description.info.max_seq_len,
+				   description.planes, description.info.nr_planes);
+		print_planes(&description);
+		print_state(&description.info);
+		print_promises(description.backend);
 	}
+	free(description.planes);
 	kvscratch_close(pad);
 	return err ? err : finish_output();
 }

@@ -55,31 +55,31 @@ static int64_t integer_at(uint32_t dtype, const char *at)
 /* The scale byte of E8M0 that makes its block NaN */
 #define MX_NAN_SCALE 255
 
-double scaled_value(const struct kvscratch_info *info, const char *row, uint32_t i)
+double scaled_value(const struct kvscratch_plane *plane, const char *row, uint32_t i)
 {
-	const char *at = row + (size_t)i * kvscratch_dtype_size(info->dtype);
+	const char *at = row + (size_t)i * kvscratch_dtype_size(plane->dtype);
 	uint8_t scale;
 
-	if (info->dtype != KVSCRATCH_DTYPE_MXINT8)
-		return __builtin_ldexp((double)integer_at(info->dtype, at), -(int)info->frac_bits);
-	scale = LOAD(uint8_t, row + info->arrays[0].row_bytes + i / KVSCRATCH_MX_BLOCK);
+	if (plane->dtype != KVSCRATCH_DTYPE_MXINT8)
+		return __builtin_ldexp((double)integer_at(plane->dtype, at), -(int)plane->frac_bits);
+	scale = LOAD(uint8_t, row + plane->row_bytes + i / KVSCRATCH_MX_BLOCK);
 	if (scale == MX_NAN_SCALE)
 		return __builtin_nan("");
-	return __builtin_ldexp((double)integer_at(info->dtype, at), scale - 127 - 6);
+	return __builtin_ldexp((double)integer_at(plane->dtype, at), scale - 127 - 6);
 }
 
 /* With as many digits as tell two values apart */
-static void format_element(char *text, const struct kvscratch_info *info, const char *row,
+static void format_element(char *text, const struct kvscratch_plane *plane, const char *row,
 			   uint32_t i)
 {
-	const char *at = row + (size_t)i * kvscratch_dtype_size(info->dtype);
-	bool scaled = info->dtype == KVSCRATCH_DTYPE_MXINT8 || info->frac_bits;
+	const char *at = row + (size_t)i * kvscratch_dtype_size(plane->dtype);
+	bool scaled = plane->dtype == KVSCRATCH_DTYPE_MXINT8 || plane->frac_bits;
 	double value;
 	int digits;
 
-	switch (scaled ? 0 : info->dtype) {
+	switch (scaled ? 0 : plane->dtype) {
 	case 0:
-		value = scaled_value(info, row, i);
+		value = scaled_value(plane, row, i);
 		digits = 17;
 		break;
 	case KVSCRATCH_DTYPE_F64:
@@ -99,18 +99,18 @@ static void format_element(char *text, const struct kvscratch_info *info, const 
 		digits = 4;
 		break;
 	default:
-		snprintf(text, TEXT_BYTES, "%" PRId64, integer_at(info->dtype, at));
+		snprintf(text, TEXT_BYTES, "%" PRId64, integer_at(plane->dtype, at));
 		return;
 	}
 	snprintf(text, TEXT_BYTES, "%.*g", digits, value);
 }
 
-void print_row(const struct kvscratch_info *info, const char *row)
+void print_row(const struct kvscratch_plane *plane, const char *row)
 {
 	char text[TEXT_BYTES];
 
-	for (uint32_t i = 0; i < info->dim; i++) {
-		format_element(text, info, row, i);
+	for (uint32_t i = 0; i < plane->dim; i++) {
+		format_element(text, plane, row, i);
 		if (i)
 			putchar(' ');
 		fputs(text, stdout);
@@ -128,13 +128,13 @@ static const char *json_text(const char *text)
 	return text;
 }
 
-void print_json_row(const struct kvscratch_info *info, const char *row)
+void print_json_row(const struct kvscratch_plane *plane, const char *row)
 {
 	char text[TEXT_BYTES];
 
 	putchar('[');
-	for (uint32_t i = 0; i < info->dim; i++) {
-		format_element(text, info, row, i);
+	for (uint32_t i = 0; i < plane->dim; i++) {
+		format_element(text, plane, row, i);
 		if (i)
 			fputs(", ", stdout);
 		fputs(json_text(text), stdout);

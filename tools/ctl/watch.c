@@ -20,7 +20,8 @@
  * @sock: whose end ends the watch, or -1
  * @pad: a handle of our own
  * @view: its view
- * @row: room for one row
+ * @selection: the planes whose rows are printed
+ * @row: room for one row of them
  * @generation: of the last look
  * @seen: rows printed
  * @reached: whether as many rows were seen as --until asks for
@@ -30,6 +31,7 @@ struct watch {
 	int sock;
 	struct kvscratch *pad;
 	const struct kvscratch_view *view;
+	struct selection selection;
 	char *row;
 	uint32_t generation;
 	uint32_t seen;
@@ -104,14 +106,6 @@ static int receive_handle(struct watch *watch)
 	return fail(EXIT_SYSTEM, "%s: %s", watch->args->socket, kvscratch_error());
 }
 
-/* The inherited handle shares its position with the shell: take one of our own. */
-static int open_reader(struct watch *watch)
-{
-	if (kvscratch_attach(&watch->pad, watch->args->fd, O_RDONLY))
-		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
-	return 0;
-}
-
 static int open_watch(struct watch *watch)
 {
 	const struct arguments *args = watch->args;
@@ -119,10 +113,10 @@ static int open_watch(struct watch *watch)
 
 	if (args->socket)
 		err = receive_handle(watch);
-	else if (args->name)
-		err = open_held(args, O_RDONLY, &watch->pad);
 	else
-		err = open_reader(watch);
+		err = open_own(args, O_RDONLY, &watch->pad);
+	if (!err)
+		err = select_planes(args, watch->pad, &watch->selection);
 	if (err)
 		return err;
 	watch->view = kvscratch_view(watch->pad);
@@ -132,7 +126,7 @@ static int open_watch(struct watch *watch)
 		return fail(EXIT_INPUT, "--until: expected at most %" PRIu64
 			    ", the rows that fit, got %" PRIu64,
 			    (uint64_t)watch->view->info.max_seq_len, args->until);
-	watch->row = malloc(watch->view->info.row_bytes);
+	watch->row = malloc(watch->selection.row_bytes);
 	return watch->row ? 0 : fail(EXIT_SYSTEM, "out of memory");
 }
 
@@ -150,21 +144,22 @@ static void report_len(const struct watch *watch, uint32_t len)
 		printf("{\"len\": %" PRIu32 ", \"generation\": %" PRIu32 "}\n", len,
 		       watch->generation);
 	else
-		print_display_line(len, &watch->view->info);
+		print_display_line(len, watch->view->info.max_seq_len, watch->view->planes,
+				   watch->view->nr_planes);
 }
 
 /* Returns true when all rows of @state were still there when they were copied. */
 static bool report_rows(struct watch *watch, uint64_t state)
 {
-	const struct kvscratch_info *info = &watch->view->info;
+	char number[16];
 
 	while (watch->seen < kvscratch_state_len(state)) {
 		/* fails where a truncate took the row away */
-		if (kvscratch_copy_rows(watch->pad, watch->seen, 1, watch->row) ||
+		if (copy_selected(watch->pad, &watch->selection, watch->seen, 1, watch->row) ||
 		    kvscratch_view_valid_rows(watch->view, state) <= watch->seen)
 			return false;
-		printf("%" PRIu32 ": ", watch->seen);
-		print_row(info, watch->row);
+		snprintf(number, sizeof(number), "%" PRIu32, watch->seen);
+		print_selected_row(&watch->selection, watch->row, number);
 		watch->seen++;
 	}
 	return true;
@@ -229,6 +224,22 @@ static bool has_hung_up(const struct watch *watch)
 	return watch->sock >= 0 && poll(&polled, 1, 0) > 0;
 }
 
+/* There will be no other state. */
+static int report_seal(const struct watch *watch)
+{
+	int err;
+
+	if (given(watch->args, OPT_JSON))
+		puts("{\"sealed\": true}");
+	else
+		puts("sealed");
+	err = finish_output();
+	if (!err && given(watch->args, OPT_UNTIL))
+		return fail(EXIT_SYSTEM, "--until: expected %" PRIu64 " rows, got %" PRIu32
+			    " when the pad was sealed", watch->args->until, watch->seen);
+	return err;
+}
+
 static int follow(struct watch *watch)
 {
 	bool first = true;
@@ -253,6 +264,8 @@ static int follow(struct watch *watch)
 		if (ended)
 			return 0;
 		err = kvscratch_wait(watch->pad, state, watch->sock < 0 ? -1 : HANG_UP_MS);
+		if (err == -EROFS)
+			return report_seal(watch);
 		if (err && err != -ETIMEDOUT && err != -EINTR)
 			return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	}
@@ -268,6 +281,8 @@ int run_watch(const struct arguments *args)
 			    given(args, OPT_PAD) ? "pad" : "timeout");
 	if (given(args, OPT_ROWS) && given(args, OPT_JSON))
 		return fail(EXIT_INPUT, "expected either --rows or --json, got both");
+	if (given(args, OPT_PLANE) && !given(args, OPT_ROWS))
+		return fail(EXIT_INPUT, "--plane: expected --rows with it");
 	if (args->socket && args->name)
 		return fail(EXIT_INPUT, "expected either --socket or --name, got both");
 	err = open_watch(&watch);
