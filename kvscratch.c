@@ -769,7 +769,7 @@ static struct kvs_op kvs_op_of(struct kvs_handle *handle)
 	return (struct kvs_op) { .handle = handle, .budget = KVS_HOLD_BYTES };
 }
 
-static void kvs_wake(struct kvs_pollers *pollers)
+static __always_inline void kvs_wake(struct kvs_pollers *pollers)
 {
 	/* the barrier in wq_has_sleeper() pairs with smp_mb() in kvs_poll(); litmus: poll-wake */
 	if (wq_has_sleeper(&pollers->queue))
@@ -853,6 +853,13 @@ static noinline int kvs_pause(struct kvs_pad *pad, struct kvs_op *op, size_t mis
 	return missing && (absent == missing || ++op->rounds >= KVS_MAX_ROUNDS) ? -EFAULT : 0;
 }
 
+/* For everybody who was held up by a turn */
+static noinline void kvs_turn_ended(struct kvs_pad *pad)
+{
+	wake_up_interruptible(&pad->turn_wait);
+	kvs_wake(&pad->to_write);
+}
+
 /* Drop the lock for good; @changed: who polls to read has something to see */
 static __always_inline void kvs_end(struct kvs_pad *pad, const struct kvs_op *op, bool changed)
 {
@@ -863,10 +870,8 @@ static __always_inline void kvs_end(struct kvs_pad *pad, const struct kvs_op *op
 	mutex_unlock(&pad->lock);
 	if (changed)
 		kvs_wake(&pad->to_read);
-	if (unlikely(had_turn)) {
-		wake_up_interruptible(&pad->turn_wait);
-		kvs_wake(&pad->to_write);
-	}
+	if (unlikely(had_turn))
+		kvs_turn_ended(pad);
 }
 
 /* The one place that changes what readers see. */
