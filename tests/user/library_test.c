@@ -5,7 +5,10 @@
  */
 #include "common.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -419,6 +422,22 @@ TEST(the_environment_chooses_the_backend)
 	EXPECT_EQ(access(KVSCRATCH_DEVICE, F_OK) ? KVSCRATCH_BACKEND_MEMFD :
 						   KVSCRATCH_BACKEND_KERNEL,
 		  kvscratch_default_backend());
+}
+
+/* A plane of bytes without scales, whose table says where they are */
+TEST(a_forged_memfd_says_nothing_of_its_layout)
+{
+	struct kvscratch *pad;
+	int fd = forged_memfd(2, offsetof(struct kvscratch_plane, scales_offset), 4096);
+	const uint32_t reserved = 7;
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(4, pwrite(fd, &reserved, 4, 2 * page_bytes() +
+			    offsetof(struct kvscratch_plane, reserved)));
+	ASSERT_EQ(0, kvscratch_from_fd(&pad, fd)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(0, kvscratch_plane(pad, 0)->scales_offset);
+	EXPECT_EQ(0, kvscratch_plane(pad, 0)->reserved);
+	kvscratch_close(pad);
 }
 
 TEST(both_backends_have_the_same_promises)
@@ -1720,6 +1739,9 @@ TEST_F(planes, a_truncate_with_an_expectation)
 		     kvscratch_truncate_if(self->writer, 4, 0, 0, 3));
 	EXPECT_ERROR(EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x4",
 		     kvscratch_truncate(self->writer, 2, 4));
+	/* which says nothing without what is expected */
+	EXPECT_ERROR(EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x2",
+		     kvscratch_truncate(self->writer, 2, KVSCRATCH_TRUNCATE_EXPECT));
 	EXPECT_EQ(3, kvscratch_view_state(self->view));
 	ASSERT_EQ(0, kvscratch_truncate_if(self->writer, 2, KVSCRATCH_TRUNCATE_ZERO, 0, 3));
 	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
@@ -1766,6 +1788,119 @@ TEST_F(planes, one_is_mapped_where_the_caller_wants_it)
 	self->writer = self->pad = NULL;
 	EXPECT_FALSE(all_zero(middle, 24));
 	EXPECT_EQ(0, munmap(room, bytes));
+}
+
+static void *use_descriptors_of_its_own(void *argument)
+{
+	static const float row[4] = { 1, 2, 3, 4 };
+	struct kvscratch *pad;
+	int err;
+
+	(void)argument;
+	if (unshare(CLONE_FILES))
+		return (void *)1;
+	err = kvscratch_new(&pad, 2, 4, F32);
+	if (err)
+		return (void *)2;
+	err = kvscratch_append(pad, row, 4);
+	kvscratch_close(pad);
+	return (void *)(long)err;
+}
+
+/* What the first thread has at the same number, if anything, does not matter. */
+TEST(a_thread_with_descriptors_of_its_own)
+{
+	pthread_t thread;
+	void *err;
+
+	ASSERT_EQ(0, pthread_create(&thread, NULL, use_descriptors_of_its_own, NULL));
+	pthread_join(thread, &err);
+	EXPECT_EQ(NULL, err);
+}
+
+TEST_F(planes, access_that_is_none)
+{
+	static const char words[] = "access: expected O_RDONLY, O_WRONLY or O_RDWR, got 0x3";
+	struct kvscratch *other;
+
+	EXPECT_ERROR(EINVAL, words, kvscratch_open(&other, self->pad, 3));
+	EXPECT_ERROR(EINVAL, words, kvscratch_attach(&other, kvscratch_fd(self->pad), 3));
+	EXPECT_ERROR(EINVAL, words, kvscratch_attach_name(&other, "nobody", 3));
+	EXPECT_EQ(-EINVAL, kvscratch_open(&other, self->pad, O_RDWR | O_CLOEXEC));
+}
+
+/* Rows that an append stored, and one that failed did not */
+TEST_F(planes, appended_rows_are_kept)
+{
+	uint8_t tokens[10 * INPUT_BYTES];
+
+	for (uint32_t i = 0; i < 10; i++)
+		make_token(i, tokens + i * INPUT_BYTES);
+	ASSERT_EQ(0, kvscratch_append_tokens(self->writer, tokens, 10, INPUT_BYTES));
+	ASSERT_EQ(0, kvscratch_truncate(self->writer, 5, 0));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		ASSERT_EQ(0, kvscratch_keep(self->writer, plane, 5, 5))
+			TH_LOG("%s", kvscratch_error());
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 10));
+	ASSERT_EQ(0, kvscratch_truncate(self->writer, 5, 0));
+	memcpy(tokens + 24, &(float){ __builtin_nanf("") }, 4);
+	EXPECT_EQ(-EDOM, kvscratch_append_tokens(self->writer, tokens, 1, INPUT_BYTES));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, plane, 5, 1));
+}
+
+/* What a copy of the writer's descriptor is */
+TEST_F(planes, the_descriptor_of_a_writer_is_passed_on)
+{
+	struct kvscratch *copy;
+	int fd = dup(kvscratch_fd(self->writer));
+
+	ASSERT_EQ(0, kvscratch_from_fd(&copy, fd));
+	EXPECT_EQ(kept("fenced-takeover") ? 0 : -ENOLCK, kvscratch_commit(copy, 0));
+	kvscratch_close(copy);
+}
+
+/* From now on whoever wakes waiters is killed. */
+static bool die_at_wake_ups(void)
+{
+#ifdef SYS_futex_time64
+	const uint32_t futex_time64 = SYS_futex_time64;
+#else
+	const uint32_t futex_time64 = SYS_futex;
+#endif
+	struct sock_filter filter[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex, 1, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, futex_time64, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = { .len = sizeof(filter) / sizeof(filter[0]), .filter = filter };
+
+	return !prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) &&
+	       !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
+
+/* Between the truncate and the zeros */
+TEST_F(planes, a_seal_zeroes_what_a_killed_truncate_dropped)
+{
+	struct child child;
+
+	for (uint32_t row = 0; row < 2; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 2));
+	if (start_child(&child)) {
+		CHILD_CHECK(die_at_wake_ups());
+		_exit(!!kvscratch_truncate(self->writer, 1, KVSCRATCH_TRUNCATE_ZERO));
+	}
+	EXPECT_EQ(kept("poll") ? 0 : 128 + SIGSYS, end_child(&child));
+	EXPECT_EQ(1, kvscratch_len(self->pad));
+	ASSERT_EQ(0, kvscratch_seal(self->writer));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
+		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 0));
+		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 1),
+				     self->view->planes[plane].row_bytes));
+	}
 }
 
 TEST_F(planes, another_handle_has_no_more_rights)
@@ -1833,6 +1968,9 @@ TEST(planes_that_are_refused)
 	memset(planes[1].label, 'v', KVSCRATCH_LABEL_BYTES);
 	EXPECT_ERROR(EINVAL, "plane 1: label: expected at most 15 bytes, got \"vvvvvvvvvvvvvvvv\" "
 		     "without its end", kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	planes[1].label[0] = '\n';
+	EXPECT_ERROR(EINVAL, "plane 1: label: expected at most 15 bytes, got \"?vvvvvvvvvvvvvvv\" "
+		     "without its end", kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
 	planes[1] = good;
 	for (int i = 0; i < 3; i++)
 		planes[i].dim = KVSCRATCH_MAX_ROW_BYTES / 4 / 2;
@@ -1845,6 +1983,7 @@ TEST(planes_that_are_refused)
 	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
 	EXPECT_ERROR(ENOTUNIQ, "expected one plane called \"k\", got planes 0 and 1",
 		     kvscratch_find_plane(pad, "k"));
+	EXPECT_ERROR(ENOENT, "no plane is called \"?[2J\"", kvscratch_find_plane(pad, "\33[2J"));
 	memcpy(planes, kvscratch_plane(pad, 0), sizeof(planes));
 	kvscratch_close(pad);
 	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));

@@ -145,6 +145,9 @@ int fail_create(const struct new_pad *made, int err, const char *why);
 /* -EBADF, with words, when a handle is not open for @access, O_RDONLY or O_WRONLY */
 int check_access(const struct kvscratch *pad, int access);
 
+/* -EINVAL, with words, when @access is no mode of a handle */
+int check_mode(int access);
+
 /* -EINVAL, with words, when there is no such plane */
 int check_plane(const struct kvscratch *pad, uint32_t plane);
 
@@ -165,6 +168,9 @@ int wait_is_over(const struct kvscratch_view *view, uint64_t state);
 
 /* As of kvscratch_view(), but NULL where nobody mapped it yet */
 const struct kvscratch_view *mapped_view(const struct kvscratch *pad);
+
+/* What a plane is made of, without what somebody else's layout said of it */
+void copy_inputs(struct kvscratch_plane *to, const struct kvscratch_plane *from);
 
 /**
  * lay_out_planes() - check planes and lay out their mapping, as the kernel does

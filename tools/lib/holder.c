@@ -240,8 +240,10 @@ int kvscratch_attach_name(struct kvscratch **pad, const char *name, int access)
 	char names[KVSCRATCH_MAX_NAME + 1];
 	const char *pad_name;
 	int fd;
-	int err = split_name(name, holder, &pad_name);
+	int err = check_mode(access);
 
+	if (!err)
+		err = split_name(name, holder, &pad_name);
 	if (err)
 		return err;
 	err = get(holder, &request, pad_name, names, sizeof(names), &fd, 1);
@@ -259,8 +261,9 @@ int kvscratch_holder_get(const char *name, int access, char *names, size_t names
 			 unsigned int max_fds)
 {
 	struct holder_request request = { .verb = HOLDER_GET_ALL, .access = access };
+	int err = check_mode(access);
 
-	return get(name, &request, "", names, names_size, fds, max_fds);
+	return err ? err : get(name, &request, "", names, names_size, fds, max_fds);
 }
 
 static int check_put(const char *const *names, unsigned int count, uint32_t *handles_bytes)

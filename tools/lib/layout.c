@@ -3,6 +3,7 @@
  * What a pad is made of: whether the format allows it, in words, and what follows from it.
  */
 #include "backend.h"
+#include "safetensors.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -55,10 +56,13 @@ static int check_dim(const struct kvscratch_plane *plane)
 
 static int check_label(const struct kvscratch_plane *plane)
 {
+	char label[KVSCRATCH_LABEL_BYTES + 1] = { 0 }, printable[PRINTABLE_NAME_BYTES];
+
 	if (memchr(plane->label, '\0', sizeof(plane->label)))
 		return 0;
-	return set_error(-EINVAL, "label: expected at most %d bytes, got \"%.*s\" without its end",
-			 KVSCRATCH_LABEL_BYTES - 1, KVSCRATCH_LABEL_BYTES, plane->label);
+	memcpy(label, plane->label, sizeof(plane->label));
+	return set_error(-EINVAL, "label: expected at most %d bytes, got \"%s\" without its end",
+			 KVSCRATCH_LABEL_BYTES - 1, printable_name(printable, label));
 }
 
 static uint32_t larger_element(const struct kvscratch_plane *plane)
@@ -91,6 +95,12 @@ static int of_plane(int err, uint32_t index)
 
 	snprintf(words, sizeof(words), "%s", kvscratch_error());
 	return set_error(err, "plane %" PRIu32 ": %s", index, words);
+}
+
+void copy_inputs(struct kvscratch_plane *to, const struct kvscratch_plane *from)
+{
+	*to = (struct kvscratch_plane){ 0 };
+	memcpy(to, from, offsetof(struct kvscratch_plane, offset));
 }
 
 int lay_out_planes(struct kvs_layout *layout, struct kvscratch_plane *planes, uint32_t nr_planes,

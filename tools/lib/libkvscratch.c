@@ -6,6 +6,7 @@
 #define _FILE_OFFSET_BITS 64
 #include "backend.h"
 #include "output.h"
+#include "safetensors.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -61,8 +62,10 @@ int fail_truncate(uint64_t len, uint64_t wanted)
 static const char *name_plane(char *text, size_t size, uint32_t index,
 			      const struct kvscratch_plane *plane)
 {
+	char label[PRINTABLE_NAME_BYTES];
+
 	snprintf(text, size, *plane->label ? "plane %" PRIu32 " (%s)" : "plane %" PRIu32, index,
-		 plane->label);
+		 printable_name(label, plane->label));
 	return text;
 }
 
@@ -220,13 +223,12 @@ int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geomet
 	return create(pad, &made);
 }
 
-/* What they are made of, without what somebody else's layout said of them */
-static struct kvscratch_plane *copy_inputs(const struct kvscratch_plane *planes, uint32_t count)
+static struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count)
 {
 	struct kvscratch_plane *copies = calloc(count, sizeof(*copies));
 
 	for (uint32_t i = 0; copies && i < count; i++)
-		memcpy(&copies[i], &planes[i], offsetof(struct kvscratch_plane, offset));
+		copy_inputs(&copies[i], &planes[i]);
 	return copies;
 }
 
@@ -245,7 +247,7 @@ int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
 				 KVSCRATCH_MAX_PLANES, nr_planes);
 	if (tag)
 		memcpy(made.tag, tag, tag_bytes);
-	made.planes = copy_inputs(planes, nr_planes);
+	made.planes = copy_planes(planes, nr_planes);
 	if (!made.planes)
 		return out_of_memory();
 	err = create(pad, &made);
@@ -299,11 +301,21 @@ static int check_rights(int fd, int has, int access)
 			 "got %s only", fd, has == O_RDONLY ? "read" : "write");
 }
 
+int check_mode(int access)
+{
+	if (access == O_RDONLY || access == O_WRONLY || access == O_RDWR)
+		return 0;
+	return set_error(-EINVAL, "access: expected O_RDONLY, O_WRONLY or O_RDWR, got %#x",
+			 (unsigned int)access);
+}
+
 int kvscratch_open(struct kvscratch **pad, const struct kvscratch *from, int access)
 {
-	int err = check_rights(from->fd, from->access, access);
+	int err = check_mode(access);
 	int fd;
 
+	if (!err)
+		err = check_rights(from->fd, from->access, access);
 	if (!err)
 		err = from->backend->reopen(&fd, from->fd, access);
 	return err ? err : adopt_or_close(pad, from->backend, fd, access);
@@ -312,9 +324,13 @@ int kvscratch_open(struct kvscratch **pad, const struct kvscratch *from, int acc
 int kvscratch_attach(struct kvscratch **pad, int fd, int access)
 {
 	struct kvscratch *source;
-	int has = access_of(fd);
-	int err = has < 0 ? has : check_rights(fd, has, access);
+	int err = check_mode(access);
+	int has;
 
+	if (err)
+		return err;
+	has = access_of(fd);
+	err = has < 0 ? has : check_rights(fd, has, access);
 	if (err)
 		return err;
 	err = find_backend(&source, fd, has);
@@ -431,16 +447,17 @@ int kvscratch_append_tokens(struct kvscratch *pad, const void *tokens, uint64_t 
 	return append(pad, tokens, nr_tokens);
 }
 
-static int truncate_as(struct kvscratch *pad, const struct kvscratch_truncate *truncate)
+/* @flags are the caller's. */
+static int truncate_as(struct kvscratch *pad, uint32_t flags,
+		       const struct kvscratch_truncate *truncate)
 {
-	const uint32_t allowed = KVSCRATCH_TRUNCATE_ZERO | KVSCRATCH_TRUNCATE_EXPECT;
 	int err = check_access(pad, O_WRONLY);
 
 	if (err)
 		return err;
-	if (truncate->flags & ~allowed)
+	if (flags & ~KVSCRATCH_TRUNCATE_ZERO)
 		return set_error(-EINVAL, "expected 0 or KVSCRATCH_TRUNCATE_ZERO, got flags 0x%"
-				 PRIx32, (uint32_t)truncate->flags);
+				 PRIx32, flags);
 	return pad->backend->truncate(pad, truncate);
 }
 
@@ -448,7 +465,7 @@ int kvscratch_truncate(struct kvscratch *pad, uint64_t len, uint32_t flags)
 {
 	const struct kvscratch_truncate truncate = { .flags = flags, .len = len };
 
-	return truncate_as(pad, &truncate);
+	return truncate_as(pad, flags, &truncate);
 }
 
 int kvscratch_truncate_if(struct kvscratch *pad, uint64_t len, uint32_t flags,
@@ -461,7 +478,7 @@ int kvscratch_truncate_if(struct kvscratch *pad, uint64_t len, uint32_t flags,
 		.expected_len = expected_len,
 	};
 
-	return truncate_as(pad, &truncate);
+	return truncate_as(pad, flags, &truncate);
 }
 
 int kvscratch_clear(struct kvscratch *pad, uint32_t flags)

@@ -177,11 +177,12 @@ static int memfd_create_pad(int *fd, struct new_pad *made)
 
 static int memfd_reopen(int *fd, int src_fd, int access)
 {
-	char path[32];
+	char path[40];
 
 	if (access == O_WRONLY)
 		return set_error(-EOPNOTSUPP, "a pad in a memfd has no handles for writing only");
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", src_fd);
+	/* of this thread: others may have other descriptors, and the first one may be gone */
+	snprintf(path, sizeof(path), "/proc/thread-self/fd/%d", src_fd);
 	*fd = open(path, access | O_CLOEXEC);
 	return *fd < 0 ? set_error(-errno, "cannot open %s for a handle of its own: %s", path,
 				   strerror(errno)) : 0;
@@ -220,7 +221,7 @@ static int read_table(struct kvscratch *pad, uint32_t nr_planes, uint64_t at)
 	pad->planes = calloc(nr_planes, sizeof(*pad->planes));
 	err = table && pad->planes ? read_at(pad->fd, table, bytes, at) : out_of_memory();
 	for (uint32_t i = 0; !err && i < nr_planes; i++)
-		pad->planes[i] = table[i].geometry;
+		copy_inputs(&pad->planes[i], &table[i].geometry);
 	pad->nr_planes = nr_planes;
 	free(table);
 	return err;
@@ -665,6 +666,9 @@ static int truncate_locked(const struct kvscratch *pad, const struct change *cha
 		return fail_expectation(truncate, before, change->len);
 	if (truncate->len > change->len)
 		return fail_truncate(change->len, truncate->len);
+	/* whoever dies behind publish() has dropped rows that are still to be overwritten */
+	if (truncate->flags & KVSCRATCH_TRUNCATE_ZERO)
+		set_cursor(&pad->memfd.page->scrub_owed, 1);
 	__atomic_store_n(&pad->memfd.page->generation_high, generation >> 32, __ATOMIC_RELEASE);
 	__atomic_store_n(&status->generation, generation, __ATOMIC_RELAXED);
 	store_word(&status->trunc, now);

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include "backend.h"
+#include "safetensors.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -46,17 +47,19 @@ const struct kvscratch_plane *kvscratch_plane(const struct kvscratch *pad, uint3
 
 int kvscratch_find_plane(const struct kvscratch *pad, const char *label)
 {
+	char printable[PRINTABLE_NAME_BYTES];
 	int found = -1;
 
+	printable_name(printable, label);
 	for (uint32_t i = 0; i < pad->nr_planes; i++) {
 		if (strcmp(pad->planes[i].label, label))
 			continue;
 		if (found >= 0)
 			return set_error(-ENOTUNIQ, "expected one plane called \"%s\", got planes %d "
-					 "and %" PRIu32, label, found, i);
+					 "and %" PRIu32, printable, found, i);
 		found = (int)i;
 	}
-	return found >= 0 ? found : set_error(-ENOENT, "no plane is called \"%s\"", label);
+	return found >= 0 ? found : set_error(-ENOENT, "no plane is called \"%s\"", printable);
 }
 
 int kvscratch_plane_tensor(struct kvscratch *pad, uint32_t plane, struct kvscratch_tensor *tensor)
