@@ -86,8 +86,8 @@ enum kvscratch_backend {
 };
 
 /*
- * Making and ending handles. @access is O_RDONLY, O_WRONLY or O_RDWR of <fcntl.h>; a
- * memfd has no handles for writing only (EOPNOTSUPP).
+ * Making and ending handles. @access is O_RDONLY, O_WRONLY or O_RDWR of <fcntl.h>, else it
+ * is EINVAL; a memfd has no handles for writing only (EOPNOTSUPP).
  */
 
 /*
@@ -146,6 +146,8 @@ void kvscratch_close(struct kvscratch *pad);
 /*
  * The descriptor of a handle, close-on-exec, to be passed on or, of the kernel's, to be
  * polled (see struct kvscratch_status). It stays the pad object's: neither close nor lock it.
+ * A copy of the descriptor of a writer is the writer, too, on the module; what
+ * kvscratch_from_fd() makes of one on a memfd is an ordinary handle.
  */
 int kvscratch_fd(const struct kvscratch *pad);
 
@@ -253,6 +255,10 @@ int kvscratch_seal(struct kvscratch *pad);
  * one. The second one takes the role from whoever has it, whose calls are ESTALE from then
  * on: for a writer that hangs. Of the module it waits for nobody; of a memfd it waits for a
  * call that the other is in.
+ *
+ * Who wants the role once it is free polls a handle open for writing for POLLOUT, on the module;
+ * for that of a memfd there is no way but to ask again. The role of a memfd goes along to children
+ * and not with a descriptor that is passed on, see kvscratch_fd().
  */
 int kvscratch_writer(struct kvscratch **writer, const struct kvscratch *pad);
 int kvscratch_takeover(struct kvscratch **writer, const struct kvscratch *pad);
@@ -266,11 +272,12 @@ int kvscratch_takeover(struct kvscratch **writer, const struct kvscratch *pad);
  * @nr_rows: how many
  *
  * Staged rows are in every view at once, and not committed. When it succeeds, rows up to the
- * larger of what was staged and @row + @nr_rows are; when it fails, those up to @row.
+ * larger of what was staged and @row + @nr_rows are; when the copy fails,
+ * with EFAULT, EDOM, EINTR or ESTALE, those up to @row. Other errors change nothing.
  *
  * Errors: EINVAL (no such plane; a row that is committed or leaves a gap), ENOSPC, EDOM,
  * EFAULT, ENOLCK (@writer is an ordinary handle), ESTALE (it was taken over), EROFS, EBADF,
- * EINTR.
+ * EINTR; EMFILE of a memfd, each call on which takes a free descriptor.
  */
 int kvscratch_stage(struct kvscratch *writer, uint32_t plane, uint64_t row, const void *rows,
 		    uint64_t nr_rows);
@@ -283,7 +290,8 @@ int kvscratch_keep(struct kvscratch *writer, uint32_t plane, uint64_t row, uint6
 
 /*
  * Commit rows below @len, which every plane has to have staged (else EINVAL), of all planes at
- * once. What is staged beyond is dropped; a commit of the present len drops all of it.
+ * once. What is staged beyond is dropped; a commit of the present len drops all of it. It, too,
+ * takes a free descriptor on a memfd (EMFILE).
  */
 int kvscratch_commit(struct kvscratch *writer, uint64_t len);
 
@@ -412,7 +420,7 @@ struct kvscratch_view {
 
 /*
  * The view of a handle that may read, mapped by the first call, which has all of its pages
- * there: no later access takes a page fault. It stays valid and where it is until
+ * there: on the module no later access takes a page fault. It stays valid and where it is until
  * kvscratch_close(). NULL on failure, with errno and kvscratch_error(): EBADF, ENOMEM, EOVERFLOW
  * (a pad beyond the addresses of a 32-bit program), and what MADV_POPULATE_READ says.
  */
