@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 """KV-cache scratchpads for transformer inference.
 
-A pad is a [max_seq_len, dim] matrix of one element type that is allocated once.
-A producer appends rows, each of which holds one token; every process that has
-a handle on the pad maps the same memory read-only and sees the rows as one plain,
-growing array.
+A pad is a growing table of at most max_seq_len rows over one or more planes. A row holds
+one token; a plane is an array [max_seq_len, dim] of one element type, K of a layer, say. All
+of it is allocated once. Every process that has a handle on the pad maps the same memory
+read-only and sees each plane as one plain, growing array.
 
-    with kvscratch.Scratchpad(512, 64, "f32") as pad:
-        pad.append(numpy.ones(64, numpy.float32))           # a row
-        pad.append(numpy.zeros((3, 64), numpy.float32))     # a batch: all or nothing
-        keys = pad.as_tensor()                              # [4, 64], no copy
-        print(pad)              # Scratchpad(len=4, capacity=512, dim=64)
+    planes = [kvscratch.Plane(label, 64, "f32") for label in ("k0", "v0")]
+    with kvscratch.Scratchpad(512, planes=planes) as pad:
+        row = numpy.ones(64, numpy.float32)
+        pad.append({"k0": row, "v0": row})      # a token; of arrays [n, 64] a batch, or none
+        with pad.writer() as writer:
+            writer.stage("k0", row)             # as the layers come
+            writer.stage("v0", row)
+            writer.commit()                     # all planes at once
+        keys = pad["k0"]                        # [2, 64], no copy
+        print(pad)      # Scratchpad(len=2, capacity=512, planes=2)
+
+A pad of one plane needs no label: Scratchpad(512, 64, "f32"), append(row), as_tensor().
 
 Pads live in /dev/kvscratch or, where that does not exist, in a memfd, which keeps
 fewer promises: see promises(). The environment variable KVSCRATCH_BACKEND=kernel|memfd
@@ -24,7 +31,14 @@ were worth:
     scores = numpy.asarray(view) @ query
     scores = scores[:view.valid_rows()]     # all of them, unless there was a truncate
 
-Until valid_rows() was asked compute only what is harmless on any numbers.
+Until valid_rows() was asked compute only what is harmless on any numbers. Of several planes
+the rows that are in the first array are in all that are made after it: take as many of each.
+
+Writing. Whoever has a handle that may write appends, in turn. writer() is for one that wants
+to be the only one, and to store rows as the layers of a model give them: they are in the
+arrays of all readers at once, beyond the len, and count with the commit. What a writer that
+dies has staged is nothing; another one goes on at the len, and from one that hangs takeover()
+takes the role.
 
 Element types. f64 f32 f16 i64 i32 i16 i8 u8 are NumPy's. bf16, which NumPy lacks, is
 uint16 here: the upper half of a float32. An mxint8 pad shows int8, with its scales in
@@ -51,11 +65,14 @@ Files. save() and load() keep pads in .safetensors files, or one in .npy.
 
 Exceptions. ValueError: a wrong shape, value or range, a malformed file, or a closed pad.
 TypeError: an argument or elements of another type. KeyError: a file or a holder has no pad
-of this name. IndexError: a pad has no such row. Full, an OSError: the rows do not fit a pad.
-MemoryError: no memory for a pad. RuntimeError: a handle of the process that forked this
-one, or one that another thread waits with. OSError with its errno, and its subclasses,
-FileNotFoundError for a file or a socket that is not there: whatever else the system refuses.
-The text is the library's, "Scratchpad full: 2 / 2 tokens"; of an OSError it is in strerror.
+of this name, a pad no plane of this label. IndexError: a pad has no such row, or not that many
+planes. Full, an OSError: the rows do not fit a pad. MemoryError: no memory for a pad.
+RuntimeError: a handle of the process that forked this one, or one that another thread waits
+with. OSError with its errno, and its subclasses, FileNotFoundError for a file or a socket that
+is not there: whatever else the system refuses. errno is EBUSY while another handle is the
+writer, ESTALE for a writer that was taken over, EROFS for a sealed pad, and EOPNOTSUPP for what
+only pads of one plane have: dim, dtype and the like, rows without the name of a plane. The
+text is the library's, "Scratchpad full: 2 / 2 tokens"; of an OSError it is in strerror.
 """
 
 from __future__ import annotations
@@ -72,12 +89,11 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from . import _kvscratch
-from ._kvscratch import Full, View, default_backend, holder_drop
+from ._kvscratch import Full, View, Writer, default_backend, holder_drop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from types import TracebackType
-    from typing import Protocol, TypeVar, Union
+    from typing import Protocol, Union
 
     import numpy
     from numpy.typing import ArrayLike, NDArray
@@ -86,11 +102,10 @@ if TYPE_CHECKING:
         def fileno(self) -> int: ...
 
     FileDescriptor = Union[int, HasFileno]
-    Self = TypeVar("Self", bound="Scratchpad")
 
-__all__ = ["Full", "Promise", "Scratchpad", "View", "default_backend", "dequantize",
-           "holder_drop", "holder_get", "holder_put", "load", "promises", "receive_handles",
-           "save", "send_handles"]
+__all__ = ["Full", "Plane", "Promise", "Scratchpad", "View", "Writer", "default_backend",
+           "dequantize", "holder_drop", "holder_get", "holder_put", "load", "promises",
+           "receive_handles", "save", "send_handles"]
 __version__ = _kvscratch.version()
 
 _LEN_MASK = 0xffffffff
@@ -132,44 +147,75 @@ def promises(backend: str) -> tuple[Promise, ...]:
     return tuple(Promise(*promise) for promise in _kvscratch.promises(backend))
 
 
-class Scratchpad(_kvscratch.Pad):
-    """Scratchpad(max_seq_len, dim, dtype="f32", *, input_dtype=None, frac_bits=0)
+class Plane(NamedTuple):
+    """What a plane of a pad is made of; a tuple of these will do as well.
 
-    A new, zero-filled pad of [max_seq_len, dim] elements of dtype: f64, f32, f16, bf16,
-    i64, i32, i16, i8, u8 or mxint8. All its memory is taken here; no append allocates.
-
-    With input_dtype f64, f32, f16 or bf16 the rows that are appended are converted to
-    mxint8, or to integers with frac_bits fraction bits.
+    label is its name, at most 15 bytes: of a pad of several each has one of its own, or goes
+    by its index. The rest is as of Scratchpad(); input_dtype is None where it is dtype.
     """
 
-    def as_tensor(self) -> NDArray[Any]:
+    label: str
+    dim: int
+    dtype: str = "f32"
+    input_dtype: str | None = None
+    frac_bits: int = 0
+
+
+class Scratchpad(_kvscratch.Pad):
+    """Scratchpad(max_seq_len, dim, dtype="f32", *, input_dtype=None, frac_bits=0, tag=b"")
+    Scratchpad(max_seq_len, *, planes, tag=b"")
+
+    A new, zero-filled pad of [max_seq_len, dim] elements of dtype: f64, f32, f16, bf16,
+    i64, i32, i16, i8, u8 or mxint8; or of planes, a sequence of Plane. All its memory is taken
+    here; no append allocates.
+
+    With input_dtype f64, f32, f16 or bf16 the rows that are appended are converted to
+    mxint8, or to integers with frac_bits fraction bits. tag is up to 64 bytes that the pad is
+    to be known by, a fingerprint of a model, say.
+    """
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """What the pad is made of: planes that make another one like it."""
+        return tuple(Plane(*plane) for plane in self._planes())
+
+    def __getitem__(self, label: str) -> NDArray[Any]:
+        """The committed rows of the plane with this label: as_tensor() of it."""
+        # the rows of a pad, which iterate, are no items of it
+        if not isinstance(label, str):
+            raise TypeError(f"expected the label of a plane, got {type(label).__name__}: rows are "
+                            "in as_tensor() and get_token()")
+        return self.as_tensor(label)
+
+    def as_tensor(self, plane: str | int | None = None) -> NDArray[Any]:
         """The committed rows of this moment: a read-only array [len, dim], without a copy.
 
         It does not grow, and stays mapped as long as it is used. After a truncate its
         rows may change: where that can happen use view(). Without NumPy it is a memoryview.
+        plane is a label or an index; a pad of one plane needs none.
         """
-        return _array(self.view())
+        return _array(self.view(plane))
 
-    def scales(self) -> NDArray[numpy.uint8]:
-        """The [len, dim / 32] scale bytes of an mxint8 pad; otherwise as as_tensor().
+    def scales(self, plane: str | int | None = None) -> NDArray[numpy.uint8]:
+        """The [len, dim / 32] scale bytes of a plane of mxint8; otherwise as as_tensor().
 
         For elements and scales of the same moment use view() and its scales().
         """
-        return _array(self.view().scales())
+        return _array(self.view(plane).scales())
 
-    def get_token(self, i: int) -> NDArray[Any]:
+    def get_token(self, i: int, plane: str | int | None = None) -> NDArray[Any]:
         """A copy of row i, [dim], as it was at one moment; IndexError when there is none."""
         i = operator.index(i)
         rows = len(self)
         if not -rows <= i < rows:
             raise IndexError(f"expected a row of {rows}, got {i}")
-        # of an mxint8 pad the scales of the row come behind its elements
-        row = self._copy_rows(i % rows, 1)
+        # of mxint8 the scales of the row come behind its elements
+        row, element, dim = self._copy_row(i % rows, plane)
         numpy = _numpy()
         if numpy is None:
-            elements = memoryview(row)[:self.dim * struct.calcsize(self.format)]
-            return cast("NDArray[Any]", elements.cast(self.format))
-        return cast("NDArray[Any]", numpy.frombuffer(row, self.format, self.dim))
+            elements = memoryview(row)[:dim * struct.calcsize(element)]
+            return cast("NDArray[Any]", elements.cast(element))
+        return cast("NDArray[Any]", numpy.frombuffer(row, element, dim))
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         """Copies of the rows that are committed now; ends where a truncate took one."""
@@ -184,8 +230,8 @@ class Scratchpad(_kvscratch.Pad):
         """Sleep until the pad's state is another than state, or until it has rows rows.
 
         state is that of the pad or of a View. Returns False when timeout seconds passed
-        without. ValueError for more rows than fit. A handle of its own for each thread:
-        RuntimeError when two share one.
+        without, or when the pad is sealed and that never comes. ValueError for more rows than
+        fit. A handle of its own for each thread: RuntimeError when two share one.
         """
         if (state is None) == (rows is None):
             raise TypeError("wait: expected either state or rows")
@@ -205,7 +251,8 @@ class Scratchpad(_kvscratch.Pad):
                 if left_ms <= 0:
                     return False
             # returns after a signal as well, hence the loop
-            self._wait(now, left_ms)
+            if not self._wait(now, left_ms):
+                return False
 
     def save(self, path: str | os.PathLike[str], name: str = "pad") -> None:
         """Save the committed rows as .npy or, under a name, as .safetensors; see save()."""
@@ -216,19 +263,16 @@ class Scratchpad(_kvscratch.Pad):
         """The promises of the pad's backend."""
         return promises(self.backend)
 
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         if self.closed:
             return f"<{name} closed>"
-        return (f"<{name} len={len(self)} capacity={self.capacity} dim={self.dim} "
-                f"dtype={self.dtype} backend={self.backend}>")
+        planes = self.planes
+        made_of = f"planes={len(planes)}"
+        if len(planes) == 1:
+            made_of = f"dim={planes[0].dim} dtype={planes[0].dtype}"
+        return (f"<{name} len={len(self)} capacity={self.capacity} {made_of} "
+                f"backend={self.backend}>")
 
 
 def _entries(named: Mapping[str, Any]) -> list[tuple[str, Any]]:

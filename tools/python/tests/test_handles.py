@@ -324,7 +324,7 @@ def test_timeouts_of_any_type(pad):
     # in float32 the clock of a machine that is up for long has no seconds
     calls = []
     pad_of_calls = type("Calls", (Scratchpad,), {
-        "_wait": lambda self, state, timeout_ms: calls.append(timeout_ms) or self.append(ROW)})
+        "_wait": lambda self, state, timeout_ms: calls.append(timeout_ms) or not self.append(ROW)})
     for timeout in (np.float16(3), np.float32(3), np.uint8(3), 3, float("inf"), 1e300):
         with pad_of_calls(1, 3) as long:
             assert long.wait(rows=1, timeout=timeout)
