@@ -6,19 +6,19 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "Linux $(uname -r), module loaded: $(ls -l /dev/kvscratch)"
 
-say "a transformer decodes, K and V of every layer in pads; another process watches"
-kvscratchctl watch --socket /tmp/decode.sock --pad k0 --rows >/tmp/watched &
+say "a transformer decodes, K and V of every layer in a pad; another process watches"
+kvscratchctl watch --socket /tmp/decode.sock --rows --plane k0 >/tmp/watched &
 watcher=$!
-kvdecode "$@" --serve /tmp/decode.sock --wait-reader --stats | tee /tmp/pads
+kvdecode "$@" --serve /tmp/decode.sock --wait-reader --stats | tee /tmp/pad
 wait $watcher
-say "what the watcher saw in its own mapping of pad k0, first and last"
+say "what the watcher saw in its own mapping of plane k0, first and last"
 head -n 3 /tmp/watched | cut -c 1-76
 echo ...
 tail -n 3 /tmp/watched | cut -c 1-76
 
 say "the same with the cache on the heap"
 kvdecode "$@" --cache heap >/tmp/heap
-if cmp /tmp/pads /tmp/heap; then
+if cmp /tmp/pad /tmp/heap; then
 	echo "identical, $(wc -c </tmp/heap) bytes"
 else
 	echo "DIFFERENT"
@@ -30,32 +30,60 @@ kvscratchctl create --max-seq-len 10 --dim 4 --dtype f32 -- sh -exc "
 	printf 'three rows of four floats, 16 bytes each rows!!!' | kvscratchctl append
 	kvscratchctl info"
 
-say "a decoder whose pads are held elsewhere, killed in the middle of a sentence"
-export XDG_RUNTIME_DIR=/tmp
-mkfifo /tmp/text
-kvscratchctl hold story --write
-kvdecode "$@" --hold story >/tmp/text &
-decoder=$!
-# some of the text has come: there is more to come
-exec 4</tmp/text
-dd bs=1 count=100 <&4 2>/dev/null
-kill -KILL $decoder
-status=0
-wait $decoder || status=$?
-exec 4<&-
-if [ $status -ne 137 ]; then
-	echo "kvdecode ended before it was killed"
+say "with drafts of the next tokens, staged behind the last one: those that are the text are committed"
+kvdecode "$@" --draft 4 --stats >/tmp/drafted
+if cmp /tmp/pad /tmp/drafted; then
+	echo "identical"
+else
+	echo "DIFFERENT"
 	exit 1
 fi
-printf '...\n'
+
+say "a decoder whose pad is held elsewhere, killed in the middle of a sentence"
+export XDG_RUNTIME_DIR=/tmp
+kvscratchctl hold story --write
+
+# a decoder that writes its text where somebody takes only the first of it
+decode_some() {
+	rm -f /tmp/text
+	mkfifo /tmp/text
+	kvdecode "$@" --hold story >/tmp/text &
+	decoder=$!
+	# some of the text has come: there is more to come
+	exec 4</tmp/text
+	dd bs=1 count=100 <&4 2>/dev/null
+	printf '...\n'
+}
+
+# await_end STATUS: of that decoder
+await_end() {
+	status=0
+	wait $decoder || status=$?
+	exec 4<&-
+	if [ $status -ne "$1" ]; then
+		echo "kvdecode ended with $status instead of $1"
+		exit 1
+	fi
+}
+
+decode_some "$@"
+kill -KILL $decoder
+await_end 137
 kvscratchctl ls | tail -n 3
 
-say "a new process goes on from the held pads"
-kvdecode "$@" --hold story --stats >/tmp/resumed
-if cmp /tmp/pads /tmp/resumed; then
+say "the next one goes on where the last whole token is, and hangs"
+decode_some "$@"
+kill -STOP $decoder
+
+say "a third one takes its place and finishes the text; the one that hung is refused when it goes on"
+kvdecode "$@" --hold story --takeover --stats >/tmp/resumed
+if cmp /tmp/pad /tmp/resumed; then
 	echo "the text is that of the uninterrupted run: $(wc -c </tmp/resumed) bytes"
 else
 	echo "DIFFERENT"
 	exit 1
 fi
+kill -CONT $decoder
+cat <&4 >/dev/null
+await_end 2
 kvscratchctl drop story

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * kvdecode: text from a Llama-2 style model whose KV cache lives in pads.
+ * kvdecode: text from a Llama-2 style model whose KV cache lives in a pad.
  *
- * K and V of every layer have a pad each, and so have, where they are wanted,
- * the queries; one more pad has the token of each position. It is the last one
- * written in a step, so a token exists when that pad has it; whoever takes over
- * truncates all other pads to its length.
+ * K and V of every layer are a plane each, and so are, where they are wanted, the
+ * queries; one more plane has the token of each position. We are the pad's writer: rows
+ * are staged as they are computed, and attended to where they lie, and one commit makes a
+ * token of them. So whoever takes over finds whole tokens and nothing else.
+ * Drafts are staged behind the next token and run through the model together with it;
+ * those that turn out to be the text are committed with it, the others never were.
  * Nothing else has to survive the decoder: the random number of a position is a
  * function of the seed and the position, and the logits come back by running
  * the last token once more.
@@ -38,6 +40,10 @@
 
 #define MAX_TEMPERATURE	1000.0f
 #define FIRST_FREE_FD	3
+#define MAX_DRAFT	64
+
+/* What it is called where pads have names: by readers, and in a holder */
+#define CACHE_NAME	"cache"
 
 struct options {
 	const char *model;
@@ -49,8 +55,11 @@ struct options {
 	uint32_t kv_dtype;	/* F32 or MXINT8 */
 	uint64_t seed;
 	uint32_t steps;		/* 0: as many as the model has positions */
-	int first_handle;	/* 0: none */
+	int handle;		/* 0: none */
 	const char *hold;
+	bool takeover;
+	uint32_t draft;		/* tokens at once; 0: none */
+	const char *draft_model;
 	bool queries;
 	float temperature;
 	float top_p;
@@ -60,50 +69,60 @@ struct options {
 	bool help;
 };
 
+struct cache;
+
 /**
- * struct store - one matrix of the cache: a pad, or an array on the heap
+ * struct store - one matrix of the cache: a plane of its pad, or an array on the heap
  * @rows: what the model sees of it
- * @name: "k0" and the like
- * @dim: elements per row
- * @dtype: their type, as stored
- * @input_dtype: their type, as appended
+ * @cache: the cache
+ * @index: of the plane
+ * @plane: what it is made of
  * @row_bytes: bytes per row, as stored, scales included
- * @pad: the pad, or NULL
- * @handle: the descriptor that we got for it, which becomes that of the pad, or -1
- * @view: the mapped pad
- * @generation: that of the rows; what another one has came from somebody else
- * @kept: rows that a pad had that was taken over
  * @heap: the array, with the scales behind it
  */
 struct store {
 	struct llama2_rows rows;
-	char name[16];
-	uint32_t dim;
-	uint32_t dtype;
-	uint32_t input_dtype;
+	struct cache *cache;
+	unsigned int index;
+	struct kvscratch_plane plane;
 	size_t row_bytes;
-	struct kvscratch *pad;
-	int handle;
-	const struct kvscratch_view *view;
-	uint32_t generation;
-	uint32_t kept;
 	char *heap;
 };
 
 /**
  * struct cache - K and V of every layer, perhaps its queries, and the tokens
- * @stores: k0 v0 k1 v1 ... q0 q1 ... tokens; a step writes the tokens last
+ * @stores: k0 v0 k1 v1 ... q0 q1 ... tokens
  * @count: how many
  * @seq_len: rows that each has room for
+ * @len: tokens that are there
  * @kv_dtype: how K and V are stored
  * @rows: the rows of @stores as the model takes them
+ * @pad: the pad, or NULL
+ * @writer: ourselves
  */
 struct cache {
 	struct store *stores;
 	unsigned int count;
 	uint32_t seq_len;
+	uint32_t len;
 	uint32_t kv_dtype;
 	struct llama2_rows **rows;
+	struct kvscratch *pad;
+	struct kvscratch *writer;
+};
+
+/**
+ * struct drafter - what says how the text may go on
+ * @model: another model, if there is one
+ * @cache: its own, on the heap; it may have drafts that were not accepted
+ * @guessed: drafts so far, without those that the prompt told
+ * @accepted: those that were the text
+ */
+struct drafter {
+	struct llama2_model model;
+	struct cache cache;
+	uint32_t guessed;
+	uint32_t accepted;
 };
 
 /* Entries of struct server's array that are no clients. */
@@ -133,12 +152,14 @@ struct decoder {
 	struct llama2_tokenizer tok;
 	struct llama2_sampler sampler;
 	struct cache cache;
+	struct drafter drafter;
 	struct server server;
 	FILE *logits;
 	struct output output;	/* the file that @logits becomes */
 	int32_t *prompt;
 	uint32_t prompt_len;
-	int32_t *tokens;	/* of each position, as in the last pad */
+	int32_t *tokens;	/* of each position, and drafts behind them */
+	const float *latest;	/* logits of the last position */
 	uint32_t steps;
 	uint32_t forwards;
 	double seconds;
@@ -149,7 +170,7 @@ struct decoder {
 static const char help_text[] =
 "Usage: kvdecode [OPTION]...\n"
 "Generate text with a Llama-2 style model. K and V of every layer are kept in\n"
-"kvscratch pads, and attention reads them through read-only mappings.\n"
+"a kvscratch pad, and attention reads them through a read-only mapping.\n"
 "\n"
 "Model (without one: made-up weights that speak gibberish):\n"
 "  --model DIR          the one tok*.bin and the one other *.bin of DIR\n"
@@ -167,14 +188,21 @@ static const char help_text[] =
 "  --cache pads|heap    where K and V are kept (pads)\n"
 "  --kv f32|mxint8      how: as they are, or in a byte per element and a scale\n"
 "                       per 32, to which the kernel converts them (f32)\n"
-"  --hold NAME          keep the pads with kvscratchctl hold NAME --write, and go\n"
-"                       on where they end when it has some\n"
-"  --handles FIRST      the same with the inherited descriptors FIRST.., pads in\n"
-"                       the order k0 v0 k1 v1 ... tokens, made by somebody else\n"
-"  --queries            keep the queries as well, in pads q0 q1 ... before tokens,\n"
+"  --hold NAME          keep the pad with kvscratchctl hold NAME --write, and go on\n"
+"                       where it ends when there is one\n"
+"  --handle N           the same with the inherited descriptor N, of a pad that\n"
+"                       somebody else made\n"
+"  --takeover           with them: also where another process writes to the pad,\n"
+"                       which cannot any more\n"
+"  --queries            keep the queries as well, in planes q0 q1 ... before tokens,\n"
 "                       for readers that look at the attention\n"
-"  --serve SOCKET       pass read-only handles to whoever connects to SOCKET\n"
+"  --serve SOCKET       pass a read-only handle to whoever connects to SOCKET\n"
 "  --wait-reader        with --serve: begin when the first one was served\n"
+"\n"
+"Speculative decoding, which does not change the text:\n"
+"  --draft N            have up to N tokens drafted and run with the next one,\n"
+"                       drafts being what followed the last tokens before\n"
+"  --draft-model FILE   or what these weights say, of the same vocabulary\n"
 "\n"
 "  --logits FILE        write the logits of each position: vocab_size floats\n"
 "  --stats              at the end: tokens, tokens/s, bytes in the cache\n"
@@ -182,9 +210,9 @@ static const char help_text[] =
 "\n"
 "A connection to SOCKET that hangs up says that decoding is over.\n"
 "\n"
-"Exit status: 0 ok; 1 wrong options or files; 2 the pads cannot be used: no\n"
-"device, no memory, or handles that do not fit the model, the prompt or one\n"
-"another; 3 anything else: memory, output, socket.\n";
+"Exit status: 0 ok; 1 wrong options or files; 2 the pad cannot be used: no\n"
+"device, no memory, one of another model or another prompt, or another process\n"
+"writes to it; 3 anything else: memory, output, socket.\n";
 
 enum {
 	OPT_MODEL = 1,
@@ -199,8 +227,11 @@ enum {
 	OPT_KV,
 	OPT_LOGITS,
 	OPT_HOLD,
-	OPT_HANDLES,
+	OPT_HANDLE,
+	OPT_TAKEOVER,
 	OPT_QUERIES,
+	OPT_DRAFT,
+	OPT_DRAFT_MODEL,
 	OPT_SERVE,
 	OPT_WAIT_READER,
 	OPT_STATS,
@@ -220,8 +251,11 @@ static const struct option long_options[] = {
 	{ "kv", required_argument, NULL, OPT_KV },
 	{ "logits", required_argument, NULL, OPT_LOGITS },
 	{ "hold", required_argument, NULL, OPT_HOLD },
-	{ "handles", required_argument, NULL, OPT_HANDLES },
+	{ "handle", required_argument, NULL, OPT_HANDLE },
+	{ "takeover", no_argument, NULL, OPT_TAKEOVER },
 	{ "queries", no_argument, NULL, OPT_QUERIES },
+	{ "draft", required_argument, NULL, OPT_DRAFT },
+	{ "draft-model", required_argument, NULL, OPT_DRAFT_MODEL },
 	{ "serve", required_argument, NULL, OPT_SERVE },
 	{ "wait-reader", no_argument, NULL, OPT_WAIT_READER },
 	{ "stats", no_argument, NULL, OPT_STATS },
@@ -277,10 +311,13 @@ static int parse_number(struct options *options, int option, const char *text)
 	case OPT_SEED:
 		err = parse_integer(EXIT_INPUT, "seed", text, 0, UINT64_MAX, &options->seed);
 		break;
-	case OPT_HANDLES:
-		err = parse_integer(EXIT_INPUT, "handles", text, FIRST_FREE_FD, INT_MAX / 2,
-				    &value);
-		options->first_handle = value;
+	case OPT_HANDLE:
+		err = parse_integer(EXIT_INPUT, "handle", text, FIRST_FREE_FD, INT_MAX, &value);
+		options->handle = value;
+		break;
+	case OPT_DRAFT:
+		err = parse_integer(EXIT_INPUT, "draft", text, 1, MAX_DRAFT, &value);
+		options->draft = value;
 		break;
 	}
 	return err;
@@ -313,6 +350,12 @@ static int parse_option(struct options *options, int option, const char *text)
 	case OPT_HOLD:
 		options->hold = text;
 		return 0;
+	case OPT_TAKEOVER:
+		options->takeover = true;
+		return 0;
+	case OPT_DRAFT_MODEL:
+		options->draft_model = text;
+		return 0;
 	case OPT_QUERIES:
 		options->queries = true;
 		return 0;
@@ -340,11 +383,15 @@ static int check_options(const struct options *options)
 			    "expected both --checkpoint and --tokenizer, got one of them");
 	if (options->model && options->checkpoint)
 		return fail(EXIT_INPUT, "expected either --model or --checkpoint, got both");
-	if (options->heap && (options->socket || options->first_handle || options->hold))
-		return fail(EXIT_INPUT, "--serve, --handles and --hold: expected --cache pads, "
+	if (options->heap && (options->socket || options->handle || options->hold))
+		return fail(EXIT_INPUT, "--serve, --handle and --hold: expected --cache pads, "
 			    "got --cache heap");
-	if (options->first_handle && options->hold)
-		return fail(EXIT_INPUT, "expected either --handles or --hold, got both");
+	if (options->handle && options->hold)
+		return fail(EXIT_INPUT, "expected either --handle or --hold, got both");
+	if (options->takeover && !options->handle && !options->hold)
+		return fail(EXIT_INPUT, "--takeover: expected --hold or --handle with it");
+	if (options->draft_model && !options->draft)
+		return fail(EXIT_INPUT, "--draft-model: expected --draft with it");
 	if (options->wait_reader && !options->socket)
 		return fail(EXIT_INPUT, "--wait-reader: expected --serve with it");
 	return 0;
@@ -377,9 +424,14 @@ static int parse_options(struct options *options, int argc, char **argv)
 /* Cache */
 
 /* What the library says of the call that failed just now */
-static int fail_pad(const struct store *store)
+static int fail_cache(void)
 {
-	return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_error());
+	return fail(EXIT_PADS, CACHE_NAME ": %s", kvscratch_error());
+}
+
+static int fail_store(const struct store *store)
+{
+	return fail(EXIT_PADS, "%s: %s", store->plane.label, kvscratch_error());
 }
 
 static struct store *store_of(struct llama2_rows *rows)
@@ -387,83 +439,89 @@ static struct store *store_of(struct llama2_rows *rows)
 	return (struct store *)((char *)rows - offsetof(struct store, rows));
 }
 
-static uint8_t *heap_scales(const struct cache *cache, const struct store *store)
-{
-	return (uint8_t *)store->heap + (size_t)cache->seq_len * store->dim;
-}
-
-static int append_heap(struct llama2_rows *rows, const void *row)
+static int put_heap(struct llama2_rows *rows, uint32_t first, const void *more, uint32_t count)
 {
 	struct store *store = store_of(rows);
 
-	memcpy(store->heap + rows->len * store->row_bytes, row, store->row_bytes);
-	rows->len++;
+	memcpy(store->heap + first * store->row_bytes, more, count * store->row_bytes);
 	return 0;
 }
 
 /* With the very code that the kernel runs */
-static int append_heap_mxint8(struct llama2_rows *rows, const void *row)
+static int put_heap_mxint8(struct llama2_rows *rows, uint32_t first, const void *more,
+			   uint32_t count)
 {
 	struct store *store = store_of(rows);
-	size_t first = (size_t)rows->len * store->dim;
+	size_t at = (size_t)first * store->plane.dim;
+	size_t elements = (size_t)count * store->plane.dim;
 
-	if (kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, store->dim / KVSCRATCH_MX_BLOCK,
-			     (int8_t *)store->heap + first,
-			     (uint8_t *)rows->scales + first / KVSCRATCH_MX_BLOCK) < 0)
-		return fail(EXIT_PADS, "%s: %s", store->name, kvscratch_strerror(-EDOM));
-	rows->len++;
+	if (kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, more, elements / KVSCRATCH_MX_BLOCK,
+			     (int8_t *)store->heap + at,
+			     (uint8_t *)rows->scales + at / KVSCRATCH_MX_BLOCK) < 0)
+		return fail(EXIT_PADS, "%s: %s", store->plane.label, kvscratch_strerror(-EDOM));
 	return 0;
 }
 
-static int append_pad(struct llama2_rows *rows, const void *row)
+static int put_staged(struct llama2_rows *rows, uint32_t first, const void *more, uint32_t count)
 {
 	struct store *store = store_of(rows);
-	uint64_t state;
 
-	if (kvscratch_append(store->pad, row, store->dim))
-		return fail_pad(store);
-	state = kvscratch_view_state(store->view);
-	/* two names of one pad, or a predecessor that still writes */
-	if (kvscratch_state_len(state) != rows->len + 1 ||
-	    kvscratch_state_generation(state) != store->generation)
-		return fail(EXIT_PADS, "%s: expected %" PRIu32 " rows of generation %" PRIu32
-			    " after an append, got %" PRIu32 " of %" PRIu32
-			    ": somebody else writes to this pad", store->name, rows->len + 1,
-			    store->generation, kvscratch_state_len(state),
-			    kvscratch_state_generation(state));
-	rows->len++;
+	if (kvscratch_stage(store->cache->writer, store->index, first, more, count))
+		return fail_store(store);
 	return 0;
 }
 
-static unsigned int nr_stores(const struct llama2_shape *shape, bool queries)
+/* For a token that is there already */
+static int put_nothing(struct llama2_rows *rows, uint32_t first, const void *more, uint32_t count)
 {
-	return (queries ? 3 : 2) * shape->n_layers + 1;
+	(void)rows;
+	(void)first;
+	(void)more;
+	(void)count;
+	return 0;
 }
 
-static void name_store(struct store *store, unsigned int i, const struct cache *cache,
-		       const struct llama2_shape *shape)
+static void set_put(struct cache *cache, int (*put)(struct llama2_rows *, uint32_t, const void *,
+						    uint32_t))
 {
+	for (unsigned int i = 0; i < cache->count; i++)
+		cache->stores[i].rows.put = put;
+}
+
+/* From now on the first @len tokens are there; others that were put are not. */
+static int commit(struct cache *cache, uint32_t len)
+{
+	if (cache->writer && kvscratch_commit(cache->writer, len))
+		return fail_cache();
+	cache->len = len;
+	return 0;
+}
+
+static void describe_store(struct store *store, unsigned int i, const struct llama2_shape *shape)
+{
+	struct kvscratch_plane *plane = &store->plane;
+	const struct cache *cache = store->cache;
 	bool tokens = i == cache->count - 1;
 	bool query = !tokens && i >= 2 * shape->n_layers;
 
-	store->dtype = query ? KVSCRATCH_DTYPE_F32 : cache->kv_dtype;
-	store->input_dtype = KVSCRATCH_DTYPE_F32;
+	store->index = i;
+	plane->dtype = query ? KVSCRATCH_DTYPE_F32 : cache->kv_dtype;
+	plane->input_dtype = KVSCRATCH_DTYPE_F32;
 	if (tokens) {
-		strcpy(store->name, "tokens");
-		store->dim = 1;
-		store->dtype = KVSCRATCH_DTYPE_I32;
-		store->input_dtype = KVSCRATCH_DTYPE_I32;
+		strcpy(plane->label, "tokens");
+		plane->dim = 1;
+		plane->dtype = KVSCRATCH_DTYPE_I32;
+		plane->input_dtype = KVSCRATCH_DTYPE_I32;
 	} else if (query) {
-		snprintf(store->name, sizeof(store->name), "q%u", i - 2 * shape->n_layers);
-		store->dim = shape->dim;
+		snprintf(plane->label, sizeof(plane->label), "q%u", i - 2 * shape->n_layers);
+		plane->dim = shape->dim;
 	} else {
-		snprintf(store->name, sizeof(store->name), "%c%u", i % 2 ? 'v' : 'k', i / 2);
-		store->dim = shape->kv_dim;
+		snprintf(plane->label, sizeof(plane->label), "%c%u", i % 2 ? 'v' : 'k', i / 2);
+		plane->dim = shape->kv_dim;
 	}
-	store->row_bytes = (size_t)store->dim * kvscratch_dtype_size(store->dtype);
-	if (store->dtype == KVSCRATCH_DTYPE_MXINT8)
-		store->row_bytes += store->dim / KVSCRATCH_MX_BLOCK;
-	store->handle = -1;
+	store->row_bytes = (size_t)plane->dim * kvscratch_dtype_size(plane->dtype);
+	if (plane->dtype == KVSCRATCH_DTYPE_MXINT8)
+		store->row_bytes += plane->dim / KVSCRATCH_MX_BLOCK;
 }
 
 static int init_cache(struct cache *cache, const struct llama2_shape *shape, uint32_t kv_dtype,
@@ -473,14 +531,15 @@ static int init_cache(struct cache *cache, const struct llama2_shape *shape, uin
 		return fail(EXIT_INPUT, "--kv mxint8: expected rows of a multiple of %d elements, "
 			    "got %" PRIu32, KVSCRATCH_MX_BLOCK, shape->kv_dim);
 	cache->kv_dtype = kv_dtype;
-	cache->count = nr_stores(shape, queries);
+	cache->count = (queries ? 3 : 2) * shape->n_layers + 1;
 	cache->seq_len = shape->seq_len;
 	cache->stores = calloc(cache->count, sizeof(*cache->stores));
 	cache->rows = calloc(cache->count, sizeof(*cache->rows));
 	if (!cache->stores || !cache->rows)
 		return fail(EXIT_SYSTEM, "out of memory");
 	for (unsigned int i = 0; i < cache->count; i++) {
-		name_store(&cache->stores[i], i, cache, shape);
+		cache->stores[i].cache = cache;
+		describe_store(&cache->stores[i], i, shape);
 		cache->rows[i] = &cache->stores[i].rows;
 	}
 	return 0;
@@ -488,14 +547,10 @@ static int init_cache(struct cache *cache, const struct llama2_shape *shape, uin
 
 static void close_cache(struct cache *cache)
 {
-	for (unsigned int i = 0; cache->stores && i < cache->count; i++) {
-		struct store *store = &cache->stores[i];
-
-		kvscratch_close(store->pad);
-		if (!store->pad && store->handle >= 0)
-			close(store->handle);
-		free(store->heap);
-	}
+	for (unsigned int i = 0; cache->stores && i < cache->count; i++)
+		free(cache->stores[i].heap);
+	kvscratch_close(cache->writer);
+	kvscratch_close(cache->pad);
 	free(cache->stores);
 	free(cache->rows);
 }
@@ -514,78 +569,98 @@ static int allocate_arrays(struct cache *cache)
 		if (!store->heap)
 			return fail(EXIT_SYSTEM, "out of memory");
 		store->rows.data = store->heap;
-		store->rows.append = append_heap;
-		if (store->dtype == KVSCRATCH_DTYPE_MXINT8) {
-			store->rows.scales = heap_scales(cache, store);
-			store->rows.append = append_heap_mxint8;
+		store->rows.put = put_heap;
+		if (store->plane.dtype == KVSCRATCH_DTYPE_MXINT8) {
+			store->rows.scales = (uint8_t *)store->heap +
+					     (size_t)cache->seq_len * store->plane.dim;
+			store->rows.put = put_heap_mxint8;
 		}
 	}
 	return 0;
 }
 
-static int map_pad(struct store *store)
+static int map_pad(struct cache *cache)
 {
-	struct kvscratch_tensor tensor;
+	const struct kvscratch_view *view = kvscratch_view(cache->pad);
 
-	if (kvscratch_as_tensor(store->pad, &tensor))
-		return fail_pad(store);
-	store->view = kvscratch_view(store->pad);
-	store->generation = kvscratch_state_generation(tensor.state);
-	store->rows.data = tensor.data;
-	store->rows.scales = tensor.scales;
-	store->rows.len = tensor.len;
-	store->rows.append = append_pad;
+	if (!view)
+		return fail_cache();
+	for (unsigned int i = 0; i < cache->count; i++) {
+		struct llama2_rows *rows = &cache->stores[i].rows;
+
+		rows->data = kvscratch_view_plane_row(view, i, 0);
+		rows->scales = kvscratch_view_plane_scales(view, i);
+		rows->put = put_staged;
+	}
 	return 0;
 }
 
-static int create_pad(struct cache *cache, struct store *store)
+static int take_role(struct cache *cache, bool by_force)
 {
-	const struct kvscratch_geometry geometry = {
-		.max_seq_len = cache->seq_len,
-		.dim = store->dim,
-		.dtype = store->dtype,
-		.input_dtype = store->input_dtype,
-	};
+	int err = by_force ? kvscratch_takeover(&cache->writer, cache->pad) :
+			     kvscratch_writer(&cache->writer, cache->pad);
 
-	if (kvscratch_new_geometry(&store->pad, &geometry))
-		return fail(EXIT_PADS, "%s: %s; --cache heap works without pads", store->name,
+	if (err)
+		return fail(EXIT_PADS, CACHE_NAME ": %s%s", kvscratch_error(),
+			    err == -EBUSY ? "; --takeover takes it from there" : "");
+	return 0;
+}
+
+/* Text, so that it says what it is wherever a pad is described */
+static void make_tag(char *tag, const struct llama2_model *model)
+{
+	snprintf(tag, KVSCRATCH_TAG_BYTES, "checkpoint fnv1a64 %016" PRIx64,
+		 llama2_fingerprint(model));
+}
+
+static int create_pad(struct decoder *decoder)
+{
+	struct cache *cache = &decoder->cache;
+	struct kvscratch_plane *planes = calloc(cache->count, sizeof(*planes));
+	char tag[KVSCRATCH_TAG_BYTES] = "";
+	int err;
+
+	if (!planes)
+		return fail(EXIT_SYSTEM, "out of memory");
+	for (unsigned int i = 0; i < cache->count; i++)
+		planes[i] = cache->stores[i].plane;
+	make_tag(tag, &decoder->model);
+	err = kvscratch_new_planes(&cache->pad, cache->seq_len, planes, cache->count, tag,
+				   sizeof(tag));
+	free(planes);
+	if (err)
+		return fail(EXIT_PADS, CACHE_NAME ": %s; --cache heap works without pads",
 			    kvscratch_error());
-	return map_pad(store);
-}
-
-static int create_pads(struct cache *cache)
-{
-	int err = 0;
-
-	for (unsigned int i = 0; !err && i < cache->count; i++)
-		err = create_pad(cache, &cache->stores[i]);
-	return err;
-}
-
-static int truncate_pad(struct store *store, uint32_t len)
-{
-	if (kvscratch_truncate(store->pad, len, 0))
-		return fail_pad(store);
-	store->rows.len = len;
-	store->generation++;
-	return 0;
-}
-
-/*
- * The tokens go first: should this be the last thing that we do, the next one
- * to take over finds no pad that is shorter.
- */
-static int truncate_pads(struct cache *cache, uint32_t len)
-{
-	int err = 0;
-
-	for (unsigned int i = cache->count; !err && i--;)
-		if (cache->stores[i].rows.len != len)
-			err = truncate_pad(&cache->stores[i], len);
-	return err;
+	err = map_pad(cache);
+	return err ? err : take_role(cache, false);
 }
 
 /* Take-over */
+
+/* The text of a tag of anybody's */
+static void print_tag(char *text, const __u8 *tag)
+{
+	size_t length = strnlen((const char *)tag, KVSCRATCH_TAG_BYTES);
+
+	for (size_t i = 0; i < length; i++)
+		text[i] = tag[i] >= ' ' && tag[i] <= '~' ? tag[i] : '?';
+	text[length] = '\0';
+}
+
+static int check_tag(const struct decoder *decoder)
+{
+	char expected[KVSCRATCH_TAG_BYTES] = "", got[KVSCRATCH_TAG_BYTES + 1];
+	struct kvscratch_pad_info info;
+
+	if (kvscratch_pad_info(decoder->cache.pad, &info))
+		return fail_cache();
+	make_tag(expected, &decoder->model);
+	if (!memcmp(expected, info.tag, sizeof(expected)))
+		return 0;
+	print_tag(got, info.tag);
+	return fail(EXIT_PADS, CACHE_NAME ": expected the tag \"%s\", got \"%s\": it is of another "
+		    "checkpoint", expected, got);
+}
 
 static const char *dtype_name(uint32_t dtype)
 {
@@ -594,170 +669,94 @@ static const char *dtype_name(uint32_t dtype)
 	return name ? name : "unknown";
 }
 
-static int check_geometry(const struct cache *cache, const struct store *store)
+static int check_plane(const struct cache *cache, const struct store *store)
 {
-	struct kvscratch_geometry got;
+	const struct kvscratch_plane *got = kvscratch_plane(cache->pad, store->index);
+	const struct kvscratch_plane *expected = &store->plane;
 
-	kvscratch_geometry(store->pad, &got);
-	if (got.max_seq_len == cache->seq_len && got.dim == store->dim &&
-	    got.dtype == store->dtype && got.input_dtype == store->input_dtype)
+	if (!strcmp(got->label, expected->label) && got->dim == expected->dim &&
+	    got->dtype == expected->dtype && got->input_dtype == expected->input_dtype)
 		return 0;
-	return fail(EXIT_PADS, "handle %d (%s): expected a pad of [%" PRIu32 ", %" PRIu32
-		    "] %s from %s, got [%" PRIu64 ", %" PRIu32 "] %s from %s", store->handle,
-		    store->name, cache->seq_len, store->dim, dtype_name(store->dtype),
-		    dtype_name(store->input_dtype), got.max_seq_len, got.dim,
-		    dtype_name(got.dtype), dtype_name(got.input_dtype));
+	return fail(EXIT_PADS, CACHE_NAME ": expected as plane %u %s, %" PRIu32 " x %s from %s, got "
+		    "%" PRIu32 " x %s from %s", store->index, expected->label, expected->dim,
+		    dtype_name(expected->dtype), dtype_name(expected->input_dtype), got->dim,
+		    dtype_name(got->dtype), dtype_name(got->input_dtype));
 }
 
-static int check_access(const struct store *store)
+static int check_shape(const struct cache *cache)
 {
-	int access = kvscratch_access(store->pad);
+	int err = 0;
+
+	if (kvscratch_nr_planes(cache->pad) != cache->count ||
+	    kvscratch_capacity(cache->pad) != cache->seq_len)
+		return fail(EXIT_PADS, CACHE_NAME ": expected %u planes of %" PRIu32 " rows, got %"
+			    PRIu32 " of %" PRIu64, cache->count, cache->seq_len,
+			    kvscratch_nr_planes(cache->pad), kvscratch_capacity(cache->pad));
+	for (unsigned int i = 0; !err && i < cache->count; i++)
+		err = check_plane(cache, &cache->stores[i]);
+	return err;
+}
+
+static int check_access(const struct cache *cache)
+{
+	int access = kvscratch_access(cache->pad);
 
 	if (access == O_RDWR)
 		return 0;
-	return fail(EXIT_PADS, "handle %d (%s): expected it open for read and write, got %s only",
-		    store->handle, store->name, access == O_RDONLY ? "read" : "write");
-}
-
-static int inherit_handle(const struct cache *cache, struct store *store)
-{
-	int err;
-
-	if (kvscratch_from_fd(&store->pad, store->handle))
-		return fail_pad(store);
-	err = check_access(store);
-	if (!err)
-		err = check_geometry(cache, store);
-	return err ? err : map_pad(store);
-}
-
-/* A step writes the tokens last. */
-static int check_lengths(const struct cache *cache)
-{
-	uint32_t len = token_store(cache)->rows.len;
-
-	for (unsigned int i = 0; i < cache->count; i++) {
-		const struct store *store = &cache->stores[i];
-
-		if (store->rows.len < len)
-			return fail(EXIT_PADS, "handle %d (%s): expected at least %" PRIu32
-				    " rows, as tokens has, got %" PRIu32, store->handle,
-				    store->name,
-				    len, store->rows.len);
-	}
-	return 0;
+	return fail(EXIT_PADS, CACHE_NAME ": expected it open for read and write, got %s only",
+		    access == O_RDONLY ? "read" : "write");
 }
 
 /* From here on the ids of our own copy count: they index the weights. */
 static int check_tokens(struct decoder *decoder)
 {
-	const struct store *store = token_store(&decoder->cache);
+	struct cache *cache = &decoder->cache;
+	int64_t len = kvscratch_len(cache->pad);
 	int32_t *tokens = decoder->tokens;
 
-	memcpy(tokens, store->rows.data, store->rows.len * sizeof(*tokens));
-	for (uint32_t i = 0; i < store->rows.len; i++) {
+	if (len < 0)
+		return fail_cache();
+	cache->len = len;
+	memcpy(tokens, token_store(cache)->rows.data, cache->len * sizeof(*tokens));
+	for (uint32_t i = 0; i < cache->len; i++) {
 		if (tokens[i] < 0 || (uint32_t)tokens[i] >= decoder->tok.vocab_size)
-			return fail(EXIT_PADS, "handle %d (tokens): expected ids from 0 to %" PRIu32
-				    ", got %" PRId32 " at position %" PRIu32, store->handle,
+			return fail(EXIT_PADS, CACHE_NAME ": expected tokens from 0 to %" PRIu32
+				    ", got %" PRId32 " at position %" PRIu32,
 				    decoder->tok.vocab_size - 1, tokens[i], i);
 		if (i < decoder->prompt_len && tokens[i] != decoder->prompt[i])
-			return fail(EXIT_PADS, "handle %d (tokens): expected token %" PRId32
+			return fail(EXIT_PADS, CACHE_NAME ": expected token %" PRId32
 				    " of the prompt at position %" PRIu32 ", got %" PRId32,
-				    store->handle, decoder->prompt[i], i, tokens[i]);
+				    decoder->prompt[i], i, tokens[i]);
 	}
 	return 0;
 }
 
-static bool is_stored_row(const struct store *store, const float *row)
-{
-	size_t first = (size_t)store->rows.len * store->dim;
-	uint32_t blocks = store->dim / KVSCRATCH_MX_BLOCK;
-	int8_t elements[store->dim];
-	uint8_t scales[blocks + 1];
-
-	if (store->dtype != KVSCRATCH_DTYPE_MXINT8)
-		return !memcmp((const float *)store->rows.data + first, row, store->row_bytes);
-	return kvs_scale_mxint8(KVSCRATCH_DTYPE_F32, row, blocks, elements, scales) >= 0 &&
-	       !memcmp((const int8_t *)store->rows.data + first, elements, store->dim) &&
-	       !memcmp(store->rows.scales + first / KVSCRATCH_MX_BLOCK, scales, blocks);
-}
-
-/* Instead of an append: the row is there already, if it came from this model. */
-static int compare_row(struct llama2_rows *rows, const void *row)
-{
-	struct store *store = store_of(rows);
-
-	if (!is_stored_row(store, row))
-		return fail(EXIT_PADS, "handle %d (%s): expected at position %" PRIu32 " the row that "
-			    "this model computes, got another one: the cache is of another checkpoint",
-			    store->handle, store->name, rows->len);
-	rows->len++;
-	return 0;
-}
-
-/* Compute the rows of position @pos once more, and compare. */
-static int check_position(struct decoder *decoder, uint32_t pos)
+/* Nobody is disturbed until all was checked: it may be the wrong pad. */
+static int take_over(struct decoder *decoder, int fd)
 {
 	struct cache *cache = &decoder->cache;
 	int err;
 
-	for (unsigned int i = 0; i < cache->count; i++) {
-		struct store *store = &cache->stores[i];
-
-		store->kept = store->rows.len;
-		store->rows.len = pos;
-		store->rows.append = compare_row;
+	if (kvscratch_from_fd(&cache->pad, fd)) {
+		close(fd);
+		return fail_cache();
 	}
-	err = llama2_forward(&decoder->model, cache->rows, decoder->tokens[pos], pos);
-	for (unsigned int i = 0; i < cache->count; i++) {
-		cache->stores[i].rows.len = cache->stores[i].kept;
-		cache->stores[i].rows.append = append_pad;
-	}
-	return err;
-}
-
-/*
- * A cache of another checkpoint of the same shape looks the same but for its numbers. The
- * last position attends to all before it; in the first layer each stands for itself.
- */
-static int check_model(struct decoder *decoder)
-{
-	uint32_t len = token_store(&decoder->cache)->rows.len;
-	int err = len ? check_position(decoder, 0) : 0;
-
-	return !err && len > 1 ? check_position(decoder, len - 1) : err;
-}
-
-/* Nothing is changed until all was checked: the handles may be the wrong ones. */
-static int take_over(struct decoder *decoder)
-{
-	struct cache *cache = &decoder->cache;
-	struct store *tokens = token_store(cache);
-	int err;
-
-	for (unsigned int i = 0; i < cache->count; i++) {
-		err = inherit_handle(cache, &cache->stores[i]);
-		if (err)
-			return err;
-	}
-	err = check_lengths(cache);
+	err = check_access(cache);
+	if (!err)
+		err = check_tag(decoder);
+	if (!err)
+		err = check_shape(cache);
+	if (!err)
+		err = map_pad(cache);
 	if (!err)
 		err = check_tokens(decoder);
 	if (!err)
-		err = check_model(decoder);
-	return err ? err : truncate_pads(cache, tokens->rows.len);
+		err = take_role(cache, decoder->options.takeover);
+	/* more may have come until we were the writer */
+	return err ? err : check_tokens(decoder);
 }
 
-static int take_over_inherited(struct decoder *decoder)
-{
-	struct cache *cache = &decoder->cache;
-
-	for (unsigned int i = 0; i < cache->count; i++)
-		cache->stores[i].handle = decoder->options.first_handle + i;
-	return take_over(decoder);
-}
-
-/* Held pads: a holder keeps them when we are killed. */
+/* A held pad: a holder keeps it when we are killed. */
 
 static int fail_holder(int err)
 {
@@ -765,79 +764,35 @@ static int fail_holder(int err)
 		    err == -ENOENT ? "; kvscratchctl hold NAME --write makes one" : "");
 }
 
-static int put_pads(const struct cache *cache, const char *holder)
+static int put_pad(const struct cache *cache, const char *holder)
 {
-	const char *names[KVSCRATCH_MAX_PASSED];
-	int fds[KVSCRATCH_MAX_PASSED];
-	int err;
+	const char *name = CACHE_NAME;
+	int fd = kvscratch_fd(cache->pad);
+	int err = kvscratch_holder_put(holder, &name, &fd, 1);
 
-	for (unsigned int i = 0; i < cache->count; i++) {
-		names[i] = cache->stores[i].name;
-		fds[i] = kvscratch_fd(cache->stores[i].pad);
-	}
-	err = kvscratch_holder_put(holder, names, fds, cache->count);
 	return err ? fail_holder(err) : 0;
-}
-
-/* Returns the descriptor that came under the name of @store, or -1. */
-static int find_handle(const struct store *store, const char *names, int *fds, int count)
-{
-	for (int i = 0; i < count; i++) {
-		if (!strcmp(names, store->name))
-			return fds[i];
-		names += strlen(names) + 1;
-	}
-	return -1;
-}
-
-/* Sort what came by our names; what has none of them is closed. */
-static int sort_handles(struct cache *cache, const char *holder, const char *names, int *fds,
-			int count)
-{
-	const char *missing = NULL;
-
-	for (unsigned int i = 0; i < cache->count; i++) {
-		struct store *store = &cache->stores[i];
-
-		store->handle = find_handle(store, names, fds, count);
-		if (store->handle < 0)
-			missing = store->name;
-	}
-	if ((unsigned int)count == cache->count && !missing)
-		return 0;
-	/* those of ours are closed with the cache */
-	for (int i = 0; i < count; i++) {
-		bool ours = false;
-
-		for (unsigned int j = 0; j < cache->count; j++)
-			ours |= cache->stores[j].handle == fds[i];
-		if (!ours)
-			close(fds[i]);
-	}
-	return fail(EXIT_PADS, "%s: expected no pads or the %u of this model, got %d%s%s", holder,
-		    cache->count, count, missing ? " without " : "", missing ? missing : "");
 }
 
 static int take_over_held(struct decoder *decoder)
 {
 	const char *holder = decoder->options.hold;
-	struct cache *cache = &decoder->cache;
 	char names[KVSCRATCH_MAX_NAMES_BYTES];
 	int fds[KVSCRATCH_MAX_PASSED];
-	int count, err;
+	int count = kvscratch_holder_get(holder, O_RDWR, names, sizeof(names), fds,
+					 ARRAY_SIZE(fds));
+	int err;
 
-	if (cache->count > KVSCRATCH_MAX_PASSED)
-		return fail(EXIT_INPUT, "--hold: expected at most %d pads, got %u",
-			    KVSCRATCH_MAX_PASSED, cache->count);
-	count = kvscratch_holder_get(holder, O_RDWR, names, sizeof(names), fds, ARRAY_SIZE(fds));
 	if (count < 0)
 		return fail_holder(count);
 	if (!count) {
-		err = create_pads(cache);
-		return err ? err : put_pads(cache, holder);
+		err = create_pad(decoder);
+		return err ? err : put_pad(&decoder->cache, holder);
 	}
-	err = sort_handles(cache, holder, names, fds, count);
-	return err ? err : take_over(decoder);
+	if (count == 1)
+		return take_over(decoder, fds[0]);
+	for (int i = 0; i < count; i++)
+		close(fds[i]);
+	return fail(EXIT_PADS, "%s: expected no pad or that of a cache, got %d pads", holder, count);
 }
 
 static int open_cache(struct decoder *decoder)
@@ -855,9 +810,9 @@ static int open_cache(struct decoder *decoder)
 		return fail(EXIT_SYSTEM, "out of memory");
 	if (options->heap)
 		return allocate_arrays(cache);
-	if (options->first_handle)
-		return take_over_inherited(decoder);
-	return options->hold ? take_over_held(decoder) : create_pads(cache);
+	if (options->handle)
+		return take_over(decoder, options->handle);
+	return options->hold ? take_over_held(decoder) : create_pad(decoder);
 }
 
 /* Readers */
@@ -911,9 +866,6 @@ static int open_server(struct decoder *decoder)
 	int listener;
 	int signals;
 
-	if (nr_stores(&decoder->model.shape, decoder->options.queries) > KVSCRATCH_MAX_PASSED)
-		return fail(EXIT_INPUT, "--serve: expected at most %d pads, got %u",
-			    KVSCRATCH_MAX_PASSED, nr_stores(&decoder->model.shape, decoder->options.queries));
 	if (add_polled(server, -1, POLLIN) || add_polled(server, -1, POLLIN))
 		return fail(EXIT_SYSTEM, "out of memory");
 	signals = catch_signals(server);
@@ -943,42 +895,27 @@ static void close_server(struct server *server)
 		sigprocmask(SIG_SETMASK, &server->old_mask, NULL);
 }
 
-/* Returns how many were opened: all of them, or what there is to close. */
-static unsigned int open_readers(const struct cache *cache, int *fds)
+/* A file position is shared by all who hold an open file: each client gets a file of its own. */
+static bool pass_handle(const struct cache *cache, int sock)
 {
-	for (unsigned int i = 0; i < cache->count; i++) {
-		fds[i] = kvscratch_open_reader(cache->stores[i].pad);
-		if (fds[i] < 0) {
-			fail_pad(&cache->stores[i]);
-			return i;
-		}
-	}
-	return cache->count;
-}
+	const char *name = CACHE_NAME;
+	int fd = kvscratch_open_reader(cache->pad);
+	int err;
 
-/* A file position is shared by all who hold an open file: each client gets files of its own. */
-static bool pass_handles(const struct cache *cache, int sock)
-{
-	const char *names[KVSCRATCH_MAX_PASSED] = { 0 };
-	int fds[KVSCRATCH_MAX_PASSED] = { 0 };
-	unsigned int opened = open_readers(cache, fds);
-	int err = -EIO;
-
-	for (unsigned int i = 0; i < cache->count; i++)
-		names[i] = cache->stores[i].name;
-	if (opened == cache->count) {
-		err = kvscratch_send_handles(sock, names, fds, cache->count);
-		if (err)
-			fail(EXIT_SYSTEM, "a reader: %s", kvscratch_error());
+	if (fd < 0) {
+		fail_cache();
+		return false;
 	}
-	while (opened--)
-		close(fds[opened]);
+	err = kvscratch_send_handles(sock, &name, &fd, 1);
+	if (err)
+		fail(EXIT_SYSTEM, "a reader: %s", kvscratch_error());
+	close(fd);
 	return !err;
 }
 
 static void serve_client(struct server *server, const struct cache *cache, int sock)
 {
-	if (!pass_handles(cache, sock) || add_polled(server, sock, 0)) {
+	if (!pass_handle(cache, sock) || add_polled(server, sock, 0)) {
 		close(sock);
 		return;
 	}
@@ -1039,6 +976,84 @@ static int wait_for_reader(struct server *server, const struct cache *cache)
 	return err;
 }
 
+/* Drafts */
+
+/* Runs of tokens whose latest occurrence is looked up; a single one says too little. */
+#define LONGEST_RUN	3
+#define SHORTEST_RUN	2
+
+/*
+ * What followed the last tokens when they came before, as often as it fits: a text that
+ * repeats itself may go on with what is being drafted.
+ */
+static uint32_t look_up_draft(int32_t *tokens, uint32_t first, uint32_t most)
+{
+	for (uint32_t run = LONGEST_RUN; run >= SHORTEST_RUN; run--) {
+		for (uint32_t end = first; end-- > run;) {
+			if (memcmp(tokens + end - run, tokens + first - run,
+				   run * sizeof(*tokens)))
+				continue;
+			for (uint32_t i = 0; i < most; i++)
+				tokens[first + i] = tokens[end + i];
+			return most;
+		}
+	}
+	return 0;
+}
+
+/* Returns the token of position @pos that @logits give, or -1 at the end of the text. */
+static int32_t choose_token(const struct decoder *decoder, const float *logits, uint32_t pos)
+{
+	int32_t token;
+
+	if (pos < decoder->prompt_len)
+		return decoder->prompt[pos];
+	token = llama2_sample(&decoder->sampler, logits, decoder->tok.vocab_size, pos);
+	return token == LLAMA2_BOS || token == LLAMA2_EOS ? -1 : token;
+}
+
+/* Has the draft model say it; it may have to hear first what came without it. */
+static uint32_t model_draft(struct decoder *decoder, uint32_t first, uint32_t most)
+{
+	struct drafter *drafter = &decoder->drafter;
+	int32_t *tokens = decoder->tokens;
+	uint32_t count;
+
+	for (count = 0; count < most && first + count <= drafter->cache.seq_len; count++) {
+		uint32_t pos = first + count;
+
+		for (; drafter->cache.len < pos; drafter->cache.len++)
+			llama2_forward(&drafter->model, drafter->cache.rows,
+				       tokens + drafter->cache.len, drafter->cache.len, 1);
+		tokens[pos] = choose_token(decoder, drafter->model.logits, pos);
+		if (tokens[pos] < 0)
+			break;
+	}
+	return count;
+}
+
+/* What may come from position @first on; the prompt is known. Returns how many tokens. */
+static uint32_t draft(struct decoder *decoder, uint32_t first)
+{
+	struct drafter *drafter = &decoder->drafter;
+	uint32_t most = decoder->options.draft;
+	uint32_t known = 0;
+	uint32_t guessed;
+
+	if (most > decoder->steps - first)
+		most = decoder->steps - first;
+	for (; known < most && first + known < decoder->prompt_len; known++)
+		decoder->tokens[first + known] = decoder->prompt[first + known];
+	if (known == most)
+		return known;
+	if (decoder->options.draft_model)
+		guessed = model_draft(decoder, first + known, most - known);
+	else
+		guessed = look_up_draft(decoder->tokens, first + known, most - known);
+	drafter->guessed += guessed;
+	return known + guessed;
+}
+
 /* Decoding */
 
 static int print_bytes(const char *bytes, size_t count)
@@ -1062,9 +1077,9 @@ static int print_token(const struct decoder *decoder, uint32_t pos)
 	return print_bytes(bytes, count);
 }
 
-static int write_logits(const struct decoder *decoder)
+static int write_logits(const struct decoder *decoder, size_t positions)
 {
-	uint32_t count = decoder->model.shape.vocab_size;
+	size_t count = positions * decoder->model.shape.vocab_size;
 
 	if (decoder->logits &&
 	    fwrite(decoder->model.logits, sizeof(float), count, decoder->logits) != count)
@@ -1115,51 +1130,83 @@ static int close_logits(struct decoder *decoder)
 	return 0;
 }
 
-/* All rows of one position; the token comes last and makes the others count. */
-static int step(struct decoder *decoder, int32_t token, uint32_t pos)
-{
-	struct llama2_rows *tokens = &token_store(&decoder->cache)->rows;
-	int err = llama2_forward(&decoder->model, decoder->cache.rows, token, pos);
-
-	decoder->forwards++;
-	decoder->tokens[pos] = token;
-	if (!err)
-		err = write_logits(decoder);
-	return err ? err : tokens->append(tokens, &token);
-}
-
 /* Print what there is and, unless it is all that was asked for, bring the logits back. */
 static int resume(struct decoder *decoder)
 {
-	uint32_t len = token_store(&decoder->cache)->rows.len;
+	struct cache *cache = &decoder->cache;
+	uint32_t len = cache->len;
 	int err = 0;
 
 	for (uint32_t pos = 0; !err && pos < len && pos < decoder->steps; pos++)
 		err = print_token(decoder, pos);
 	if (err || !len || len >= decoder->steps)
 		return err;
-	err = truncate_pads(&decoder->cache, len - 1);
-	return err ? err : step(decoder, decoder->tokens[len - 1], len - 1);
+	set_put(cache, put_nothing);
+	err = llama2_forward(&decoder->model, cache->rows, decoder->tokens + len - 1, len - 1, 1);
+	set_put(cache, put_staged);
+	decoder->forwards++;
+	decoder->latest = decoder->model.logits;
+	return err ? err : write_logits(decoder, 1);
 }
 
-/* Returns the token of position @pos, or -1 at the end of the text. */
-static int32_t next_token(const struct decoder *decoder, uint32_t pos)
+static const float *logits_of(const struct decoder *decoder, uint32_t i)
 {
-	int32_t token;
+	return decoder->model.logits + (size_t)i * decoder->model.shape.vocab_size;
+}
 
-	if (pos < decoder->prompt_len)
-		return decoder->prompt[pos];
-	token = llama2_sample(&decoder->sampler, decoder->model.logits, decoder->tok.vocab_size,
-			      pos);
-	return token == LLAMA2_BOS || token == LLAMA2_EOS ? -1 : token;
+/* How many of @count tokens from @pos on, the first one in any case, are those of the text */
+static uint32_t accept_drafts(struct decoder *decoder, uint32_t pos, uint32_t count)
+{
+	uint32_t accepted = 1;
+
+	for (; accepted < count; accepted++) {
+		if (choose_token(decoder, logits_of(decoder, accepted - 1), pos + accepted) !=
+		    decoder->tokens[pos + accepted])
+			break;
+		decoder->drafter.accepted += pos + accepted >= decoder->prompt_len;
+	}
+	return accepted;
+}
+
+/*
+ * Run @token and what may follow it through the model, all staged, and commit what the text
+ * goes on with.
+ */
+static int step(struct decoder *decoder, int32_t token)
+{
+	struct cache *cache = &decoder->cache;
+	struct llama2_rows *rows = &token_store(cache)->rows;
+	uint32_t pos = cache->len;
+	int32_t *tokens = decoder->tokens + pos;
+	uint32_t count, accepted;
+	int err;
+
+	*tokens = token;
+	count = 1 + draft(decoder, pos + 1);
+	err = llama2_forward(&decoder->model, cache->rows, tokens, pos, count);
+	decoder->forwards += count;
+	if (!err)
+		err = rows->put(rows, pos, tokens, count);
+	if (err)
+		return err;
+	accepted = accept_drafts(decoder, pos, count);
+	decoder->latest = logits_of(decoder, accepted - 1);
+	err = write_logits(decoder, accepted);
+	if (!err)
+		err = commit(cache, pos + accepted);
+	/* what the draft model heard of the others does not count */
+	if (decoder->drafter.cache.len > cache->len)
+		decoder->drafter.cache.len = cache->len;
+	for (uint32_t i = 0; !err && i < accepted; i++)
+		err = print_token(decoder, pos + i);
+	return err;
 }
 
 static int generate(struct decoder *decoder)
 {
 	int err = resume(decoder);
 
-	for (uint32_t pos = token_store(&decoder->cache)->rows.len; !err && pos < decoder->steps;
-	     pos++) {
+	while (!err && decoder->cache.len < decoder->steps) {
 		int32_t token;
 
 		if (decoder->server.path)
@@ -1168,12 +1215,10 @@ static int generate(struct decoder *decoder)
 			err = EXIT_SYSTEM;
 		if (err)
 			break;
-		token = next_token(decoder, pos);
+		token = choose_token(decoder, decoder->latest, decoder->cache.len);
 		if (token < 0)
 			break;
-		err = step(decoder, token, pos);
-		if (!err)
-			err = print_token(decoder, pos);
+		err = step(decoder, token);
 	}
 	return err ? err : print_bytes("\n", 1);
 }
@@ -1186,24 +1231,29 @@ static double seconds_now(void)
 	return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-static void print_stats(const struct decoder *decoder)
+static void print_stats(const struct decoder *decoder, uint32_t more)
 {
 	const struct cache *cache = &decoder->cache;
 	uint64_t used = 0;
 	uint64_t room = 0;
 
 	for (unsigned int i = 0; i < cache->count; i++) {
-		used += (uint64_t)cache->stores[i].rows.len * cache->stores[i].row_bytes;
+		used += (uint64_t)cache->len * cache->stores[i].row_bytes;
 		room += (uint64_t)cache->seq_len * cache->stores[i].row_bytes;
 	}
 	fprintf(stderr, "%" PRIu32 " tokens, %" PRIu32 " computed, %.1f tokens/s, %" PRIu64 " of %"
-		PRIu64 " bytes in %u %s\n", token_store(cache)->rows.len, decoder->forwards,
-		decoder->seconds > 0.0 ? decoder->forwards / decoder->seconds : 0.0, used, room,
-		cache->count, decoder->options.heap ? "arrays" : "pads");
+		PRIu64 " bytes in %u %s", cache->len, decoder->forwards,
+		decoder->seconds > 0.0 ? more / decoder->seconds : 0.0, used, room,
+		cache->count, decoder->options.heap ? "arrays" : "planes");
+	if (decoder->options.draft)
+		fprintf(stderr, ", %" PRIu32 " of %" PRIu32 " drafts accepted",
+			decoder->drafter.accepted, decoder->drafter.guessed);
+	fputc('\n', stderr);
 }
 
 static int decode(struct decoder *decoder)
 {
+	uint32_t len = decoder->cache.len;
 	double start;
 	int err = 0;
 
@@ -1215,7 +1265,7 @@ static int decode(struct decoder *decoder)
 	err = generate(decoder);
 	decoder->seconds = seconds_now() - start;
 	if (!err && decoder->options.stats)
-		print_stats(decoder);
+		print_stats(decoder, decoder->cache.len - len);
 	return err;
 }
 
@@ -1270,7 +1320,7 @@ static int find_files(const char *dir, char **checkpoint, char **tokenizer)
 
 static int open_files(struct decoder *decoder, const char *checkpoint, const char *tokenizer)
 {
-	int err = llama2_open(&decoder->model, checkpoint);
+	int err = llama2_open(&decoder->model, checkpoint, 1 + decoder->options.draft);
 
 	if (err)
 		return err;
@@ -1299,8 +1349,25 @@ static int open_model(struct decoder *decoder)
 		return open_directory(decoder, options->model);
 	if (options->checkpoint)
 		return open_files(decoder, options->checkpoint, options->tokenizer);
-	err = llama2_make_up(&decoder->model);
+	err = llama2_make_up(&decoder->model, 1 + options->draft);
 	return err ? err : llama2_tokenizer_make_up(&decoder->tok);
+}
+
+static int open_draft_model(struct decoder *decoder)
+{
+	struct drafter *drafter = &decoder->drafter;
+	const struct llama2_shape *shape = &drafter->model.shape;
+	const char *path = decoder->options.draft_model;
+	int err = llama2_open(&drafter->model, path, 1);
+
+	if (err)
+		return err;
+	if (shape->vocab_size != decoder->model.shape.vocab_size)
+		return fail(EXIT_INPUT, "%s: expected a vocabulary of %" PRIu32
+			    " tokens, as the model has, got %" PRIu32, path,
+			    decoder->model.shape.vocab_size, shape->vocab_size);
+	err = init_cache(&drafter->cache, shape, KVSCRATCH_DTYPE_F32, false);
+	return err ? err : allocate_arrays(&drafter->cache);
 }
 
 static int set_steps(struct decoder *decoder)
@@ -1349,16 +1416,19 @@ static int run(struct decoder *decoder)
 {
 	int err = open_model(decoder);
 
+	if (!err && decoder->options.draft_model)
+		err = open_draft_model(decoder);
 	if (!err)
 		err = set_steps(decoder);
 	if (!err)
 		err = encode_prompt(decoder);
 	if (!err)
 		err = open_sampler(decoder);
-	if (!err && decoder->options.socket)
-		err = open_server(decoder);
 	if (!err)
 		err = open_cache(decoder);
+	/* whoever finds the socket finds a cache */
+	if (!err && decoder->options.socket)
+		err = open_server(decoder);
 	if (!err)
 		err = open_logits(decoder);
 	if (!err)
@@ -1369,6 +1439,7 @@ static int run(struct decoder *decoder)
 static void clean_up(struct decoder *decoder)
 {
 	close_cache(&decoder->cache);
+	close_cache(&decoder->drafter.cache);
 	if (decoder->logits)
 		fclose(decoder->logits);
 	output_close(&decoder->output);
@@ -1377,6 +1448,7 @@ static void clean_up(struct decoder *decoder)
 	llama2_sampler_close(&decoder->sampler);
 	llama2_tokenizer_close(&decoder->tok);
 	llama2_close(&decoder->model);
+	llama2_close(&decoder->drafter.model);
 	close_server(&decoder->server);
 }
 

@@ -392,23 +392,24 @@ static void locate_tensors(struct llama2_model *model)
 static int alloc_activations(struct llama2_model *model)
 {
 	const struct llama2_shape *shape = &model->shape;
+	const size_t batch = model->batch;
 	const struct {
 		float **where;
 		size_t count;
 	} parts[] = {
-		{ &model->x, shape->dim },
-		{ &model->normed, shape->dim },
-		{ &model->q, shape->dim },
-		{ &model->k, shape->kv_dim },
-		{ &model->v, shape->kv_dim },
-		{ &model->attended, shape->dim },
-		{ &model->gate, shape->hidden_dim },
-		{ &model->up, shape->hidden_dim },
+		{ &model->x, batch * shape->dim },
+		{ &model->normed, batch * shape->dim },
+		{ &model->q, batch * shape->dim },
+		{ &model->k, batch * shape->kv_dim },
+		{ &model->v, batch * shape->kv_dim },
+		{ &model->attended, batch * shape->dim },
+		{ &model->gate, batch * shape->hidden_dim },
+		{ &model->up, batch * shape->hidden_dim },
 		{ &model->scores, shape->seq_len },
 		{ &model->head_row, shape->head_size },
-		{ &model->cosines, shape->head_size / 2 },
-		{ &model->sines, shape->head_size / 2 },
-		{ &model->logits, shape->vocab_size },
+		{ &model->cosines, batch * (shape->head_size / 2) },
+		{ &model->sines, batch * (shape->head_size / 2) },
+		{ &model->logits, batch * shape->vocab_size },
 	};
 	size_t total = 0;
 	float *next;
@@ -448,11 +449,11 @@ static int load_checkpoint(struct llama2_model *model, const char *path)
 	return alloc_activations(model);
 }
 
-int llama2_open(struct llama2_model *model, const char *path)
+int llama2_open(struct llama2_model *model, const char *path, uint32_t batch)
 {
 	int err;
 
-	*model = (struct llama2_model){ 0 };
+	*model = (struct llama2_model){ .batch = batch };
 	err = blob_map(&model->blob, path);
 	if (!err)
 		err = load_checkpoint(model, path);
@@ -466,6 +467,16 @@ void llama2_close(struct llama2_model *model)
 	free(model->scratch);
 	model->scratch = NULL;
 	blob_free(&model->blob);
+}
+
+uint64_t llama2_fingerprint(const struct llama2_model *model)
+{
+	const unsigned char *bytes = model->blob.data;
+	uint64_t hash = 0xcbf29ce484222325u;
+
+	for (size_t i = 0; i < model->blob.size; i++)
+		hash = (hash ^ bytes[i]) * 0x100000001b3u;
+	return hash;
 }
 
 /* Made-up model */
@@ -587,11 +598,11 @@ static void make_up_weights(struct llama2_model *model)
 	mute_non_syllables(model, weights);
 }
 
-int llama2_make_up(struct llama2_model *model)
+int llama2_make_up(struct llama2_model *model, uint32_t batch)
 {
 	int err;
 
-	*model = (struct llama2_model){ .shape = made_up_shape };
+	*model = (struct llama2_model){ .shape = made_up_shape, .batch = batch };
 	err = blob_alloc(&model->blob, checkpoint_bytes(&model->shape));
 	if (err)
 		return err;
@@ -614,11 +625,14 @@ static float dot(const float *a, const float *b, size_t n)
 	return sum;
 }
 
-/* out[rows] = weights[rows, columns] x in[columns] */
-static void multiply(float *out, const float *weights, const float *in, size_t rows, size_t columns)
+/* out[count, rows] = in[count, columns] x weights[rows, columns], whose rows are read once */
+static void multiply(float *out, const float *weights, const float *in, size_t rows, size_t columns,
+		     size_t count)
 {
 	for (size_t row = 0; row < rows; row++)
-		out[row] = dot(weights + row * columns, in, columns);
+		for (size_t i = 0; i < count; i++)
+			out[i * rows + row] = dot(weights + row * columns, in + i * columns,
+						  columns);
 }
 
 static void add(float *x, const float *more, size_t n)
@@ -627,12 +641,18 @@ static void add(float *x, const float *more, size_t n)
 		x[i] += more[i];
 }
 
-static void rms_norm(float *out, const float *x, const float *weights, size_t n)
+static void rms_norm_row(float *out, const float *x, const float *weights, size_t n)
 {
 	float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + 1e-5f);
 
 	for (size_t i = 0; i < n; i++)
 		out[i] = weights[i] * (scale * x[i]);
+}
+
+static void rms_norm(float *out, const float *x, const float *weights, size_t n, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		rms_norm_row(out + i * n, x + i * n, weights, n);
 }
 
 static float largest(const float *x, size_t n)
@@ -658,27 +678,33 @@ static void softmax(float *x, size_t n)
 		x[i] /= sum;
 }
 
-static void set_angles(struct llama2_model *model, uint32_t pos)
+static void set_angles(struct llama2_model *model, uint32_t pos, size_t count)
 {
 	uint32_t head_size = model->shape.head_size;
+	size_t pairs = head_size / 2;
 
-	for (uint32_t pair = 0; pair < head_size / 2; pair++) {
+	for (size_t pair = 0; pair < pairs; pair++) {
 		float exponent = (float)(2 * pair) / (float)head_size;
-		float angle = (float)pos * (1.0f / powf(10000.0f, exponent));
+		float frequency = 1.0f / powf(10000.0f, exponent);
 
-		model->cosines[pair] = cosf(angle);
-		model->sines[pair] = sinf(angle);
+		for (size_t i = 0; i < count; i++) {
+			float angle = (float)(pos + i) * frequency;
+
+			model->cosines[i * pairs + pair] = cosf(angle);
+			model->sines[i * pairs + pair] = sinf(angle);
+		}
 	}
 }
 
-/* RoPE on @n elements: neighbours are the two coordinates that are rotated. */
-static void rotate(const struct llama2_model *model, float *x, size_t n)
+/* RoPE on rows of @n elements: neighbours are the two coordinates that are rotated. */
+static void rotate(const struct llama2_model *model, float *x, size_t n, size_t count)
 {
 	size_t pairs = model->shape.head_size / 2;
 
-	for (size_t i = 0; i < n / 2; i++) {
-		float c = model->cosines[i % pairs];
-		float s = model->sines[i % pairs];
+	for (size_t i = 0; i < count * (n / 2); i++) {
+		size_t angle = i / (n / 2) * pairs + i % (n / 2) % pairs;
+		float c = model->cosines[angle];
+		float s = model->sines[angle];
 		float a = x[2 * i];
 		float b = x[2 * i + 1];
 
@@ -715,16 +741,16 @@ static const float *head_of_row(struct llama2_model *model, const struct llama2_
 	return model->head_row;
 }
 
+/* Of token @i, the last of @len positions that it attends to */
 static void attend_head(struct llama2_model *model, const struct llama2_rows *keys,
-			const struct llama2_rows *values, uint32_t head)
+			const struct llama2_rows *values, uint32_t head, size_t i, uint32_t len)
 {
 	const struct llama2_shape *shape = &model->shape;
 	size_t head_size = shape->head_size;
 	size_t shared = head / (shape->n_heads / shape->n_kv_heads) * head_size;
-	const float *q = model->q + head * head_size;
-	float *out = model->attended + head * head_size;
+	const float *q = model->q + i * shape->dim + head * head_size;
+	float *out = model->attended + i * shape->dim + head * head_size;
 	float scale = sqrtf((float)head_size);
-	uint32_t len = keys->len;
 
 	for (size_t row = 0; row < len; row++)
 		model->scores[row] = dot(q, head_of_row(model, keys, row, shared), head_size) /
@@ -734,12 +760,13 @@ static void attend_head(struct llama2_model *model, const struct llama2_rows *ke
 	for (size_t row = 0; row < len; row++) {
 		const float *v = head_of_row(model, values, row, shared);
 
-		for (size_t i = 0; i < head_size; i++)
-			out[i] += model->scores[row] * v[i];
+		for (size_t at = 0; at < head_size; at++)
+			out[at] += model->scores[row] * v[at];
 	}
 }
 
-static int attention(struct llama2_model *model, struct llama2_rows *const *cache, size_t layer)
+static int attention(struct llama2_model *model, struct llama2_rows *const *cache, size_t layer,
+		     uint32_t pos, uint32_t count)
 {
 	const struct llama2_shape *shape = &model->shape;
 	struct llama2_rows *keys = cache[2 * layer];
@@ -749,59 +776,68 @@ static int attention(struct llama2_model *model, struct llama2_rows *const *cach
 	float *normed = model->normed;
 	int err;
 
-	rms_norm(normed, model->x, model->tensor[LLAMA2_RMS_ATT] + layer * dim, dim);
-	multiply(model->q, model->tensor[LLAMA2_WQ] + layer * dim * dim, normed, dim, dim);
-	multiply(model->k, model->tensor[LLAMA2_WK] + layer * dim * kv_dim, normed, kv_dim, dim);
-	multiply(model->v, model->tensor[LLAMA2_WV] + layer * dim * kv_dim, normed, kv_dim, dim);
-	rotate(model, model->q, dim);
-	rotate(model, model->k, kv_dim);
-	err = keys->append(keys, model->k);
+	rms_norm(normed, model->x, model->tensor[LLAMA2_RMS_ATT] + layer * dim, dim, count);
+	multiply(model->q, model->tensor[LLAMA2_WQ] + layer * dim * dim, normed, dim, dim, count);
+	multiply(model->k, model->tensor[LLAMA2_WK] + layer * dim * kv_dim, normed, kv_dim, dim,
+		 count);
+	multiply(model->v, model->tensor[LLAMA2_WV] + layer * dim * kv_dim, normed, kv_dim, dim,
+		 count);
+	rotate(model, model->q, dim, count);
+	rotate(model, model->k, kv_dim, count);
+	err = keys->put(keys, pos, model->k, count);
 	if (!err)
-		err = values->append(values, model->v);
+		err = values->put(values, pos, model->v, count);
 	if (!err && model->queries)
-		err = model->queries[layer]->append(model->queries[layer], model->q);
+		err = model->queries[layer]->put(model->queries[layer], pos, model->q, count);
 	if (err)
 		return err;
-	for (uint32_t head = 0; head < shape->n_heads; head++)
-		attend_head(model, keys, values, head);
-	multiply(normed, model->tensor[LLAMA2_WO] + layer * dim * dim, model->attended, dim, dim);
-	add(model->x, normed, dim);
+	for (uint32_t i = 0; i < count; i++)
+		for (uint32_t head = 0; head < shape->n_heads; head++)
+			attend_head(model, keys, values, head, i, pos + i + 1);
+	multiply(normed, model->tensor[LLAMA2_WO] + layer * dim * dim, model->attended, dim, dim,
+		 count);
+	add(model->x, normed, count * dim);
 	return 0;
 }
 
 /* SwiGLU */
-static void feed_forward(struct llama2_model *model, size_t layer)
+static void feed_forward(struct llama2_model *model, size_t layer, uint32_t count)
 {
 	size_t dim = model->shape.dim;
 	size_t hidden = model->shape.hidden_dim;
 	size_t weights = layer * dim * hidden;
 
-	rms_norm(model->normed, model->x, model->tensor[LLAMA2_RMS_FFN] + layer * dim, dim);
-	multiply(model->gate, model->tensor[LLAMA2_W1] + weights, model->normed, hidden, dim);
-	multiply(model->up, model->tensor[LLAMA2_W3] + weights, model->normed, hidden, dim);
-	for (size_t i = 0; i < hidden; i++)
+	rms_norm(model->normed, model->x, model->tensor[LLAMA2_RMS_FFN] + layer * dim, dim, count);
+	multiply(model->gate, model->tensor[LLAMA2_W1] + weights, model->normed, hidden, dim,
+		 count);
+	multiply(model->up, model->tensor[LLAMA2_W3] + weights, model->normed, hidden, dim, count);
+	for (size_t i = 0; i < count * hidden; i++)
 		model->gate[i] *= model->up[i] / (1.0f + expf(-model->gate[i]));
-	multiply(model->normed, model->tensor[LLAMA2_W2] + weights, model->gate, dim, hidden);
-	add(model->x, model->normed, dim);
+	multiply(model->normed, model->tensor[LLAMA2_W2] + weights, model->gate, dim, hidden,
+		 count);
+	add(model->x, model->normed, count * dim);
 }
 
-int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache, int32_t token,
-		   uint32_t pos)
+int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache,
+		   const int32_t *tokens, uint32_t pos, uint32_t count)
 {
 	const struct llama2_shape *shape = &model->shape;
 	size_t dim = shape->dim;
 
-	memcpy(model->x, model->tensor[LLAMA2_EMBEDDING] + token * dim, dim * sizeof(float));
-	set_angles(model, pos);
+	for (size_t i = 0; i < count; i++)
+		memcpy(model->x + i * dim, model->tensor[LLAMA2_EMBEDDING] + tokens[i] * dim,
+		       dim * sizeof(float));
+	set_angles(model, pos, count);
 	for (size_t layer = 0; layer < shape->n_layers; layer++) {
-		int err = attention(model, cache, layer);
+		int err = attention(model, cache, layer, pos, count);
 
 		if (err)
 			return err;
-		feed_forward(model, layer);
+		feed_forward(model, layer, count);
 	}
-	rms_norm(model->x, model->x, model->tensor[LLAMA2_RMS_FINAL], dim);
-	multiply(model->logits, model->tensor[LLAMA2_CLASSIFIER], model->x, shape->vocab_size, dim);
+	rms_norm(model->x, model->x, model->tensor[LLAMA2_RMS_FINAL], dim, count);
+	multiply(model->logits, model->tensor[LLAMA2_CLASSIFIER], model->x, shape->vocab_size, dim,
+		 count);
 	return 0;
 }
 

@@ -3,8 +3,8 @@
  * A Llama-2 style transformer: checkpoint, tokenizer, forward pass, sampler.
  *
  * It owns the weights and the activations, but not the KV cache: that is
- * handed in row by row through struct llama2_rows, so that the model cannot
- * know what kind of memory it attends to.
+ * handed in as struct llama2_rows, so that the model cannot know what kind of
+ * memory it attends to.
  */
 #ifndef LLAMA2_H
 #define LLAMA2_H
@@ -70,12 +70,15 @@ struct llama2_rows;
 
 /**
  * struct llama2_model - weights and activations
- * @logits: what llama2_forward() leaves: one per token of the vocabulary
+ * @batch: the most tokens that one llama2_forward() takes
+ * @logits: what it leaves: for each of its tokens one per token of the vocabulary
  * @queries: of each layer, where the rotated query of each position goes; or NULL
- * @scratch: the one allocation that the activations are cut from
+ * @scratch: the one allocation that the activations are cut from, each of @batch rows
+ *	but for @scores and @head_row
  */
 struct llama2_model {
 	struct llama2_shape shape;
+	uint32_t batch;
 	struct llama2_blob blob;
 	const float *tensor[LLAMA2_NR_TENSORS];
 	float *scratch;
@@ -97,34 +100,38 @@ struct llama2_model {
 
 /**
  * struct llama2_rows - K or V of one layer, or queries, which are not read again
- * @data: the [len, kv_dim] array of floats, or of MXINT8 elements
- * @scales: the [len, kv_dim / 32] array of their scales, NULL with floats
- * @len: rows in it
- * @append: add one row; returns 0 or an exit code after fail()
+ * @data: the [positions, kv_dim] array of floats, or of MXINT8 elements
+ * @scales: the [positions, kv_dim / 32] array of their scales, NULL with floats
+ * @put: store @count rows from position @first on, where @data has them afterwards;
+ *	returns 0 or an exit code after fail()
  */
 struct llama2_rows {
 	const void *data;
 	const uint8_t *scales;
-	uint32_t len;
-	int (*append)(struct llama2_rows *rows, const void *row);
+	int (*put)(struct llama2_rows *rows, uint32_t first, const void *more, uint32_t count);
 };
 
-int llama2_open(struct llama2_model *model, const char *path);
-int llama2_make_up(struct llama2_model *model);
+/* @batch: the most tokens that one llama2_forward() takes */
+int llama2_open(struct llama2_model *model, const char *path, uint32_t batch);
+int llama2_make_up(struct llama2_model *model, uint32_t batch);
 void llama2_close(struct llama2_model *model);
 
+/* FNV-1a, 64 bits, of all bytes of the checkpoint */
+uint64_t llama2_fingerprint(const struct llama2_model *model);
+
 /**
- * llama2_forward() - run one token through the model
+ * llama2_forward() - run tokens that follow each other through the model
  * @model: the model
- * @cache: K and V rows in the order k0 v0 k1 v1 ...; each holds @pos rows and
- *	gets one more
- * @token: its id
- * @pos: its position
+ * @cache: K and V rows in the order k0 v0 k1 v1 ..., which have those of all positions
+ *	before @pos and get those of the tokens, each layer at once
+ * @tokens: their ids
+ * @pos: position of the first
+ * @count: how many: 1 to @model->batch; to the last bit each gives what it gives alone
  *
- * Returns 0, or what an append returned.
+ * Returns 0, or what a put returned.
  */
-int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache, int32_t token,
-		   uint32_t pos);
+int llama2_forward(struct llama2_model *model, struct llama2_rows *const *cache,
+		   const int32_t *tokens, uint32_t pos, uint32_t count);
 
 struct llama2_piece {
 	const char *bytes;

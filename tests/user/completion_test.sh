@@ -131,6 +131,8 @@ offers 'kvdecode --' "${options[@]}"
 offers 'kvdecode --cache heap --wa' --wait-reader
 offers 'kvdecode --model ' model
 offers 'kvdecode --tokenizer model/t' model/tok512.bin
+offers 'kvdecode --draft-model model/s' model/stories260K.bin
+offers 'kvdecode --draft ' ''
 offers 'kvdecode --logits no' notes
 offers 'kvdecode --prompt ' ''
 echo "1..$count"

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The main job: a transformer decodes with its cache in pads, others read along,
- * and whoever finds the pads of a dead decoder goes on.
+ * The main job: a transformer decodes with its cache in a pad, others read along,
+ * and whoever finds the pad of a dead decoder, or takes it from one that hangs, goes on.
  *
- * Runs the program kvdecode in /bin, and kvscratchctl beside it. A checkpoint
- * and a tokenizer in / are the real model.
+ * Over either backend. Runs the programs kvdecode and kvscratchctl in /bin, or those of the
+ * environment variables KVDECODE and KVSCRATCHCTL. A checkpoint and a tokenizer in /, or in
+ * MODEL, are the real model.
  */
 #include "common.h"
+#include "../checkpoint.h"
 
 #include <glob.h>
+#include <limits.h>
 
-/* Where the pads of a decoder that takes over lie; more than any model here has */
-#define FIRST_HANDLE 100
-#define NR_HANDLES 64
+/* Where the pad of a decoder that takes over lies */
+#define HANDLE 100
+#define HANDLE_TEXT "100"
 
-#define SOCKET_PATH "/tmp/decode_test.sock"
+#define SOCKET_PATH "decode.sock"
 
 #define STORY "Once upon a time"
 
@@ -34,22 +37,37 @@ struct program {
 
 #define MAX_ARGUMENTS 24
 
-static void start(struct program *program, const char *const *argv)
+static const char *program_path(const char *name)
 {
-	int pipes[2];
+	static char paths[2][PATH_MAX];
+	const bool decoder = !strcmp(name, "kvdecode");
+	const char *path = getenv(decoder ? "KVDECODE" : "KVSCRATCHCTL");
 
-	if (pipe2(pipes, O_CLOEXEC))
-		abort();
+	snprintf(paths[decoder], PATH_MAX, "%s%s", path ? "" : "/bin/", path ? path : name);
+	return paths[decoder];
+}
+
+static void start_into(struct program *program, const char *const *argv, const int *pipes)
+{
 	*program = (struct program){ .out = pipes[0] };
 	program->pid = fork_child();
 	if (program->pid < 0)
 		abort();
 	if (!program->pid) {
 		dup2(pipes[1], STDOUT_FILENO);
-		execv(argv[0], (char *const *)argv);
+		execv(program_path(argv[0]), (char *const *)argv);
 		_exit(127);
 	}
 	close(pipes[1]);
+}
+
+static void start(struct program *program, const char *const *argv)
+{
+	int pipes[2];
+
+	if (pipe2(pipes, O_CLOEXEC))
+		abort();
+	start_into(program, argv, pipes);
 }
 
 /* Take what it still prints; returns its exit status */
@@ -68,35 +86,73 @@ static int finish(struct program *program)
 	return wait_for(program->pid);
 }
 
-FIXTURE(decode) { };
+/* It stops for ever, or until finish(), once it printed some bytes: they fill its stdout. */
+static void start_hanging(struct program *program, const char *const *argv)
+{
+	static const char filling[65536];
+	int pipes[2];
+	int room;
 
-FIXTURE_SETUP(decode) { }
-
-/* A decoder that was killed leaves its socket. */
-FIXTURE_TEARDOWN(decode) {
-	unlink(SOCKET_PATH);
+	if (pipe2(pipes, O_CLOEXEC))
+		abort();
+	room = fcntl(pipes[1], F_SETPIPE_SZ, page_bytes());
+	if (room < 0 || room > (int)sizeof(filling) ||
+	    write(pipes[1], filling, room - 32) != room - 32)
+		abort();
+	start_into(program, argv, pipes);
 }
 
-#define KVDECODE(...) ((const char *const[MAX_ARGUMENTS]){ "/bin/kvdecode", __VA_ARGS__ })
-#define KVSCRATCHCTL(...) ((const char *const[MAX_ARGUMENTS]){ "/bin/kvscratchctl", __VA_ARGS__ })
+FIXTURE(decode) {
+	char directory[32];
+};
 
-/* kvdecode with @options and more: with the cache in pads, and on the heap */
+FIXTURE_SETUP(decode)
+{
+	strcpy(self->directory, "/tmp/decode-XXXXXX");
+	ASSERT_NE(NULL, mkdtemp(self->directory));
+	ASSERT_EQ(0, chdir(self->directory));
+	ASSERT_EQ(0, setenv("XDG_RUNTIME_DIR", self->directory, 1));
+}
+
+FIXTURE_TEARDOWN(decode)
+{
+	char command[64];
+
+	snprintf(command, sizeof(command), "rm -rf %s", self->directory);
+	EXPECT_EQ(0, system(command));
+}
+
+#define KVDECODE(...) ((const char *const[MAX_ARGUMENTS]){ "kvdecode", __VA_ARGS__ })
+#define KVSCRATCHCTL(...) ((const char *const[MAX_ARGUMENTS]){ "kvscratchctl", __VA_ARGS__ })
+
+/* kvdecode with @first, and with @options of another command line behind them */
+static void start_with(struct program *program, const char *const *first,
+		       const char *const *options)
+{
+	const char *argv[2 * MAX_ARGUMENTS] = { 0 };
+	size_t count = 0;
+
+	for (size_t i = 0; i < MAX_ARGUMENTS && first[i]; i++)
+		argv[count++] = first[i];
+	for (size_t i = 1; i < MAX_ARGUMENTS && options[i]; i++)
+		argv[count++] = options[i];
+	start(program, argv);
+}
+
+/* kvdecode with @options: with the cache in a pad, and on the heap */
 static void expect_same_text(struct __test_metadata *_metadata, const char *const *options)
 {
-	const char *heap[MAX_ARGUMENTS + 2] = { "/bin/kvdecode", "--cache", "heap" };
-	static struct program pads_run, heap_run;
+	static struct program pad_run, heap_run;
 
-	for (size_t i = 1; i < MAX_ARGUMENTS && options[i]; i++)
-		heap[i + 2] = options[i];
-	start(&pads_run, options);
-	EXPECT_EQ(0, finish(&pads_run));
-	start(&heap_run, heap);
+	start(&pad_run, options);
+	EXPECT_EQ(0, finish(&pad_run));
+	start_with(&heap_run, KVDECODE("--cache", "heap"), options);
 	EXPECT_EQ(0, finish(&heap_run));
 	EXPECT_LT(20, heap_run.bytes);
-	EXPECT_STREQ(heap_run.text, pads_run.text);
+	EXPECT_STREQ(heap_run.text, pad_run.text);
 }
 
-TEST_F_TIMEOUT(decode, pads_and_heap_give_the_same_text, TEST_SECONDS)
+TEST_F_TIMEOUT(decode, pad_and_heap_give_the_same_text, TEST_SECONDS)
 {
 	expect_same_text(_metadata, KVDECODE("--steps", "200"));
 	expect_same_text(_metadata, KVDECODE("--prompt", "Hello", "--steps", "100"));
@@ -105,8 +161,8 @@ TEST_F_TIMEOUT(decode, pads_and_heap_give_the_same_text, TEST_SECONDS)
 					     "2", "--steps", "150"));
 }
 
-/* The kernel converts K and V as the same code does on the heap. */
-TEST_F_TIMEOUT(decode, mxint8_pads_and_heap_give_the_same_text, TEST_SECONDS)
+/* K and V are converted as the same code does on the heap. */
+TEST_F_TIMEOUT(decode, mxint8_pad_and_heap_give_the_same_text, TEST_SECONDS)
 {
 	static struct program plain, scaled;
 
@@ -115,39 +171,52 @@ TEST_F_TIMEOUT(decode, mxint8_pads_and_heap_give_the_same_text, TEST_SECONDS)
 					     "--steps", "100"));
 
 	/* and to the last bit of every logit */
-	start(&plain, KVDECODE("--kv", "mxint8", "--steps", "20", "--logits", "/tmp/pads.logits"));
+	start(&plain, KVDECODE("--kv", "mxint8", "--steps", "20", "--logits", "pad.logits"));
 	EXPECT_EQ(0, finish(&plain));
 	start(&scaled, KVDECODE("--kv", "mxint8", "--steps", "20", "--cache", "heap", "--logits",
-				"/tmp/heap.logits"));
+				"heap.logits"));
 	EXPECT_EQ(0, finish(&scaled));
-	EXPECT_EQ(0, system("cmp /tmp/pads.logits /tmp/heap.logits"));
-	start(&plain, KVDECODE("--steps", "20", "--logits", "/tmp/heap.logits"));
+	EXPECT_EQ(0, system("cmp pad.logits heap.logits"));
+	start(&plain, KVDECODE("--steps", "20", "--logits", "heap.logits"));
 	EXPECT_EQ(0, finish(&plain));
-	EXPECT_NE(0, system("cmp -s /tmp/pads.logits /tmp/heap.logits"));
+	EXPECT_NE(0, system("cmp -s pad.logits heap.logits"));
+}
+
+static const char *model_directory(void)
+{
+	const char *directory = getenv("MODEL");
+
+	return directory ? directory : "/";
 }
 
 static bool have_model(void)
 {
+	char pattern[PATH_MAX];
 	glob_t found;
-	bool have = !glob("/tok*.bin", 0, NULL, &found);
+	bool have;
 
+	snprintf(pattern, sizeof(pattern), "%s/tok*.bin", model_directory());
+	have = !glob(pattern, 0, NULL, &found);
 	if (have)
 		globfree(&found);
 	return have;
 }
 
-TEST_F_TIMEOUT(decode, story_is_the_same_on_pads_and_heap, TEST_SECONDS)
+TEST_F_TIMEOUT(decode, story_is_the_same_on_pad_and_heap, TEST_SECONDS)
 {
+	const char *model = model_directory();
+
 	if (!have_model())
 		SKIP(return, "no MODEL= given");
-	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--steps", "150"));
-	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--temperature",
+	expect_same_text(_metadata, KVDECODE("--model", model, "--prompt", STORY, "--steps",
+					     "150"));
+	expect_same_text(_metadata, KVDECODE("--model", model, "--prompt", STORY, "--temperature",
 					     "0.9", "--seed", "11", "--steps", "100"));
-	expect_same_text(_metadata, KVDECODE("--model", "/", "--prompt", STORY, "--kv", "mxint8",
+	expect_same_text(_metadata, KVDECODE("--model", model, "--prompt", STORY, "--kv", "mxint8",
 					     "--steps", "100"));
 }
 
-/* Handles for a decoder to work on, which outlive it */
+/* A pad for a decoder to work on, which outlives it */
 
 static int connect_when_it_listens(void)
 {
@@ -159,71 +228,222 @@ static int connect_when_it_listens(void)
 	return sock;
 }
 
-static int nr_pads;
-
-/* Empty pads as a decoder with @kv makes them: one is asked for its own. */
-static void open_handles(const char *kv)
+/* What a decoder with @options hands to its readers; and it, which waits for that */
+static struct kvscratch *served_pad(const char *const *options, struct program *decoder, int *sock)
 {
-	static struct program model;
-	static char names[KVSCRATCH_MAX_PASSED * 16];
-	int fds[NR_HANDLES], sock;
+	char name[KVSCRATCH_MAX_NAMES_BYTES];
+	struct kvscratch *pad;
+	int fd;
 
-	start(&model, KVDECODE("--kv", kv, "--steps", "1", "--serve", SOCKET_PATH,
-			       "--wait-reader"));
-	sock = connect_when_it_listens();
-	nr_pads = kvscratch_receive_handles(sock, names, sizeof(names), fds, NR_HANDLES);
-	for (int i = 0; i < nr_pads; i++) {
-		struct kvscratch_info info;
-		int err = device_info(fds[i], &info);
-		int fd = err ? err : device_create_scaled(info.max_seq_len, info.dim, info.dtype,
-							  info.input_dtype, info.frac_bits);
+	start_with(decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader"), options);
+	*sock = connect_when_it_listens();
+	if (kvscratch_receive_handles(*sock, name, sizeof(name), &fd, 1) != 1 ||
+	    strcmp(name, "cache") || kvscratch_from_fd(&pad, fd))
+		abort();
+	return pad;
+}
 
-		/* dup2() leaves them open across exec */
-		if (fd < 0 || dup2(fd, FIRST_HANDLE + i) < 0)
-			abort();
-		close(fd);
-		close(fds[i]);
-	}
-	close(sock);
-	if (nr_pads < 3 || finish(&model))
+static struct kvscratch *pad_of_handle;
+
+/* Make the pad at HANDLE: an empty one. */
+static void set_handle(const struct kvscratch_plane *planes, uint32_t count, uint64_t rows,
+		       const void *tag)
+{
+	kvscratch_close(pad_of_handle);
+	if (kvscratch_new_planes(&pad_of_handle, rows, planes, count, tag, KVSCRATCH_TAG_BYTES) ||
+	    /* which leaves it open across exec */
+	    dup2(kvscratch_fd(pad_of_handle), HANDLE) < 0)
 		abort();
 }
 
-static void close_handles(void)
+/* One such as a decoder with @options makes: it is asked for its own. */
+static void open_handle(const char *const *options)
 {
-	for (int i = 0; i < nr_pads; i++)
-		close(FIRST_HANDLE + i);
+	static struct program decoder;
+	struct kvscratch_pad_info info;
+	struct kvscratch *made;
+	int sock;
+
+	made = served_pad(options, &decoder, &sock);
+	if (kvscratch_pad_info(made, &info))
+		abort();
+	set_handle(kvscratch_plane(made, 0), kvscratch_nr_planes(made), info.max_seq_len, info.tag);
+	kvscratch_close(made);
+	close(sock);
+	kill(decoder.pid, SIGKILL);
+	finish(&decoder);
+	unlink(SOCKET_PATH);
 }
 
-/* The last of the pads, with one id per position */
-static int tokens_handle(void)
+static void close_handle(void)
 {
-	return FIRST_HANDLE + nr_pads - 1;
+	kvscratch_close(pad_of_handle);
+	pad_of_handle = NULL;
+	close(HANDLE);
 }
 
 static void await_tokens(uint64_t len)
 {
-	while (len_of(tokens_handle()) < len)
+	while ((uint64_t)kvscratch_len(pad_of_handle) < len)
 		sched_yield();
 }
 
+static uint64_t generation_of_pad(struct kvscratch *pad)
+{
+	struct kvscratch_pad_info info;
+
+	return kvscratch_pad_info(pad, &info) ? UINT64_MAX : info.generation;
+}
+
+/* One token, of zeros but for its id */
+static int append_token(int32_t id)
+{
+	const uint32_t bytes = kvscratch_input_row_bytes(pad_of_handle);
+	char *token = calloc(1, bytes);
+	int err;
+
+	if (!token)
+		abort();
+	/* the tokens are the last plane */
+	memcpy(token + bytes - sizeof(id), &id, sizeof(id));
+	err = kvscratch_append_tokens(pad_of_handle, token, 1, bytes);
+	free(token);
+	return err;
+}
+
+/* Drafts */
+
+/* Text and logits are those without drafts, and nothing was ever dropped from the pad. */
+static void expect_drafts_change_nothing(struct __test_metadata *_metadata,
+					 const char *const *options, const char *const *drafts)
+{
+	static struct program plain, drafted;
+
+	start_with(&plain, KVDECODE("--cache", "heap", "--logits", "plain.logits"), options);
+	EXPECT_EQ(0, finish(&plain));
+	EXPECT_LT(20, plain.bytes);
+	open_handle(options);
+	start_with(&drafted, drafts, options);
+	EXPECT_EQ(0, finish(&drafted));
+	EXPECT_STREQ(plain.text, drafted.text);
+	EXPECT_EQ(0, system("cmp plain.logits drafted.logits"));
+	EXPECT_LT(20, kvscratch_len(pad_of_handle));
+	EXPECT_EQ(0, generation_of_pad(pad_of_handle));
+	close_handle();
+}
+
+#define DRAFTS(...) \
+	KVDECODE("--handle", HANDLE_TEXT, "--logits", "drafted.logits", "--draft", __VA_ARGS__)
+
+TEST_F_TIMEOUT(decode, drafts_change_nothing, TEST_SECONDS)
+{
+	const char *const *options[] = {
+		KVDECODE("--steps", "120"),
+		KVDECODE("--steps", "100", "--prompt", "to be or not to be, to be or not to be"),
+		KVDECODE("--steps", "100", "--temperature", "1", "--seed", "3"),
+		KVDECODE("--steps", "60", "--kv", "mxint8"),
+		KVDECODE("--steps", "60", "--queries"),
+	};
+
+	for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++) {
+		expect_drafts_change_nothing(_metadata, options[i], DRAFTS("1"));
+		expect_drafts_change_nothing(_metadata, options[i], DRAFTS("7"));
+	}
+	expect_drafts_change_nothing(_metadata, options[0], DRAFTS("64"));
+}
+
+TEST_F_TIMEOUT(decode, drafts_of_a_story_change_nothing, TEST_SECONDS)
+{
+	const char *const *options = KVDECODE("--model", model_directory(), "--prompt", STORY);
+
+	if (!have_model())
+		SKIP(return, "no MODEL= given");
+	expect_drafts_change_nothing(_metadata, options, DRAFTS("4"));
+}
+
+/* Made for the tests: two that say different things, and their vocabulary */
+#define WEIGHTS(_seed) \
+	"--checkpoint", "weights-" _seed, "--tokenizer", "tok"
+
+static void make_checkpoints(void)
+{
+	write_checkpoint("weights-1", 1);
+	write_checkpoint("weights-2", 2);
+	write_tokenizer("tok");
+}
+
+/* Right ones save work, wrong ones cost it. */
+TEST_F_TIMEOUT(decode, drafts_of_another_model_change_nothing, TEST_SECONDS)
+{
+	const char *const *chance = KVDECODE(WEIGHTS("1"), "--steps", "60", "--temperature", "1");
+	const char *const *made_up = KVDECODE("--steps", "60");
+	const char *const *monotone = KVDECODE(WEIGHTS("1"), "--steps", "60");
+
+	make_checkpoints();
+	expect_drafts_change_nothing(_metadata, chance, DRAFTS("5", "--draft-model", "weights-1"));
+	expect_drafts_change_nothing(_metadata, chance, DRAFTS("5", "--draft-model", "weights-2"));
+	/* which says something else, and has as large a vocabulary */
+	expect_drafts_change_nothing(_metadata, made_up, DRAFTS("3", "--draft-model", "weights-1"));
+	/* it says one word again and again */
+	expect_drafts_change_nothing(_metadata, monotone, DRAFTS("3"));
+}
+
+/* Three drafts, all of them right: tokens come by four, and none of them before all were run. */
+TEST_F_TIMEOUT(decode, accepted_drafts_are_committed_together, TEST_SECONDS)
+{
+	static struct program decoder;
+	const struct kvscratch_view *view;
+	struct kvscratch *pad;
+	uint32_t len = 0;
+	int sock;
+
+	make_checkpoints();
+	pad = served_pad(KVDECODE(WEIGHTS("1"), "--steps", "60", "--draft", "3", "--draft-model",
+				  "weights-1"), &decoder, &sock);
+	view = kvscratch_view(pad);
+	ASSERT_NE(NULL, view);
+	while (len < 60) {
+		uint64_t state = kvscratch_view_state(view);
+
+		len = kvscratch_state_len(state);
+		ASSERT_EQ(0, len % 4);
+		ASSERT_EQ(0, kvscratch_state_generation(state));
+	}
+	EXPECT_EQ(0, finish(&decoder));
+	EXPECT_EQ(60, kvscratch_len(pad));
+	kvscratch_close(pad);
+	close(sock);
+}
+
+TEST_F_TIMEOUT(decode, draft_models_that_do_not_fit_are_refused, TEST_SECONDS)
+{
+	static struct program decoder;
+
+	make_checkpoints();
+	start(&decoder, KVDECODE("--draft", "3", "--draft-model", "tok"));
+	EXPECT_EQ(1, finish(&decoder));
+	start(&decoder, KVDECODE("--draft-model", "weights-1"));
+	EXPECT_EQ(1, finish(&decoder));
+	start(&decoder, KVDECODE("--draft", "65"));
+	EXPECT_EQ(1, finish(&decoder));
+	EXPECT_EQ(0, decoder.bytes);
+}
+
+/* Several lives */
+
 /* Run with @options in several lives; the last one ends by itself. */
-static void die_and_go_on(struct __test_metadata *_metadata, const char *kv,
-			  const char *const *options)
+static void die_and_go_on(struct __test_metadata *_metadata, const char *const *options)
 {
 	static const uint64_t deaths[] = { 1, 7, 30, 31, 90 };
-	const char *heap[MAX_ARGUMENTS + 4] = { "/bin/kvdecode", "--cache", "heap", "--kv", kv };
-	const char *pads[MAX_ARGUMENTS + 4] = { "/bin/kvdecode", "--handles", "100", "--kv", kv };
+	const char *const *on_pad = KVDECODE("--handle", HANDLE_TEXT);
 	static struct program whole, life;
 	int status;
 
-	for (size_t i = 1; i < MAX_ARGUMENTS && options[i]; i++)
-		heap[i + 4] = pads[i + 4] = options[i];
-	start(&whole, heap);
+	start_with(&whole, KVDECODE("--cache", "heap"), options);
 	ASSERT_EQ(0, finish(&whole));
-	open_handles(kv);
-	for (size_t i = 0; i < ARRAY_SIZE(deaths); i++) {
-		start(&life, pads);
+	open_handle(options);
+	for (size_t i = 0; i < sizeof(deaths) / sizeof(deaths[0]); i++) {
+		start_with(&life, on_pad, options);
 		await_tokens(deaths[i]);
 		kill(life.pid, SIGKILL);
 		status = finish(&life);
@@ -232,148 +452,157 @@ static void die_and_go_on(struct __test_metadata *_metadata, const char *kv,
 		/* what it printed is the beginning of the whole */
 		EXPECT_EQ(0, strncmp(whole.text, life.text, life.bytes));
 	}
-	start(&life, pads);
+	start_with(&life, on_pad, options);
 	EXPECT_EQ(0, finish(&life));
 	EXPECT_STREQ(whole.text, life.text);
-	close_handles();
+	EXPECT_EQ(0, generation_of_pad(pad_of_handle));
+	close_handle();
 }
 
 TEST_F_TIMEOUT(decode, next_decoder_goes_on_where_a_killed_one_ended, TEST_SECONDS)
 {
-	die_and_go_on(_metadata, "f32", KVDECODE("--steps", "150"));
+	die_and_go_on(_metadata, KVDECODE("--steps", "150"));
 	/* chance, too, is a matter of the position */
-	die_and_go_on(_metadata, "f32", KVDECODE("--steps", "150", "--temperature", "1", "--seed",
-						 "3"));
-	die_and_go_on(_metadata, "mxint8", KVDECODE("--steps", "100"));
+	die_and_go_on(_metadata, KVDECODE("--steps", "150", "--temperature", "1", "--seed", "3"));
+	die_and_go_on(_metadata, KVDECODE("--steps", "100", "--kv", "mxint8"));
+	die_and_go_on(_metadata, KVDECODE("--steps", "150", "--draft", "5"));
 }
 
-/* Without luck: pads as a death in the middle of a step leaves them */
-TEST_F_TIMEOUT(decode, half_a_step_is_cut_back, TEST_SECONDS)
+/* Without luck: a pad as a death in the middle of a step leaves it */
+TEST_F_TIMEOUT(decode, half_a_step_is_no_token, TEST_SECONDS)
 {
 	static struct program whole, life;
-	uint8_t row[4096] = { 0xff };
-	struct kvscratch_info info;
+	static const uint8_t row[4096] = { 0xff, 0xff, 0xff, 0x3e };
+	const char *const *options = KVDECODE("--steps", "60");
+	struct kvscratch *writer;
 
-	start(&whole, KVDECODE("--cache", "heap", "--steps", "60"));
+	start_with(&whole, KVDECODE("--cache", "heap"), options);
 	ASSERT_EQ(0, finish(&whole));
-	open_handles("f32");
+	open_handle(options);
 	/* of the first step, too */
-	ASSERT_EQ(0, device_info(FIRST_HANDLE, &info));
-	ASSERT_EQ(0, device_append(FIRST_HANDLE, row, info.row_bytes));
-	start(&life, KVDECODE("--handles", "100", "--steps", "40"));
-	ASSERT_EQ(0, finish(&life));
-	ASSERT_EQ(40, len_of(tokens_handle()));
-	/* k0, v0 and k1 have the next position, and no other pad has */
-	for (int fd = FIRST_HANDLE; fd < FIRST_HANDLE + 3; fd++) {
-		ASSERT_EQ(0, device_info(fd, &info));
-		ASSERT_GE(sizeof(row), info.row_bytes);
-		ASSERT_EQ(0, device_append(fd, row, info.row_bytes));
+	for (uint32_t len = 0; len <= 40; len += 40) {
+		ASSERT_EQ(0, kvscratch_writer(&writer, pad_of_handle));
+		for (uint32_t plane = 0; plane < 3; plane++)
+			ASSERT_EQ(0, kvscratch_stage(writer, plane, len, row, 1));
+		kvscratch_close(writer);
+		EXPECT_EQ(len, kvscratch_len(pad_of_handle));
+		start(&life, KVDECODE("--handle", HANDLE_TEXT, "--steps", len ? "60" : "40"));
+		ASSERT_EQ(0, finish(&life));
 	}
-	start(&life, KVDECODE("--handles", "100", "--steps", "60"));
-	EXPECT_EQ(0, finish(&life));
 	EXPECT_STREQ(whole.text, life.text);
-	for (int fd = FIRST_HANDLE; fd <= tokens_handle(); fd++)
-		EXPECT_EQ(60, len_of(fd));
-	close_handles();
+	EXPECT_EQ(60, kvscratch_len(pad_of_handle));
+	EXPECT_EQ(0, generation_of_pad(pad_of_handle));
+	close_handle();
+}
+
+/* One that hangs is no obstacle to who asks for its place, and writes no more. */
+TEST_F_TIMEOUT(decode, hanging_decoder_is_taken_over, TEST_SECONDS)
+{
+	static struct program whole, hanging, next;
+	const char *const *options = KVDECODE("--steps", "80");
+
+	start_with(&whole, KVDECODE("--cache", "heap"), options);
+	ASSERT_EQ(0, finish(&whole));
+	open_handle(options);
+	start_hanging(&hanging, KVDECODE("--handle", HANDLE_TEXT, "--steps", "80"));
+	await_tokens(2);
+	/* nobody else writes meanwhile, whoever they are */
+	EXPECT_EQ(-EBUSY, append_token(1));
+	EXPECT_EQ(-EBUSY, kvscratch_truncate(pad_of_handle, 1, 0));
+	start_with(&next, KVDECODE("--handle", HANDLE_TEXT), options);
+	EXPECT_EQ(2, finish(&next));
+	EXPECT_EQ(0, next.bytes);
+
+	start_with(&next, KVDECODE("--handle", HANDLE_TEXT, "--takeover"), options);
+	EXPECT_EQ(0, finish(&next));
+	EXPECT_STREQ(whole.text, next.text);
+	EXPECT_EQ(80, kvscratch_len(pad_of_handle));
+	EXPECT_EQ(2, finish(&hanging));
+	EXPECT_EQ(80, kvscratch_len(pad_of_handle));
+	EXPECT_EQ(0, generation_of_pad(pad_of_handle));
+	close_handle();
+}
+
+/* Pads that are not ours: refused, and left as they are */
+
+static void expect_refused(struct __test_metadata *_metadata, const char *const *options)
+{
+	struct kvscratch_pad_info before, after;
+	static struct program decoder;
+
+	ASSERT_EQ(0, kvscratch_pad_info(pad_of_handle, &before));
+	start_with(&decoder, KVDECODE("--handle", HANDLE_TEXT, "--steps", "9"), options);
+	EXPECT_EQ(2, finish(&decoder));
+	EXPECT_EQ(0, decoder.bytes);
+	ASSERT_EQ(0, kvscratch_pad_info(pad_of_handle, &after));
+	EXPECT_EQ(before.len, after.len);
+	EXPECT_EQ(before.generation, after.generation);
+	EXPECT_EQ(before.epoch, after.epoch);
 }
 
 TEST_F_TIMEOUT(decode, pads_of_another_model_are_refused, TEST_SECONDS)
 {
-	static struct program life;
+	const char *const *none = KVDECODE(NULL);
+	struct kvscratch_plane planes[64];
+	struct kvscratch_pad_info info;
+	uint32_t count;
 
-	int other = device_create(7, 3, KVSCRATCH_DTYPE_F32);
+	make_checkpoints();
+	/* same shape, other numbers */
+	open_handle(KVDECODE(WEIGHTS("1")));
+	ASSERT_EQ(0, append_token(1));
+	expect_refused(_metadata, KVDECODE(WEIGHTS("2")));
 
-	ASSERT_LE(0, other);
-	open_handles("f32");
-	ASSERT_EQ(FIRST_HANDLE, dup2(other, FIRST_HANDLE));
-	ASSERT_EQ(0, append_rows(FIRST_HANDLE, 12, 0, 2));
-	start(&life, KVDECODE("--handles", "100"));
-	EXPECT_EQ(2, finish(&life));
-	EXPECT_EQ(0, life.bytes);
-	/* and left as they were */
-	EXPECT_EQ(2, len_of(FIRST_HANDLE));
-	EXPECT_EQ(0, generation_of(FIRST_HANDLE));
-	close(other);
-	close_handles();
+	/* another shape, and no tag at all */
+	open_handle(none);
+	expect_refused(_metadata, KVDECODE(WEIGHTS("1")));
+	expect_refused(_metadata, KVDECODE("--kv", "mxint8"));
+	expect_refused(_metadata, KVDECODE("--queries"));
+	ASSERT_EQ(0, kvscratch_pad_info(pad_of_handle, &info));
+	count = kvscratch_nr_planes(pad_of_handle);
+	ASSERT_GE(64, count);
+	for (uint32_t i = 0; i < count; i++)
+		planes[i] = *kvscratch_plane(pad_of_handle, i);
+	set_handle(planes, count, info.max_seq_len, (const char[KVSCRATCH_TAG_BYTES]){ 0 });
+	expect_refused(_metadata, none);
+	/* with the tag of ours */
+	set_handle(planes, count, info.max_seq_len - 1, info.tag);
+	expect_refused(_metadata, none);
+	set_handle(planes, count - 1, info.max_seq_len, info.tag);
+	expect_refused(_metadata, none);
+	planes[1].dim++;
+	set_handle(planes, count, info.max_seq_len, info.tag);
+	expect_refused(_metadata, none);
+	close_handle();
 }
 
-/* Sets of pads that no decoder leaves behind: refused, and left as they are */
 TEST_F_TIMEOUT(decode, odd_pads_are_refused, TEST_SECONDS)
 {
-	static struct program life;
-	static uint8_t row[4096];
-	struct kvscratch_info info;
-	int32_t id = 1 << 30;
-	int k0 = FIRST_HANDLE, tokens, other;
-
-	/* rows, and no tokens pad in its place */
-	open_handles("f32");
-	start(&life, KVDECODE("--handles", "100", "--steps", "1"));
-	ASSERT_EQ(0, finish(&life));
-	ASSERT_EQ(0, device_info(k0, &info));
-	tokens = tokens_handle();
-	ASSERT_LT(k0, tokens);
-	other = device_open(O_RDWR);
-	ASSERT_LE(0, other);
-	ASSERT_EQ(tokens, dup2(other, tokens));
-	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
-	EXPECT_EQ(2, finish(&life));
-	EXPECT_EQ(1, len_of(k0));
-	EXPECT_EQ(0, generation_of(k0));
-
-	/* fewer rows than tokens */
-	close(other);
-	other = device_create(info.max_seq_len, 1, KVSCRATCH_DTYPE_I32);
-	ASSERT_LE(0, other);
-	ASSERT_EQ(tokens, dup2(other, tokens));
-	id = 1;
-	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
-	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
-	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
-	EXPECT_EQ(2, finish(&life));
-	EXPECT_EQ(2, len_of(tokens));
+	const char *const *none = KVDECODE(NULL);
+	int reader;
 
 	/* an id that is none, and a prompt that is another */
-	for (int fd = k0; fd < tokens; fd++)
-		ASSERT_EQ(0, device_append(fd, row, info.row_bytes));
-	ASSERT_EQ(0, device_truncate(tokens, 1, 0));
-	id = 1 << 30;
-	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
-	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
-	EXPECT_EQ(2, finish(&life));
-	ASSERT_EQ(0, device_truncate(tokens, 1, 0));
-	id = 300;
-	ASSERT_EQ(0, device_append(tokens, &id, sizeof(id)));
-	start(&life, KVDECODE("--handles", "100", "--steps", "9", "--prompt", "xyz"));
-	EXPECT_EQ(2, finish(&life));
-	EXPECT_EQ(2, len_of(k0));
-	EXPECT_EQ(0, generation_of(k0));
+	open_handle(none);
+	ASSERT_EQ(0, append_token(1));
+	ASSERT_EQ(0, append_token(1 << 30));
+	expect_refused(_metadata, none);
+	ASSERT_EQ(0, kvscratch_truncate(pad_of_handle, 1, 0));
+	ASSERT_EQ(0, append_token(-1));
+	expect_refused(_metadata, none);
+	ASSERT_EQ(0, kvscratch_truncate(pad_of_handle, 1, 0));
+	ASSERT_EQ(0, append_token(300));
+	expect_refused(_metadata, KVDECODE("--prompt", "xyz"));
 
-	/* a handle that cannot append */
-	close(other);
-	other = device_open_reader(k0);
-	ASSERT_LE(0, other);
-	ASSERT_EQ(k0, dup2(other, k0));
-	start(&life, KVDECODE("--handles", "100", "--steps", "3"));
-	EXPECT_EQ(2, finish(&life));
-	close(other);
-	close_handles();
-}
-
-/* Who writes to the same pads is noticed. */
-TEST_F_TIMEOUT(decode, another_writer_ends_it, TEST_SECONDS)
-{
-	static struct program decoder;
-	static uint8_t row[4096];
-	struct kvscratch_info info;
-
-	open_handles("f32");
-	start(&decoder, KVDECODE("--handles", "100"));
-	await_tokens(2);
-	ASSERT_EQ(0, device_info(FIRST_HANDLE, &info));
-	ASSERT_EQ(0, device_append(FIRST_HANDLE, row, info.row_bytes));
-	EXPECT_EQ(2, finish(&decoder));
-	close_handles();
+	/* a handle that cannot write, and a pad that nobody can write to */
+	reader = kvscratch_open_reader(pad_of_handle);
+	ASSERT_LE(0, reader);
+	ASSERT_EQ(HANDLE, dup2(reader, HANDLE));
+	close(reader);
+	expect_refused(_metadata, none);
+	ASSERT_EQ(HANDLE, dup2(kvscratch_fd(pad_of_handle), HANDLE));
+	ASSERT_EQ(0, kvscratch_seal(pad_of_handle));
+	expect_refused(_metadata, none);
+	close_handle();
 }
 
 /* Closed standard descriptors do not become pads that the text goes into. */
@@ -387,7 +616,7 @@ TEST_F_TIMEOUT(decode, needs_no_standard_descriptors, TEST_SECONDS)
 		close(STDIN_FILENO);
 		close(STDOUT_FILENO);
 		close(STDERR_FILENO);
-		execv(argv[0], (char *const *)argv);
+		execv(program_path(argv[0]), (char *const *)argv);
 		_exit(127);
 	}
 	/* there is nowhere to write to */
@@ -397,59 +626,53 @@ TEST_F_TIMEOUT(decode, needs_no_standard_descriptors, TEST_SECONDS)
 /* A reader with nothing but what came over the socket, while the decoder works */
 TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 {
-	static char names[KVSCRATCH_MAX_PASSED * 16];
+	const struct kvscratch_view *view, *owned;
 	static struct program decoder;
-	int fds[NR_HANDLES], count, sock;
-	struct kvscratch_view k0, owned;
-	struct kvscratch_view tokens;
-	uint8_t row[16];
 	uint32_t looks = 0, len = 0;
+	struct kvscratch *pad;
+	int sock, tokens;
+	char byte;
 
-	open_handles("f32");
-	start(&decoder, KVDECODE("--handles", "100", "--serve", SOCKET_PATH, "--wait-reader",
-				 "--steps", "150"));
-	sock = connect_when_it_listens();
-	ASSERT_LE(0, sock);
-	count = kvscratch_receive_handles(sock, names, sizeof(names), fds, NR_HANDLES);
-	ASSERT_LT(2, count);
-	EXPECT_STREQ("k0", names);
-	ASSERT_EQ(0, device_map(fds[0], &k0));
-	ASSERT_EQ(0, device_map(fds[count - 1], &tokens));
-	EXPECT_EQ(KVSCRATCH_DTYPE_I32, tokens.info.dtype);
+	open_handle(KVDECODE("--steps", "150"));
+	pad = served_pad(KVDECODE("--handle", HANDLE_TEXT, "--steps", "150"), &decoder, &sock);
+	view = kvscratch_view(pad);
+	ASSERT_NE(NULL, view);
+	tokens = kvscratch_find_plane(pad, "tokens");
+	ASSERT_EQ((int)view->nr_planes - 1, tokens);
+	EXPECT_EQ(KVSCRATCH_DTYPE_I32, view->planes[tokens].dtype);
+	EXPECT_STREQ("k0", view->planes[0].label);
 
-	/* each token that exists has its row in every other pad */
+	/* each token that exists is there in every plane */
 	while (len < 150) {
-		uint32_t now = kvscratch_state_len(kvscratch_view_state(&tokens));
+		uint32_t now = kvscratch_state_len(kvscratch_view_state(view));
 
 		ASSERT_LE(len, now);
 		if (now == len)
 			continue;
 		len = now;
 		looks++;
-		ASSERT_LE(len, kvscratch_state_len(kvscratch_view_state(&k0)));
-		for (int i = 0; i < count; i++) {
-			ASSERT_LE(len, len_of(fds[i]));
+		for (uint32_t i = 0; i < view->nr_planes; i++) {
+			ASSERT_FALSE(all_zero(kvscratch_view_plane_row(view, i, len - 1),
+					      view->planes[i].row_bytes));
 		}
 	}
 	EXPECT_LT(1, looks);
 	/* the end of the stream is the end of the text */
-	EXPECT_EQ(0, read(sock, row, 1));
+	EXPECT_EQ(0, read(sock, &byte, 1));
 	EXPECT_EQ(0, finish(&decoder));
 
-	/* the same memory as that of the handles that we kept, and read-only */
-	ASSERT_EQ(0, device_map(FIRST_HANDLE, &owned));
-	EXPECT_EQ(0, memcmp(owned.data, k0.data, k0.info.data_bytes));
-	EXPECT_FALSE(all_zero(k0.data, 150 * (size_t)k0.info.row_bytes));
-	for (int i = 0; i < count; i++) {
-		EXPECT_ERRNO(EBADF, write(fds[i], row, sizeof(row)));
-		EXPECT_EQ(-EACCES, device_truncate(fds[i], 0, 0));
-		close(fds[i]);
-	}
-	device_unmap(&owned);
-	device_unmap(&tokens);
-	device_unmap(&k0);
+	/* the same memory as that of the handle that we kept, and read-only */
+	owned = kvscratch_view(pad_of_handle);
+	ASSERT_NE(NULL, owned);
+	EXPECT_EQ(0, memcmp(kvscratch_view_plane_row(owned, 0, 0),
+			    kvscratch_view_plane_row(view, 0, 0),
+			    150 * (size_t)view->planes[0].row_bytes));
+	EXPECT_EQ(O_RDONLY, kvscratch_access(pad));
+	EXPECT_EQ(-EBADF, kvscratch_truncate(pad, 0, 0));
+	EXPECT_ERRNO(EBADF, write(kvscratch_fd(pad), &byte, 1));
+	kvscratch_close(pad);
 	close(sock);
-	close_handles();
+	close_handle();
 }
 
 /* The tool as the reader; it may come before there is a socket. */
@@ -465,7 +688,8 @@ TEST_F_TIMEOUT(decode, watch_follows_until_the_decoder_ends, TEST_SECONDS)
 	ASSERT_LT(sizeof(last), watcher.bytes);
 	EXPECT_STREQ(last, watcher.text + watcher.bytes - strlen(last));
 
-	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--pad", "tokens", "--rows"));
+	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--rows", "--plane",
+				 "tokens"));
 	start(&decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader", "--steps", "20"));
 	EXPECT_EQ(0, finish(&decoder));
 	EXPECT_EQ(0, finish(&rows));
@@ -474,7 +698,8 @@ TEST_F_TIMEOUT(decode, watch_follows_until_the_decoder_ends, TEST_SECONDS)
 	EXPECT_NE(NULL, strstr(rows.text, "\n19: "));
 	EXPECT_EQ(NULL, strstr(rows.text, "\n20: "));
 
-	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--pad", "k99"));
+	start(&rows, KVSCRATCHCTL("watch", "--socket", SOCKET_PATH, "--rows", "--plane",
+				 "k99"));
 	start(&decoder, KVDECODE("--serve", SOCKET_PATH, "--wait-reader", "--steps", "20"));
 	EXPECT_EQ(1, finish(&rows));
 	EXPECT_EQ(0, finish(&decoder));
@@ -518,10 +743,10 @@ TEST_F_TIMEOUT(decode, socket_of_a_dead_server_is_taken_over, TEST_SECONDS)
 	EXPECT_EQ(128 + SIGTERM, finish(&first));
 	EXPECT_ERRNO(ENOENT, access(SOCKET_PATH, F_OK));
 	close(sock);
-	close(open("/tmp/precious", O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
-	start(&intruder, KVDECODE("--serve", "/tmp/precious"));
+	close(open("precious", O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+	start(&intruder, KVDECODE("--serve", "precious"));
 	EXPECT_EQ(3, finish(&intruder));
-	EXPECT_EQ(0, access("/tmp/precious", F_OK));
+	EXPECT_EQ(0, access("precious", F_OK));
 }
 
 TEST_HARNESS_MAIN
