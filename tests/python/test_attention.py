@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import kvscratch
-from kvscratch import Scratchpad
+from kvscratch import Plane, Scratchpad
 
 PROGRAM = pathlib.Path(__file__).resolve().parents[2] / "tools/examples/attention.py"
 SPEC = importlib.util.spec_from_file_location("attention", PROGRAM)
@@ -27,28 +27,30 @@ SPEC.loader.exec_module(attention)
 LAYERS, HEADS, KV_HEADS, HEAD, ROWS = 2, 4, 2, 16, 5
 
 
-@pytest.fixture(params=["f32", "mxint8"])
-def pads(request):
-    """The pads of a decoder that has come to ROWS tokens"""
+def rows_for(pad, count):
     random = np.random.default_rng(7)
-    made = {}
+    return {plane.label: random.normal(size=(count, plane.dim)).astype(
+        np.int32 if plane.label == "tokens" else np.float32) for plane in pad.planes}
+
+
+@pytest.fixture(params=["f32", "mxint8"])
+def pad(request):
+    """The pad of a decoder that has come to ROWS tokens"""
+    planes = []
     for layer in range(LAYERS):
-        made[f"k{layer}"] = Scratchpad(8, KV_HEADS * HEAD, request.param, input_dtype="f32")
-        made[f"q{layer}"] = Scratchpad(8, HEADS * HEAD)
-    made["tokens"] = Scratchpad(8, 1, "i32")
-    for name, pad in made.items():
-        rows = random.normal(size=(ROWS, pad.dim))
-        pad.append(rows.astype(np.int32 if name == "tokens" else np.float32))
-    yield made
-    for pad in made.values():
-        pad.close()
+        planes.append(Plane(f"k{layer}", KV_HEADS * HEAD, request.param, "f32"))
+        planes.append(Plane(f"q{layer}", HEADS * HEAD))
+    planes.append(Plane("tokens", 1, "i32"))
+    with Scratchpad(8, planes=planes) as made:
+        made.append(rows_for(made, ROWS))
+        yield made
 
 
-def written_out(pads, layer, head, heads, kv_heads):
+def written_out(pad, layer, head, heads, kv_heads):
     """The weights of one head, number by number"""
-    query, keys = pads[f"q{layer}"].as_tensor(), pads[f"k{layer}"].as_tensor()
+    query, keys = pad[f"q{layer}"], pad[f"k{layer}"]
     if keys.dtype == np.int8:
-        keys = kvscratch.dequantize(keys, pads[f"k{layer}"].scales())
+        keys = kvscratch.dequantize(keys, pad.scales(f"k{layer}"))
     rows, size = len(keys), query.shape[1] // heads
     at = head * kv_heads // heads * size
     scores = [sum(float(query[rows - 1, head * size + i]) * float(keys[row, at + i])
@@ -57,49 +59,49 @@ def written_out(pads, layer, head, heads, kv_heads):
     return [weight / sum(weights) for weight in weights]
 
 
-def assert_is_attention(found, pads, heads, kv_heads):
+def assert_is_attention(found, pad, heads, kv_heads):
     layers, found_heads, rows = found.shape
-    assert found_heads == heads and rows == len(pads["tokens"])
+    assert found_heads == heads and rows == len(pad)
     for layer in range(layers):
         for head in range(heads):
             assert np.allclose(found[layer, head],
-                               written_out(pads, layer, head, heads, kv_heads), atol=1e-5)
+                               written_out(pad, layer, head, heads, kv_heads), atol=1e-5)
 
 
-def test_weights(pads):
-    found = attention.last_attention(pads, HEADS, KV_HEADS)
+def test_weights(pad):
+    found = attention.last_attention(pad, HEADS, KV_HEADS)
     assert found.shape == (LAYERS, HEADS, ROWS)
-    assert_is_attention(found, pads, HEADS, KV_HEADS)
+    assert_is_attention(found, pad, HEADS, KV_HEADS)
 
 
-def test_a_step_that_is_not_over(pads):
-    before = attention.last_attention(pads, HEADS, KV_HEADS)
-    for name, pad in pads.items():
-        if name != "tokens":
-            pad.append(np.ones(pad.dim, np.float32))
-    assert np.array_equal(attention.last_attention(pads, HEADS, KV_HEADS), before)
+def test_a_step_that_is_not_over(pad):
+    before = attention.last_attention(pad, HEADS, KV_HEADS)
+    with pad.writer() as writer:
+        for label, rows in rows_for(pad, 1).items():
+            writer.stage(label, rows)
+        assert np.array_equal(attention.last_attention(pad, HEADS, KV_HEADS), before)
+        writer.commit()
+    assert attention.last_attention(pad, HEADS, KV_HEADS).shape[2] == ROWS + 1
 
 
-def test_nothing_yet(pads):
-    pads["tokens"].clear()
-    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
+def test_nothing_yet(pad):
+    pad.clear()
+    assert attention.last_attention(pad, HEADS, KV_HEADS) is None
 
 
-def test_truncated_before_it_looked(pads):
-    pads["k1"].truncate(ROWS - 1)
-    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
-
-
-@pytest.mark.parametrize("name", ["tokens", "k0", "q1"])
-def test_truncated_while_it_computed(pads, name, monkeypatch):
-    groups = attention.attention_of_head_groups
+# rows that a later layer finds dropped, or nobody until the end
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+def test_truncated_while_it_computed(pad, layer, monkeypatch):
+    groups, calls = attention.attention_of_head_groups, []
 
     def truncate_and_compute(query, keys):
-        pads[name].truncate(ROWS - 1)
+        if len(calls) == layer:
+            pad.truncate(ROWS - 1)
+        calls.append(None)
         return groups(query, keys)
 
     monkeypatch.setattr(attention, "attention_of_head_groups", truncate_and_compute)
-    assert attention.last_attention(pads, HEADS, KV_HEADS) is None
+    assert attention.last_attention(pad, HEADS, KV_HEADS) is None
 
 
 @pytest.mark.parametrize("heads, kv_heads, message", [
@@ -108,9 +110,9 @@ def test_truncated_while_it_computed(pads, name, monkeypatch):
     (3, 3, "fit rows of 64 and 32 elements, got 3 and 3"),
     (4, 4, "fit rows of 64 and 32 elements, got 4 and 4"),
 ])
-def test_wrong_heads(pads, heads, kv_heads, message):
+def test_wrong_heads(pad, heads, kv_heads, message):
     with pytest.raises(SystemExit) as caught:
-        attention.check(pads, heads, kv_heads)
+        attention.check(pad, heads, kv_heads)
     assert message in caught.value.code
 
 
@@ -147,14 +149,6 @@ def serve(path, pads):
     return thread
 
 
-def test_without_queries(pads, tmp_path):
-    thread = serve(tmp_path / "socket", {"k0": pads["k0"], "tokens": pads["tokens"]})
-    done = program(tmp_path / "socket", tmp_path / "a.svg", "--heads", 4)
-    thread.join()
-    assert done.stderr == ("attention: expected a pad q0, got k0 tokens: "
-                           "is it kvdecode --queries?\n")
-
-
 def attend(pads, tmp_path, *options):
     """The program beside a decoder that passes pads and ends"""
     thread = serve(tmp_path / "socket", pads)
@@ -165,21 +159,22 @@ def attend(pads, tmp_path, *options):
     return done
 
 
+def test_without_queries(tmp_path):
+    with Scratchpad(8, planes=[("k0", 4), ("tokens", 1, "i32")]) as without:
+        done = attend({"cache": without}, tmp_path)
+        assert done.stderr == ("attention: expected a plane q0, got k0 tokens: "
+                               "is it kvdecode --queries?\n")
+        done = attend({"k0": without, "v0": without}, tmp_path)
+        assert done.stderr == f"attention: {tmp_path}/socket: expected one pad, got 2\n"
+
+
 @pytest.mark.parametrize("options", [(), ("--wait",)])
-def test_a_decoder_that_ends_without_a_token(pads, options, tmp_path):
-    pads["tokens"].clear()
-    done = attend(pads, tmp_path, *options)
+def test_a_decoder_that_ends_without_a_token(pad, options, tmp_path):
+    pad.clear()
+    done = attend({"cache": pad}, tmp_path, *options)
     assert done.returncode == 1
-    assert done.stderr == ("attention: expected a token and its rows in every pad, got 0 tokens "
-                           "when the decoder ended\n")
+    assert done.stderr == "attention: expected a token, got 0 when the decoder ended\n"
     assert not list(tmp_path.iterdir())
-
-
-def test_pads_that_no_decoder_leaves(pads, tmp_path):
-    pads["k1"].truncate(ROWS - 1)
-    done = attend(pads, tmp_path)
-    assert done.stderr == ("attention: expected a token and its rows in every pad, got 5 tokens "
-                           "when the decoder ended\n")
 
 
 @pytest.fixture(name="small_files")
@@ -255,7 +250,7 @@ def test_beside_kvdecode(kv, tmp_path):
         with socket.socket(socket.AF_UNIX) as sock:
             while sock.connect_ex(str(path)):
                 os.sched_yield()
-            pads = kvscratch.receive_handles(sock)
+            pad = kvscratch.receive_handles(sock)["cache"]
             done = program(path, tmp_path / "live.png", "--heads", 8, "--kv-heads", 4)
             # either it looked while the decoder was at work, or came when it was gone
             if done.returncode:
@@ -265,11 +260,10 @@ def test_beside_kvdecode(kv, tmp_path):
             while sock.recv(1):
                 pass
     assert decoder.returncode == 0
-    assert len(pads["tokens"]) == 24
-    found = attention.last_attention(pads, 8, 4)
-    assert_is_attention(found, pads, 8, 4)
-    for pad in pads.values():
-        pad.close()
+    assert len(pad) == 24
+    found = attention.last_attention(pad, 8, 4)
+    assert_is_attention(found, pad, 8, 4)
+    pad.close()
 
 
 def test_waits_for_the_end(tmp_path):

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 """Plot how much kvdecode's last token attends to each token before it.
 
-Connects to a decoder that serves its pads, and computes
+Connects to a decoder that serves its cache, and computes
 softmax(q . k / sqrt(head size)) of every layer and head over the live views, without a
 copy of the cache:
 
@@ -29,8 +29,6 @@ import numpy as np
 import kvscratch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
 
@@ -40,12 +38,16 @@ SUFFIXES = (".svg", ".png", ".pdf")
 LOOK_SECONDS = 0.1
 
 
-def values(view: kvscratch.View, pad: kvscratch.Scratchpad) -> NDArray[Any]:
+def values(view: kvscratch.View, plane: kvscratch.Plane) -> NDArray[Any]:
     """The rows of a view as floats; only those of mxint8 are a copy."""
     rows: NDArray[Any] = np.asarray(view)
-    if pad.dtype != "mxint8":
+    if plane.dtype != "mxint8":
         return rows
     return kvscratch.dequantize(rows, np.asarray(view.scales()))
+
+
+def planes_of(pad: kvscratch.Scratchpad) -> dict[str, kvscratch.Plane]:
+    return {plane.label: plane for plane in pad.planes}
 
 
 def attention_of_head_groups(query: NDArray[Any], keys: NDArray[Any]) -> NDArray[Any]:
@@ -56,24 +58,23 @@ def attention_of_head_groups(query: NDArray[Any], keys: NDArray[Any]) -> NDArray
     return weights
 
 
-def last_attention(pads: Mapping[str, kvscratch.Scratchpad], heads: int,
-                   kv_heads: int) -> NDArray[Any] | None:
+def last_attention(pad: kvscratch.Scratchpad, heads: int, kv_heads: int) -> NDArray[Any] | None:
     """[layers, heads, rows]; None when a truncate came in between, or there is no token."""
-    # first: a token is in all other pads when it is in this one
-    tokens = pads["tokens"].view()
+    planes = planes_of(pad)
+    tokens = pad.view("tokens")
     rows = len(tokens)
     if not rows:
         return None
     views = [tokens]
     layers: list[NDArray[Any]] = []
-    while f"q{len(layers)}" in pads:
-        q_pad, k_pad = (pads[f"{name}{len(layers)}"] for name in "qk")
-        q_view, k_view = q_pad.view(), k_pad.view()
+    while f"q{len(layers)}" in planes:
+        q, k = (f"{name}{len(layers)}" for name in "qk")
+        q_view, k_view = pad.view(q), pad.view(k)
         # rows that a truncate took before the view was made
         if min(len(q_view), len(k_view)) < rows:
             return None
-        query = values(q_view, q_pad)[rows - 1].reshape(kv_heads, heads // kv_heads, -1)
-        keys = values(k_view, k_pad)[:rows].reshape(rows, kv_heads, -1)
+        query = values(q_view, planes[q])[rows - 1].reshape(kv_heads, heads // kv_heads, -1)
+        keys = values(k_view, planes[k])[:rows].reshape(rows, kv_heads, -1)
         layers.append(attention_of_head_groups(query, keys).reshape(heads, rows))
         views += [q_view, k_view]
     # until here it was arithmetic, which no bytes can harm
@@ -82,37 +83,37 @@ def last_attention(pads: Mapping[str, kvscratch.Scratchpad], heads: int,
     return np.array(layers)
 
 
-def check(pads: Mapping[str, kvscratch.Scratchpad], heads: int, kv_heads: int) -> None:
+def check(pad: kvscratch.Scratchpad, heads: int, kv_heads: int) -> None:
+    planes = planes_of(pad)
     for name in ("tokens", "q0", "k0"):
-        if name not in pads:
-            sys.exit(f"attention: expected a pad {name}, got {' '.join(pads)}: "
+        if name not in planes:
+            sys.exit(f"attention: expected a plane {name}, got {' '.join(planes)}: "
                      "is it kvdecode --queries?")
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         sys.exit(f"attention: expected heads that are a multiple of kv-heads, got {heads} and "
                  f"{kv_heads}")
-    if pads["q0"].dim % heads or pads["k0"].dim * heads != pads["q0"].dim * kv_heads:
-        sys.exit(f"attention: expected heads that fit rows of {pads['q0'].dim} and "
-                 f"{pads['k0'].dim} elements, got {heads} and {kv_heads}")
+    if planes["q0"].dim % heads or planes["k0"].dim * heads != planes["q0"].dim * kv_heads:
+        sys.exit(f"attention: expected heads that fit rows of {planes['q0'].dim} and "
+                 f"{planes['k0'].dim} elements, got {heads} and {kv_heads}")
 
 
 def has_hung_up(decoder: socket.socket) -> bool:
     return bool(select.select([decoder], [], [], 0)[0])
 
 
-def wait_for_attention(decoder: socket.socket, pads: Mapping[str, kvscratch.Scratchpad],
+def wait_for_attention(decoder: socket.socket, pad: kvscratch.Scratchpad,
                        heads: int, kv_heads: int) -> NDArray[Any]:
     """last_attention() as soon as there is any, if it can still come"""
     while True:
         # in this order: what came before the decoder hung up is seen
         ended = has_hung_up(decoder)
-        state = pads["tokens"].state
-        attention = last_attention(pads, heads, kv_heads)
+        state = pad.state
+        attention = last_attention(pad, heads, kv_heads)
         if attention is not None:
             return attention
         if ended:
-            sys.exit("attention: expected a token and its rows in every pad, got "
-                     f"{len(pads['tokens'])} tokens when the decoder ended")
-        pads["tokens"].wait(state, timeout=LOOK_SECONDS)
+            sys.exit(f"attention: expected a token, got {len(pad)} when the decoder ended")
+        pad.wait(state, timeout=LOOK_SECONDS)
 
 
 def check_output(path: str) -> str:
@@ -186,11 +187,14 @@ def main() -> None:
             pads = kvscratch.receive_handles(decoder)
         except OSError as error:
             sys.exit(f"attention: {arguments.socket}: {error.strerror or error}")
-        check(pads, arguments.heads, kv_heads)
-        # the decoder hangs up when it is done; its pads live on with our handles
+        if len(pads) != 1:
+            sys.exit(f"attention: {arguments.socket}: expected one pad, got {len(pads)}")
+        pad, = pads.values()
+        check(pad, arguments.heads, kv_heads)
+        # the decoder hangs up when it is done; its pad lives on with our handle
         while arguments.wait and decoder.recv(1):
             pass
-        attention = wait_for_attention(decoder, pads, arguments.heads, kv_heads)
+        attention = wait_for_attention(decoder, pad, arguments.heads, kv_heads)
     try:
         replace(arguments.output, plot(attention, kind))
     except OSError as error:
