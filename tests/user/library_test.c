@@ -5,6 +5,7 @@
  */
 #include "common.h"
 
+#include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <pthread.h>
@@ -1030,16 +1031,21 @@ struct writer {
 	int *missing;
 };
 
+/* Until nobody is missing any more */
+static void meet(int *missing)
+{
+	__atomic_fetch_sub(missing, 1, __ATOMIC_RELEASE);
+	while (__atomic_load_n(missing, __ATOMIC_ACQUIRE))
+		sched_yield();
+}
+
 static void *write_rows(void *argument)
 {
 	const struct writer *writer = argument;
 	uint8_t rows[2][ROW_DIM];
 
-	if (writer->missing) {
-		__atomic_fetch_sub(writer->missing, 1, __ATOMIC_RELEASE);
-		while (__atomic_load_n(writer->missing, __ATOMIC_ACQUIRE))
-			sched_yield();
-	}
+	if (writer->missing)
+		meet(writer->missing);
 	for (uint32_t i = 0; i < ROWS_EACH / 2; i++) {
 		memset(rows, writer->number, sizeof(rows));
 		if (kvscratch_append_rows(writer->pad, rows, 2, ROW_DIM))
@@ -1065,6 +1071,20 @@ static bool pairs_are_whole(struct kvscratch *pad, uint64_t rows)
 	return true;
 }
 
+/* How many of them failed */
+static int join_all(const pthread_t *threads, int count)
+{
+	int failed = 0;
+
+	for (int i = 0; i < count; i++) {
+		void *err;
+
+		pthread_join(threads[i], &err);
+		failed += err != NULL;
+	}
+	return failed;
+}
+
 TEST(threads_share_a_pad_object)
 {
 	struct writer writers[WRITERS];
@@ -1077,12 +1097,7 @@ TEST(threads_share_a_pad_object)
 		writers[i] = (struct writer){ pad, i + 1, missing };
 		ASSERT_EQ(0, pthread_create(&threads[i], NULL, write_rows, &writers[i]));
 	}
-	for (int i = 0; i < WRITERS; i++) {
-		void *failed;
-
-		pthread_join(threads[i], &failed);
-		EXPECT_EQ(NULL, failed);
-	}
+	EXPECT_EQ(0, join_all(threads, WRITERS));
 	EXPECT_TRUE(pairs_are_whole(pad, WRITERS * ROWS_EACH));
 	kvscratch_close(pad);
 }
@@ -1621,6 +1636,10 @@ TEST_F(planes, a_writer_that_is_killed)
 	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &info));
 	EXPECT_EQ(0, info.flags);
 	EXPECT_EQ(1, info.len);
+	/* where nobody is told of its death the page says so until somebody writes */
+	EXPECT_EQ(!kept("fenced-takeover"), kvscratch_view_has_writer(self->view));
+	EXPECT_EQ(0, kvscratch_truncate(self->pad, 1, 0));
+	EXPECT_FALSE(kvscratch_view_has_writer(self->view));
 	ASSERT_EQ(0, kvscratch_writer(&self->writer, self->pad)) TH_LOG("%s", kvscratch_error());
 	EXPECT_EQ(3, kvscratch_view_epoch(self->view));
 	EXPECT_EQ(-EINVAL, kvscratch_commit(self->writer, 2));
@@ -1756,6 +1775,15 @@ TEST_F(planes, a_truncate_with_an_expectation)
 	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 2, 1));
 }
 
+/* Whether this process has a page in its page tables */
+static bool is_mapped(int pagemap, const void *at)
+{
+	uint64_t entry = 0;
+
+	return pread(pagemap, &entry, sizeof(entry),
+		     (uintptr_t)at / page_bytes() * sizeof(entry)) == sizeof(entry) && entry >> 63;
+}
+
 /* An engine brings the address. */
 TEST_F(planes, one_is_mapped_where_the_caller_wants_it)
 {
@@ -1763,13 +1791,13 @@ TEST_F(planes, one_is_mapped_where_the_caller_wants_it)
 	char *room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	char *middle = room + page_bytes();
 	char words[64];
-	unsigned char there;
+	int pagemap = open("/proc/self/pagemap", O_RDONLY);
 
 	ASSERT_NE(MAP_FAILED, room);
 	ASSERT_EQ(0, stage_token(self->writer, 0, 1));
 	ASSERT_EQ(0, kvscratch_map_plane(self->pad, K, middle)) TH_LOG("%s", kvscratch_error());
-	EXPECT_EQ(0, mincore(middle, page_bytes(), &there));
-	EXPECT_EQ(1, there & 1);
+	EXPECT_EQ(pagemap >= 0, is_mapped(pagemap, middle));
+	close(pagemap);
 	EXPECT_EQ(0, memcmp(middle, kvscratch_view_plane_row(self->view, K, 0), 24));
 	ASSERT_EQ(0, stage_token(self->writer, 0, 2));
 	EXPECT_EQ(0, memcmp(middle, kvscratch_view_plane_row(self->view, K, 0), 24));
@@ -1985,8 +2013,11 @@ TEST(planes_that_are_refused)
 		     kvscratch_find_plane(pad, "k"));
 	EXPECT_ERROR(ENOENT, "no plane is called \"?[2J\"", kvscratch_find_plane(pad, "\33[2J"));
 	memcpy(planes, kvscratch_plane(pad, 0), sizeof(planes));
+	planes[1].scales_offset = planes[1].scales_row_bytes = planes[1].reserved = 12345;
 	kvscratch_close(pad);
 	ASSERT_EQ(0, kvscratch_new_planes(&pad, 8, planes, 3, NULL, 0));
+	planes[1].scales_offset = planes[1].scales_row_bytes = planes[1].reserved = 0;
+	EXPECT_EQ(0, memcmp(planes, kvscratch_plane(pad, 0), sizeof(planes)));
 	kvscratch_close(pad);
 	snprintf(words, sizeof(words), "cannot create a pad of 4294967295 rows over 3 planes: %s",
 		 limit_of_bytes());
@@ -2027,6 +2058,490 @@ TEST(four_thousand_planes)
 	free(planes);
 	free(token);
 }
+
+/* As a program that knows less, or more, of the struct */
+TEST_F(planes, tell_so_much_as_the_program_knows)
+{
+	struct { struct kvscratch_pad_info info; uint64_t later; } longer;
+	struct kvscratch_pad_info info = { .max_seq_len = 77 };
+
+	EXPECT_EQ(0, kvscratch_pad_info_sized(self->pad, &info, 16));
+	EXPECT_EQ(16, info.size);
+	EXPECT_NE(0, info.id);
+	EXPECT_EQ(77, info.max_seq_len);
+	EXPECT_EQ(0, kvscratch_pad_info_sized(self->pad, &longer.info, sizeof(longer)));
+	EXPECT_EQ(0, longer.later);
+	EXPECT_EQ(sizeof(info), longer.info.size);
+}
+
+/* Threads */
+
+struct stager {
+	struct kvscratch *writer;
+	uint32_t plane;
+	int *missing;
+};
+
+static void *stage_rows(void *argument)
+{
+	const struct stager *stager = argument;
+
+	meet(stager->missing);
+	for (uint32_t round = 0; round < 200; round++)
+		for (uint32_t row = 0; row < PLANES_ROWS; row++)
+			if (stage_row(stager->writer, stager->plane, row, row + round))
+				return (void *)1;
+	return NULL;
+}
+
+/* A thread for each plane, and one object */
+TEST_F(planes, threads_share_a_writer)
+{
+	struct stager stagers[NR_PLANES];
+	pthread_t threads[NR_PLANES];
+	int *missing = new_counter(NR_PLANES);
+
+	for (uint32_t i = 0; i < NR_PLANES; i++) {
+		stagers[i] = (struct stager){ self->writer, i, missing };
+		ASSERT_EQ(0, pthread_create(&threads[i], NULL, stage_rows, &stagers[i]));
+	}
+	EXPECT_EQ(0, join_all(threads, NR_PLANES));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, PLANES_ROWS));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		for (uint32_t row = 0; row < PLANES_ROWS; row++)
+			EXPECT_TRUE(plane_row_is(self->view, plane, row, row + 199));
+}
+
+/* Who waits for a row learns that none will come. */
+TEST_F(planes, a_seal_wakes_who_waits)
+{
+	struct waiter waiter = { .pad = self->pad };
+	pthread_t thread;
+	void *err;
+
+	ASSERT_EQ(0, pthread_create(&thread, NULL, wait_for_change, &waiter));
+	while (!__atomic_load_n(&waiter.thread, __ATOMIC_ACQUIRE))
+		sched_yield();
+	EXPECT_EQ('S', await_sleep(waiter.thread));
+	ASSERT_EQ(0, kvscratch_seal(self->writer));
+	pthread_join(thread, &err);
+	EXPECT_EQ(-EROFS, (long)err);
+}
+
+#define RIVALS 3
+#define CONTESTED_ROWS 2000
+
+static const struct kvscratch_plane three_planes[] = {
+	{ .dim = 1, .dtype = KVSCRATCH_DTYPE_I64 },
+	{ .dim = 3, .dtype = KVSCRATCH_DTYPE_I64 },
+	{ .dim = 1, .dtype = KVSCRATCH_DTYPE_I64 },
+};
+
+/* Tokens of @number, until the role is lost or the pad full */
+static int write_contested(struct kvscratch *writer, int64_t number)
+{
+	const int64_t rows[] = { number, number, number };
+	int64_t len = kvscratch_len(writer);
+	int err = 0;
+
+	while (!err) {
+		for (uint32_t plane = 0; !err && plane < 3; plane++)
+			err = kvscratch_stage(writer, plane, len, rows, 1);
+		if (!err)
+			err = kvscratch_commit(writer, ++len);
+	}
+	return err;
+}
+
+/* Who lost the role takes it back as soon as there is another row. */
+static int be_a_rival(struct kvscratch *pad, int64_t number, int *missing)
+{
+	const struct kvscratch_view *view = kvscratch_view(pad);
+	int err;
+
+	meet(missing);
+	do {
+		struct kvscratch *writer;
+		uint64_t lost;
+
+		if (kvscratch_takeover(&writer, pad))
+			return 1;
+		err = write_contested(writer, number);
+		lost = kvscratch_view_state(view);
+		kvscratch_close(writer);
+		while (err == -ESTALE && kvscratch_view_state(view) == lost &&
+		       kvscratch_state_len(lost) < CONTESTED_ROWS)
+			sched_yield();
+	} while (err == -ESTALE);
+	return err != -ENOSPC;
+}
+
+/* No token has rows of two writers, and none is lost. */
+TEST(takeovers_leave_whole_tokens)
+{
+	int *missing = new_counter(RIVALS);
+	const struct kvscratch_view *view;
+	struct kvscratch *pad;
+	pid_t rivals[RIVALS];
+
+	ASSERT_EQ(0, kvscratch_new_planes(&pad, CONTESTED_ROWS, three_planes, 3, NULL, 0));
+	for (int i = 0; i < RIVALS; i++) {
+		rivals[i] = fork_child();
+		ASSERT_LE(0, rivals[i]);
+		if (!rivals[i])
+			_exit(be_a_rival(pad, i + 1, missing));
+	}
+	for (int i = 0; i < RIVALS; i++)
+		EXPECT_EQ(0, wait_for(rivals[i]));
+	view = kvscratch_view(pad);
+	ASSERT_NE(NULL, view);
+	EXPECT_EQ(CONTESTED_ROWS, kvscratch_view_state(view));
+	EXPECT_LE(RIVALS, kvscratch_view_epoch(view));
+	for (uint32_t row = 0; row < CONTESTED_ROWS; row++) {
+		const int64_t *k = kvscratch_view_plane_row(view, 0, row);
+		const int64_t *v = kvscratch_view_plane_row(view, 1, row);
+		const int64_t *last = kvscratch_view_plane_row(view, 2, row);
+
+		ASSERT_TRUE(*k && *k == v[0] && *k == v[1] && *k == v[2] && *k == *last)
+			TH_LOG("row %u", row);
+	}
+	kvscratch_close(pad);
+}
+
+/* Views that cannot be populated */
+
+/* From now on MADV_POPULATE_READ fails with @error. */
+static bool refuse_to_populate(int error)
+{
+	struct sock_filter filter[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_madvise, 0, 3),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]) +
+			 4 * (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, MADV_POPULATE_READ, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = { .len = sizeof(filter) / sizeof(filter[0]), .filter = filter };
+
+	return !prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) &&
+	       !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
+
+TEST_F(planes, a_view_says_why_it_is_not_there)
+{
+	static const char words[] = "cannot map the pad and have its pages there: out of memory, or "
+				    "the memory cgroup is full";
+	struct kvscratch_tensor tensor;
+	struct kvscratch *other;
+	void *room = mmap(NULL, page_bytes(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	ASSERT_EQ(0, kvscratch_open(&other, self->pad, O_RDONLY));
+	if (!refuse_to_populate(ENOMEM))
+		SKIP(return, "no system call can be refused: %s", strerror(errno));
+	errno = 0;
+	EXPECT_EQ(NULL, kvscratch_view(other));
+	EXPECT_EQ(ENOMEM, errno);
+	EXPECT_STREQ(words, kvscratch_error());
+	EXPECT_ERROR(ENOMEM, words, kvscratch_plane_tensor(other, K, &tensor));
+	EXPECT_ERROR(ENOMEM, "cannot map the plane and have its pages there: out of memory, or the "
+		     "memory cgroup is full", kvscratch_map_plane(other, K, room));
+	kvscratch_close(other);
+}
+
+/* Before Linux 5.14 pages are touched one by one. */
+TEST_F(planes, a_kernel_that_populates_nothing)
+{
+	const struct kvscratch_view *view;
+	struct kvscratch_plane wide = { .dim = 3 * page_bytes(), .dtype = U8 };
+	int pagemap = open("/proc/self/pagemap", O_RDONLY);
+	struct kvscratch *other;
+
+	if (pagemap < 0)
+		SKIP(return, "there is no /proc/self/pagemap");
+	ASSERT_EQ(0, kvscratch_new_planes(&other, 2, &wide, 1, NULL, 0));
+	if (!refuse_to_populate(EINVAL))
+		SKIP(return, "no system call can be refused: %s", strerror(errno));
+	view = kvscratch_view(other);
+	ASSERT_NE(NULL, view) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(7 * page_bytes(), view->mapped_bytes);
+	for (size_t i = 0; i < view->mapped_bytes; i += page_bytes())
+		EXPECT_TRUE(is_mapped(pagemap, (const char *)view->data + i));
+	kvscratch_close(other);
+	close(pagemap);
+}
+
+/* What lies behind the planes of a memfd */
+
+/* The table of planes begins a page behind the status page. */
+static uint64_t table_of(const struct kvscratch_view *view)
+{
+	return view->info.status_offset + page_bytes();
+}
+
+/* Whoever can write may put any cursor there. */
+TEST_F(planes, cursors_that_cannot_be)
+{
+	const uint32_t far = PLANES_ROWS + 1, cursors[] = { 64, 68, 72 };
+
+	for (size_t i = 0; i < sizeof(cursors) / sizeof(cursors[0]); i++) {
+		const off_t at = table_of(self->view) + 80 * V + cursors[i];
+		uint32_t before = 0;
+
+		if (pread(kvscratch_fd(self->pad), &before, 4, at) != 4 ||
+		    pwrite(kvscratch_fd(self->pad), &far, 4, at) != 4) {
+			EXPECT_TRUE(kept("immutable-rows"));
+			return;
+		}
+		EXPECT_ERROR(EPROTO, "the status page has been overwritten",
+			     stage_row(self->writer, K, 0, 1));
+		EXPECT_EQ(-EPROTO, kvscratch_commit(self->writer, 0));
+		EXPECT_EQ(-EPROTO, kvscratch_seal(self->writer));
+		ASSERT_EQ(4, pwrite(kvscratch_fd(self->pad), &before, 4, at));
+	}
+	EXPECT_EQ(0, stage_token(self->writer, 0, 1));
+	EXPECT_FALSE(kept("immutable-rows"));
+}
+
+/* As if whoever zeroed rows had been killed at it */
+TEST_F(planes, a_seal_finishes_what_a_truncate_left)
+{
+	const off_t owed = table_of(self->view) + page_bytes() + 92;
+	const uint32_t one = 1;
+
+	for (uint32_t row = 0; row < 2; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 2));
+	ASSERT_EQ(0, kvscratch_truncate(self->writer, 1, 0));
+	if (pwrite(kvscratch_fd(self->pad), &one, 4, owed) != 4) {
+		EXPECT_TRUE(kept("immutable-rows"));
+		return;
+	}
+	ASSERT_EQ(0, kvscratch_seal(self->writer));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
+		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 0));
+		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 1),
+				     self->view->planes[plane].row_bytes));
+	}
+}
+
+/* Against a model */
+
+/**
+ * struct model - what a pad of four_planes should be like
+ * @seeds: what is stored in each row of each plane; 0 for zeros, UINT32_MAX for whatever
+ * @staged: of each plane
+ * @whole: likewise
+ * @len: committed rows
+ * @generation: truncates
+ * @epoch: roles
+ */
+struct model {
+	uint32_t seeds[NR_PLANES][PLANES_ROWS];
+	uint32_t staged[NR_PLANES];
+	uint32_t whole[NR_PLANES];
+	uint32_t len;
+	uint32_t generation;
+	uint32_t epoch;
+};
+
+#define ANYTHING UINT32_MAX
+
+static uint32_t roll(uint32_t *state, uint32_t sides)
+{
+	*state = *state * 1664525 + 1013904223;
+	return (*state >> 8) % sides;
+}
+
+static void model_role(struct model *model)
+{
+	for (int plane = 0; plane < NR_PLANES; plane++)
+		model->staged[plane] = model->whole[plane] = model->len;
+	model->epoch++;
+}
+
+static int model_stage(struct model *model, uint32_t plane, uint32_t row, uint32_t rows,
+		       uint32_t seed, bool keep, bool bad)
+{
+	if (row < model->len || row > model->staged[plane])
+		return -EINVAL;
+	if (keep && rows > model->whole[plane] - row)
+		return -EINVAL;
+	if (rows > PLANES_ROWS - row)
+		return -ENOSPC;
+	if (keep) {
+		if (model->staged[plane] < row + rows)
+			model->staged[plane] = row + rows;
+		return 0;
+	}
+	if (bad) {
+		for (uint32_t i = 0; i < rows; i++)
+			model->seeds[plane][row + i] = ANYTHING;
+		model->staged[plane] = model->whole[plane] = row;
+		return -EDOM;
+	}
+	for (uint32_t i = 0; i < rows; i++)
+		model->seeds[plane][row + i] = seed + i;
+	if (model->staged[plane] < row + rows)
+		model->staged[plane] = row + rows;
+	if (model->whole[plane] < row + rows)
+		model->whole[plane] = row + rows;
+	return 0;
+}
+
+static int model_commit(struct model *model, uint32_t len)
+{
+	for (int plane = 0; plane < NR_PLANES; plane++)
+		if (len < model->len || len > model->staged[plane])
+			return -EINVAL;
+	model->len = len;
+	for (int plane = 0; plane < NR_PLANES; plane++)
+		model->staged[plane] = len;
+	return 0;
+}
+
+static int model_append(struct model *model, uint32_t rows, uint32_t seed)
+{
+	if (rows > PLANES_ROWS - model->len)
+		return -ENOSPC;
+	for (int plane = 0; plane < NR_PLANES; plane++) {
+		for (uint32_t i = 0; i < rows; i++)
+			model->seeds[plane][model->len + i] = seed + i;
+		model->staged[plane] = model->whole[plane] = model->len + rows;
+	}
+	model->len += rows;
+	return 0;
+}
+
+static int model_truncate(struct model *model, uint32_t len, bool zero)
+{
+	if (len > model->len)
+		return -EINVAL;
+	model->len = len;
+	model->generation++;
+	for (int plane = 0; plane < NR_PLANES; plane++) {
+		model->staged[plane] = len;
+		if (!zero)
+			continue;
+		if (model->whole[plane] > len)
+			model->whole[plane] = len;
+		for (uint32_t row = len; row < PLANES_ROWS; row++)
+			model->seeds[plane][row] = 0;
+	}
+	return 0;
+}
+
+static int stage_some(struct kvscratch *writer, uint32_t plane, uint32_t row, uint32_t rows,
+		      uint32_t seed, bool bad)
+{
+	static uint8_t input[(PLANES_ROWS + 2) * 256] __attribute__((aligned(8)));
+	uint32_t bytes = kvscratch_plane(writer, plane)->input_row_bytes;
+
+	for (uint32_t i = 0; i < rows; i++)
+		make_input(plane, seed + i, input + i * bytes);
+	if (bad)
+		memset(input + (rows - 1) * bytes, 0xff, bytes);
+	return kvscratch_stage(writer, plane, row, input, rows);
+}
+
+static int append_some(struct kvscratch *writer, uint32_t rows, uint32_t seed)
+{
+	uint8_t tokens[(PLANES_ROWS + 2) * INPUT_BYTES];
+
+	for (uint32_t i = 0; i < rows; i++)
+		make_token(seed + i, tokens + i * INPUT_BYTES);
+	return kvscratch_append_tokens(writer, tokens, rows, INPUT_BYTES);
+}
+
+static bool is_as_modelled(const struct kvscratch_view *view, const struct model *model)
+{
+	if (kvscratch_view_state(view) != ((uint64_t)model->generation << 32 | model->len) ||
+	    kvscratch_view_epoch(view) != model->epoch)
+		return false;
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
+		for (uint32_t row = 0; row < PLANES_ROWS; row++) {
+			const uint32_t seed = model->seeds[plane][row];
+
+			if (seed == ANYTHING)
+				continue;
+			if (seed ? !plane_row_is(view, plane, row, seed) :
+				   !all_zero(kvscratch_view_plane_row(view, plane, row),
+					     view->planes[plane].row_bytes))
+				return false;
+		}
+	}
+	return true;
+}
+
+/* Whatever is done in whatever order comes out as in the model, errors included. */
+TEST_F(planes, random_calls_agree_with_a_model)
+{
+	struct model model = { .epoch = 1 };
+	uint32_t random = 20261130, done[6] = { 0 };
+
+	for (uint32_t step = 1; step <= 6000; step++) {
+		uint32_t what = roll(&random, 20), plane = roll(&random, NR_PLANES);
+		uint32_t row = model.len + roll(&random, 5) - (model.len && !roll(&random, 8));
+		uint32_t rows = 1 + roll(&random, 4), seed = step * 8;
+		int expected, got;
+
+		if (what < 8) {
+			bool bad = plane == V && !roll(&random, 6);
+
+			expected = model_stage(&model, plane, row, rows, seed, false, bad);
+			got = stage_some(self->writer, plane, row, rows, seed, bad);
+			done[0] += !got;
+		} else if (what < 12) {
+			expected = model_stage(&model, plane, row, rows, 0, true, false);
+			got = kvscratch_keep(self->writer, plane, row, rows);
+			done[1] += !got;
+		} else if (what < 15) {
+			expected = model_commit(&model, row);
+			got = kvscratch_commit(self->writer, row);
+			done[2] += !got;
+		} else if (what < 17) {
+			expected = model_append(&model, rows, seed);
+			got = append_some(self->writer, rows, seed);
+			done[3] += !got;
+		} else if (what < 19) {
+			bool zero = !roll(&random, 3);
+			uint32_t len = roll(&random, PLANES_ROWS + 1);
+
+			expected = model_truncate(&model, len, zero);
+			got = kvscratch_truncate(self->writer, len,
+						 zero ? KVSCRATCH_TRUNCATE_ZERO : 0);
+			done[4] += !got;
+		} else {
+			struct kvscratch *next;
+
+			model_role(&model);
+			expected = 0;
+			got = kvscratch_takeover(&next, self->pad);
+			ASSERT_EQ(0, got);
+			kvscratch_close(self->writer);
+			self->writer = next;
+			done[5]++;
+		}
+		ASSERT_EQ(expected, got) TH_LOG("step %u, kind %u: %s", step, what,
+						kvscratch_error());
+		ASSERT_TRUE(is_as_modelled(self->view, &model)) TH_LOG("step %u, kind %u", step,
+								       what);
+	}
+	/* all of it happened, not only the errors */
+	for (size_t i = 0; i < sizeof(done) / sizeof(done[0]); i++)
+		EXPECT_LT(30, done[i]);
+}
+
+/* The same for programs of both word sizes, and for those that were compiled before */
+_Static_assert(sizeof(struct kvscratch_geometry) == 24, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_array) == 16, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_info) == 128, "a struct of the library");
+_Static_assert(offsetof(struct kvscratch_info, arrays) == 80, "a struct of the library");
+_Static_assert(offsetof(struct kvscratch_info, input_dtype) == 112, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_plane) == 64, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_pad_info) == 168, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_tensor) == 2 * sizeof(void *) + 24 ||
+	       sizeof(void *) == 4, "a struct of the library");
 
 TEST(a_pad_larger_than_the_machine)
 {
