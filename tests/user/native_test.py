@@ -641,8 +641,8 @@ def pads_in_memfds_without_proc():
             status, words = decoder.finish()
         why = re.escape(" for a handle of its own: No such file or directory\n")
         expect(status == 2 and re.fullmatch(
-            rf"kvdecode: cache: cannot open /proc/self/fd/\d+{why}"
-            rf"kvdecode: k0: cannot open /proc/self/fd/\d+{why}", words),
+            rf"kvdecode: cache: cannot open /proc/thread-self/fd/\d+{why}"
+            rf"kvdecode: k0: cannot open /proc/thread-self/fd/\d+{why}", words),
                f"exit {status}: {words!r}")
     return None
 
