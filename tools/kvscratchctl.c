@@ -344,14 +344,17 @@ NO_PROGRESS_HELP,
 		.options = { HELP, END },
 	}, {
 		.name = "takeover",
-		.summary = "end the role of the pad's writer",
+		.summary = "become the writer of the pad",
 		.help =
 "Usage: kvscratchctl [--fd N | -n NAME] takeover\n"
-"Take the role of the pad's writer from whoever has it, one that hangs say, and give\n"
-"it up again. Who had it can change the pad no more; the rows that it has not\n"
-"committed are dropped.\n",
+"       kvscratchctl [--fd N] [-n NAME] takeover -- COMMAND [ARGUMENT]...\n"
+"Take the role of the pad's writer from whoever has it, one that hangs say, who can\n"
+"change the pad no more; the rows that it has not committed are dropped. Then give\n"
+"the role up again, or run COMMAND with the writer's handle, which does not read, as\n"
+"descriptor N (3): until it has ended, nobody else writes. In a memfd only the\n"
+"former works.\n",
 		.run = run_takeover,
-		.takes = TAKES_PAD,
+		.takes = TAKES_BOTH,
 		.options = { HELP, END },
 	}, {
 		.name = "watch",

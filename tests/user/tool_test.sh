@@ -844,8 +844,26 @@ tag: toy"
 	expect "take over" 0 ""
 	run sh -c 'kvscratchctl info --json | grep -oE "\"epoch.*\"sealed\": [a-z]*"'
 	expect "an epoch later" 0 '"epoch": 1, "writer": false, "sealed": false'
-	kvscratchctl append --plane k0=k --plane v0=v
-	kvscratchctl append token
+	if [ "$backend" = kernel ]; then
+		run kvscratchctl takeover -- sh -c '
+		kvscratchctl --fd 4 append token
+		kvscratchctl --fd 4 append --plane k0=k --plane v0=v
+		kvscratchctl append --plane k0=k --plane v0=v && kvscratchctl append token
+		kvscratchctl info | grep epoch
+		kvscratchctl dump
+		kvscratchctl --fd 4 takeover
+		kvscratchctl append token' 4>&3
+		expect "a command as the writer" 2 "kvscratchctl append: descriptor 4: cannot append: another handle is the pad's writer
+kvscratchctl append: descriptor 4: cannot become the writer: another handle is the pad's writer
+epoch 2, with a writer
+kvscratchctl dump: descriptor 3: expected it open for read, got write only
+kvscratchctl append: descriptor 3: cannot append: another handle took over as the pad's writer"
+	else
+		kvscratchctl append --plane k0=k --plane v0=v
+		kvscratchctl append token
+		run kvscratchctl takeover -- true
+		expect "a command as the writer" 2 "kvscratchctl takeover: expected no COMMAND for a pad in a memfd, whose writer cannot be passed on"
+	fi
 	run kvscratchctl info
 	case $output in *"(len=3, "*", without a writer"*) ;; *) status=9 ;; esac
 	result "$status" "the role is free again"

@@ -398,10 +398,21 @@ static int stage_all(const struct arguments *args, struct kvscratch *writer, con
 		return fail_pad(args, err);
 	for (uint32_t i = 0; !err && i < info.nr_planes; i++)
 		err = stage_plane(args, writer, i, files[i], info.len, &rows);
-	if (err)
-		return err;
-	err = kvscratch_commit(writer, info.len + rows);
-	return err ? fail_pad(args, err) : 0;
+	if (!err) {
+		err = kvscratch_commit(writer, info.len + rows);
+		return err ? fail_pad(args, err) : 0;
+	}
+	/* drop what is staged, for the writer may live on */
+	kvscratch_commit(writer, info.len);
+	return err;
+}
+
+/* A descriptor may be the writer already: then it can commit, the present len to begin with. */
+static bool is_writer(struct kvscratch *pad)
+{
+	int64_t len = kvscratch_len(pad);
+
+	return len >= 0 && !kvscratch_commit(pad, len);
 }
 
 static int append_planes(const struct arguments *args, struct kvscratch *pad)
@@ -413,7 +424,9 @@ static int append_planes(const struct arguments *args, struct kvscratch *pad)
 	if (!files)
 		return fail(EXIT_SYSTEM, "out of memory");
 	err = sort_values(args, pad, files);
-	if (!err) {
+	if (!err && is_writer(pad)) {
+		err = stage_all(args, pad, files);
+	} else if (!err) {
 		err = kvscratch_writer(&writer, pad);
 		err = err ? fail_pad(args, err) : stage_all(args, writer, files);
 		kvscratch_close(writer);

@@ -77,7 +77,7 @@ int open_own(const struct arguments *args, int access, struct kvscratch **pad)
 	return 0;
 }
 
-/* create, attach */
+/* create, attach, takeover */
 
 /* As env(1) and nohup(1) have it */
 #define EXIT_CANNOT_RUN	126
@@ -127,6 +127,27 @@ int run_attach(const struct arguments *args)
 	return err;
 }
 
+int run_takeover(const struct arguments *args)
+{
+	struct kvscratch *pad, *writer;
+	int err = open_pad(args, O_WRONLY, &pad);
+
+	if (err)
+		return err;
+	if (args->command && kvscratch_backend(pad) == KVSCRATCH_BACKEND_MEMFD) {
+		err = fail(EXIT_SYSTEM, "expected no COMMAND for a pad in a memfd, whose writer "
+			   "cannot be passed on");
+	} else if (kvscratch_takeover(&writer, pad)) {
+		err = fail_pad(args, -EIO);
+	} else {
+		if (args->command)
+			err = run_command(args, writer);
+		kvscratch_close(writer);
+	}
+	kvscratch_close(pad);
+	return err;
+}
+
 /* truncate, clear */
 
 static int truncate_to(const struct arguments *args, uint64_t len)
@@ -157,7 +178,7 @@ int run_clear(const struct arguments *args)
 	return truncate_to(args, 0);
 }
 
-/* seal, takeover */
+/* seal */
 
 int run_seal(const struct arguments *args)
 {
@@ -169,22 +190,6 @@ int run_seal(const struct arguments *args)
 	err = kvscratch_seal(pad);
 	if (err)
 		err = fail_pad(args, err);
-	kvscratch_close(pad);
-	return err;
-}
-
-int run_takeover(const struct arguments *args)
-{
-	struct kvscratch *pad, *writer;
-	int err = open_pad(args, O_WRONLY, &pad);
-
-	if (err)
-		return err;
-	err = kvscratch_takeover(&writer, pad);
-	if (err)
-		err = fail_pad(args, err);
-	else
-		kvscratch_close(writer);
 	kvscratch_close(pad);
 	return err;
 }
