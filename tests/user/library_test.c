@@ -1877,6 +1877,23 @@ TEST_F(planes, appended_rows_are_kept)
 		EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, plane, 5, 1));
 }
 
+/* Who may not change a pad hears so, however much would have been appended. */
+TEST_F(planes, more_tokens_than_fit_without_the_right)
+{
+	uint8_t token[INPUT_BYTES] = { 0 };
+	struct kvscratch *second;
+
+	EXPECT_ERROR(EBUSY, "cannot append: another handle is the pad's writer",
+		     kvscratch_append_tokens(self->pad, token, PLANES_ROWS + 1, INPUT_BYTES));
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 0 + 18446744073709551615 > 12 max",
+		     kvscratch_append_tokens(self->writer, token, UINT64_MAX, INPUT_BYTES));
+	ASSERT_EQ(0, kvscratch_takeover(&second, self->pad));
+	EXPECT_EQ(-ESTALE, kvscratch_append_tokens(self->writer, token, UINT64_MAX, INPUT_BYTES));
+	ASSERT_EQ(0, kvscratch_seal(second));
+	EXPECT_EQ(-EROFS, kvscratch_append_tokens(second, token, PLANES_ROWS + 1, INPUT_BYTES));
+	kvscratch_close(second);
+}
+
 /* What a copy of the writer's descriptor is */
 TEST_F(planes, the_descriptor_of_a_writer_is_passed_on)
 {

@@ -121,14 +121,26 @@ static int kernel_info(struct kvscratch *pad, struct kvscratch_pad_info *info)
 	return err ? cannot("describe the pad", err) : 0;
 }
 
+/*
+ * What a batch of more rows than fit ends with, which may be too long to be written: a truncate
+ * that is impossible, too, says whether the handle could have changed the pad.
+ */
+static int fail_oversized(const struct kvscratch *pad)
+{
+	int err = device_truncate(pad->fd, UINT64_MAX, 0);
+
+	return err == -EINVAL ? -ENOSPC : err;
+}
+
 static int kernel_append(struct kvscratch *pad, const void *tokens, uint64_t nr_tokens)
 {
 	struct kvscratch_pad_info info;
-	int err = -ENOSPC;
+	int err;
 
-	/* a batch of more rows than fit may be too long to be written */
 	if (nr_tokens <= pad->info.max_seq_len)
 		err = device_append(pad->fd, tokens, nr_tokens * pad->info.input_row_bytes);
+	else
+		err = fail_oversized(pad);
 	if (err == -ENOSPC && !device_pad_info(pad->fd, &info))
 		return fail_room(info.len, nr_tokens, info.max_seq_len);
 	return err ? cannot("append", err) : 0;
