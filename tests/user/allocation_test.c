@@ -283,6 +283,38 @@ TEST_F_TIMEOUT(faults, in_create_without_huge_pages, TEST_SECONDS)
 	}
 }
 
+/* How many chunks of a new pad are no huge page when order 9 fails @failures times */
+static unsigned int tables_after(struct __test_metadata *_metadata, FIXTURE_DATA(faults) *self,
+				 unsigned int failures)
+{
+	struct kvscratch_pad_info info = { 0 };
+
+	write_number(FAIL_PAGE_ALLOC "times", failures);
+	ASSERT_EQ(1, pwrite(self->make_it_fail, "1", 1, 0));
+	EXPECT_EQ(0, sweep_create(self));
+	ASSERT_EQ(1, pwrite(self->make_it_fail, "0", 1, 0));
+	write_file(FAIL_PAGE_ALLOC "times", "-1");
+	ASSERT_EQ(0, device_pad_info(self->handle, &info));
+	close(self->handle);
+	return (info.allocated_bytes - charged_bytes(self->rows, FAULT_ROW_BYTES)) /
+	       (KVSCRATCH_CHUNK_BYTES / page_bytes() * 8);
+}
+
+/* It is asked for again after a refusal, and no more after four. */
+TEST_F_TIMEOUT(faults, in_create_where_memory_is_fragmented, TEST_SECONDS)
+{
+	NEED_FAULT_INJECTION();
+	self->rows = 6 * KVSCRATCH_CHUNK_BYTES / FAULT_ROW_BYTES;
+	set_limits(1 << 30, 1 << 30);
+	write_file(FAIL_PAGE_ALLOC "min-order", "9");
+	write_file(FAILSLAB "probability", "0");
+	EXPECT_EQ(1, tables_after(_metadata, self, 1));
+	EXPECT_EQ(3, tables_after(_metadata, self, 3));
+	EXPECT_EQ(6, tables_after(_metadata, self, 4));
+	write_file(FAILSLAB "probability", "100");
+	write_file(FAIL_PAGE_ALLOC "min-order", "0");
+}
+
 /* A pad of planes of 64 elements, of which the first converts: it has a buffer */
 #define SWEEP_PLANES 16
 #define SWEEP_TOKEN_BYTES ((64 + 66) * SWEEP_PLANES / 2)
