@@ -466,13 +466,14 @@ TEST_F(append, io_uring_needs_no_worker)
 }
 
 /* One row of room, and two who want it: each of them gets its answer, every time. */
-#define LAST_ROW_ROUNDS 2000u
+#define FEW_LAST_ROWS 2000
 
-static void write_when_told(int pad, const uint32_t *round, uint32_t *done, int *result)
+static void write_when_told(int pad, uint32_t rounds, const uint32_t *round, uint32_t *done,
+			    int *result)
 {
 	uint8_t row[ROW_BYTES] = { 0 };
 
-	for (uint32_t next = 1; next <= LAST_ROW_ROUNDS; next++) {
+	for (uint32_t next = 1; next <= rounds; next++) {
 		while (__atomic_load_n(round, __ATOMIC_ACQUIRE) != next)
 			sched_yield();
 		*result = device_append(pad, row, ROW_BYTES);
@@ -481,8 +482,9 @@ static void write_when_told(int pad, const uint32_t *round, uint32_t *done, int 
 	_exit(0);
 }
 
-TEST_F_TIMEOUT(append, io_uring_gets_its_enospc, TEST_SECONDS)
+TEST_F_TIMEOUT(append, io_uring_gets_its_enospc, MANY_ROUNDS_SECONDS)
 {
+	const uint32_t rounds = rounds_or(FEW_LAST_ROWS);
 	struct {
 		uint32_t round;
 		uint32_t done;
@@ -503,8 +505,8 @@ TEST_F_TIMEOUT(append, io_uring_gets_its_enospc, TEST_SECONDS)
 	ASSERT_EQ(0, ring_open(&ring));
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, ROWS));
 	if (start_child(&writer))
-		write_when_told(self->pad, &shared->round, &shared->done, &shared->result);
-	for (uint32_t round = 1; round <= LAST_ROW_ROUNDS; round++) {
+		write_when_told(self->pad, rounds, &shared->round, &shared->done, &shared->result);
+	for (uint32_t round = 1; round <= rounds; round++) {
 		int result;
 
 		ASSERT_EQ(0, device_truncate(self->pad, ROWS - 1, 0));

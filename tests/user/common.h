@@ -49,6 +49,16 @@
 #undef TEST_TIMEOUT_DEFAULT
 #define TEST_TIMEOUT_DEFAULT TEST_SECONDS
 
+/* How often a race is run: @few, or what KVSCRATCH_ROUNDS says. Many need as many seconds. */
+#define MANY_ROUNDS_SECONDS (8 * TEST_SECONDS)
+
+static inline uint32_t rounds_or(uint32_t few)
+{
+	const char *rounds = getenv("KVSCRATCH_ROUNDS");
+
+	return rounds ? strtoul(rounds, NULL, 10) : few;
+}
+
 /* A call that must fail with exactly this errno. */
 #define EXPECT_ERRNO(error, call) do { \
 	errno = 0; \

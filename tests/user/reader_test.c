@@ -523,7 +523,7 @@ TEST_F(reader, poll_reports_the_role)
  * Acknowledge, look, sleep: beside rollbacks that leave the length as it was. A
  * rollback that goes unseen leaves the watcher asleep and the writer waiting.
  */
-#define ROLLBACKS 1000
+#define FEW_ROLLBACKS 1000
 
 static void watch_generations(int reader, uint32_t *seen)
 {
@@ -542,8 +542,9 @@ static void watch_generations(int reader, uint32_t *seen)
 	}
 }
 
-TEST_F_TIMEOUT(reader, no_rollback_goes_unseen, TEST_SECONDS)
+TEST_F_TIMEOUT(reader, no_rollback_goes_unseen, MANY_ROUNDS_SECONDS)
 {
+	const uint32_t rollbacks = rounds_or(FEW_ROLLBACKS);
 	uint32_t *seen = mmap(NULL, sizeof(*seen), PROT_READ | PROT_WRITE,
 			      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	struct child watcher;
@@ -552,7 +553,7 @@ TEST_F_TIMEOUT(reader, no_rollback_goes_unseen, TEST_SECONDS)
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 2));
 	if (start_child(&watcher))
 		watch_generations(self->reader, seen);
-	for (uint32_t generation = 1; generation <= ROLLBACKS; generation++) {
+	for (uint32_t generation = 1; generation <= rollbacks; generation++) {
 		ASSERT_EQ(0, device_truncate(self->pad, 1, 0));
 		ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, generation, 1));
 		while (__atomic_load_n(seen, __ATOMIC_ACQUIRE) != generation)
