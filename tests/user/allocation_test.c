@@ -382,8 +382,8 @@ TEST_F_TIMEOUT(faults, in_mmap, TEST_SECONDS)
 	for (uint32_t row = 0; row < FAULT_ROWS; row += 64) {
 		ASSERT_EQ(0, append_rows(self->pad, FAULT_ROW_BYTES, row, 64));
 	}
-	/* the mapping and a page table every 2 MiB */
-	EXPECT_LE(5, sweep(_metadata, self, sweep_map, after_map));
+	/* the mapping and a page table every 2 MiB, but for those at its ends, which may be there */
+	EXPECT_LE(4, sweep(_metadata, self, sweep_map, after_map));
 }
 
 /* Far from everything else: the upper page tables are missing, too. */
