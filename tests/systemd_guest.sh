@@ -155,14 +155,15 @@ nothing_failed() {
 	same "" "$(systemctl --failed --plain --no-legend; manager --failed --plain --no-legend)"
 }
 
-# What it said of the machine before is not ours; this is the first line that is.
+# A warning of the kernel's own panics. It also says something of clocks when the machine
+# that runs the guest is busy, which is not ours, and nor is what came before our first line.
 the_kernel_warns_of_nothing() {
 	local first='kvscratch: loading out-of-tree module taints kernel.'
 	modprobe -r kvscratch
 	dmesg --level emerg,alert,crit,err,warn >"$files/warnings"
 	cat "$files/warnings"
 	grep "$first" "$files/warnings"
-	same "" "$(sed "1,/$first/d" "$files/warnings")"
+	same "" "$(sed "1,/$first/d" "$files/warnings" | grep -E 'kvscratch|BUG|WARNING|INFO:' || true)"
 }
 
 tests=(
