@@ -610,7 +610,7 @@ static int parse_entry(const struct kvscratch_file *file, const char *name, cons
 		       uint64_t least, uint64_t most, uint64_t *number)
 {
 	char expected[64];
-	const char *text;
+	const char *text = NULL;
 	int err = find_entry(file, name, key, &text);
 
 	if (err)
@@ -627,7 +627,7 @@ static int parse_entry(const struct kvscratch_file *file, const char *name, cons
 static int parse_dtype_entry(const struct kvscratch_file *file, const char *name, const char *key,
 			     uint32_t *dtype)
 {
-	const char *text;
+	const char *text = NULL;
 	int err = find_entry(file, name, key, &text);
 
 	if (err)
