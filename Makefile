@@ -52,7 +52,7 @@ help:
 	@echo 'make torture       kill writers and readers 10^4 times; ROUNDS= SEED= KERNEL='
 	@echo 'make bench         what appends, views and a decoder cost, in instructions, beside'
 	@echo '                   their peers; fails when one that was met is missed'
-	@echo 'make comparison    run the scenarios against memfd and write the table in README.md'
+	@echo 'make comparison    run the scenarios against memfd and write the table in kvscratch(7)'
 	@echo 'make check         checkpatch, sparse, W=1 on four kernels, kernel-doc, cppcheck'
 	@echo 'make mutants       break the module in known ways; each has to turn a test red'
 	@echo 'make detectors     break it so that each detector of the test kernels has something to see'

@@ -3,7 +3,7 @@
  * What the stock kernel gives without the module: the same scenarios run over
  * the best memfd recipe and over kvscratch, and each must end exactly as we say.
  *
- * A scenario returns in words what it saw. The words are the README's table,
+ * A scenario returns in words what it saw. The words are the table of kvscratch(7),
  * which tests/comparison makes of the lines that begin with "# comparison".
  */
 #include "cgroup.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later OR MIT
 /*
- * What each backend keeps of what a pad promises. The README and kvscratch_promises(3)
- * say the same; the tests of the library try each that a program can.
+ * What each backend keeps of what a pad promises. kvscratch_promises(3) says
+ * the same; the tests of the library try each that a program can.
  */
 #include "backend.h"
 
