@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whether the manual says what is there, and nothing else.
+"""Whether the manual and the README say what is there, and nothing else.
 
 usage: docs_test.py BUILD-DIRECTORY; prints TAP.
 
@@ -22,10 +22,12 @@ from tap import expect, run_tests, test
 BUILD = pathlib.Path(sys.argv[1])
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MAN = ROOT / "tools/man"
+README = ROOT / "README.md"
+MARKDOWN = [README, *sorted((ROOT / "tests").glob("*.md"))]
 LIBRARY = ROOT / "tools/lib/libkvscratch.h"
 UAPI = ROOT / "uapi/linux/kvscratch.h"
 
-SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(MAN.glob("*.[134]"))}
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(MAN.glob("*.[1347]"))}
 ALIASES = {name: text for name, text in SOURCES.items() if text.startswith(".so ")}
 PAGES = {name: text for name, text in SOURCES.items() if name not in ALIASES}
 TOOLS = {"kvscratchctl": PAGES["kvscratchctl.1"], "kvdecode": PAGES["kvdecode.1"]}
@@ -203,6 +205,8 @@ def constants_are_documented():
     lacking = constants(LIBRARY) - constants(UAPI) - internal - library
     expect(not lacking, f"section 3 lacks {sorted(lacking)}")
     expect(library <= every, f"section 3 invents {sorted(library - every)}")
+    told = used(PAGES["kvscratch.7"])
+    expect(told <= every, f"kvscratch(7) invents {sorted(told - every)}")
     mxint8 = {name for name in implied if "DTYPE" in name}
     same(mxint8, used(PAGES["kvscratch_new.3"]) & mxint8, "dtypes in kvscratch_new(3)")
 
@@ -254,8 +258,25 @@ def references_lead_somewhere():
         for title, number in references:
             expect("kvscratch" not in title and title != "kvdecode" or (title, number) in pages,
                    f"{name} refers to {title}({number})")
-    expect(all(any(f"Xr {names(text)[0]} " in other for other in PAGES.values())
-               for text in PAGES.values()), "a page to which none refers")
+    for name in PAGES:
+        title, _, number = name.rpartition(".")
+        expect(any(f"Xr {title} {number}" in other for other in PAGES.values()),
+               f"a page to which none refers: {name}")
+
+
+def compile_and_run(code):
+    """What became of a program; None of one that has to have the device"""
+    with tempfile.TemporaryDirectory() as directory:
+        source = pathlib.Path(directory) / "example.c"
+        source.write_text(code, encoding="utf-8")
+        program = source.with_suffix("")
+        subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/uapi",
+                        f"-I{ROOT}/tools/lib", '-DKVSCRATCH_VERSION="0"', "-o", program,
+                        source, *sorted((ROOT / "tools/lib").glob("*.c")), "-lm"], check=True)
+        if "libkvscratch.h" not in code:
+            return None
+        return subprocess.run([program], capture_output=True, check=False, text=True,
+                              env=os.environ | {"KVSCRATCH_BACKEND": "memfd"})
 
 
 @test
@@ -263,21 +284,109 @@ def examples_in_the_pages_compile_and_run():
     found = 0
     for name, text in PAGES.items():
         for code in re.findall(r"^\.Bd -literal\n(#include.*?)^\.Ed$", text, re.M | re.S):
-            code = code.replace("\\e", "\\").replace("\\-", "-")
-            with tempfile.TemporaryDirectory() as directory:
-                source = pathlib.Path(directory) / "example.c"
-                source.write_text(code, encoding="utf-8")
-                program = source.with_suffix("")
-                subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/uapi",
-                                f"-I{ROOT}/tools/lib", '-DKVSCRATCH_VERSION="0"', "-o", program,
-                                source, *sorted((ROOT / "tools/lib").glob("*.c")), "-lm"],
-                               check=True)
-                if "libkvscratch.h" in code:
-                    done = subprocess.run([program], capture_output=True, check=False,
-                                          env=os.environ | {"KVSCRATCH_BACKEND": "memfd"})
-                    expect(done.returncode == 0 and done.stdout, f"{name}: {done}")
+            done = compile_and_run(code.replace("\\e", "\\").replace("\\-", "-"))
+            if done:
+                expect(done.returncode == 0 and done.stdout, f"{name}: {done}")
             found += 1
     expect(found >= 2, f"{found} programs")
+
+
+# The README
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"),
+                      re.M | re.S)
+
+
+@test
+def the_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    expect(len(lines) <= 250, f"{len(lines)} lines")
+    for number, line in enumerate(lines, 1):
+        expect(len(line) <= 120, f"line {number} has {len(line)} columns")
+
+
+@test
+def links_lead_somewhere():
+    def anchors(path):
+        titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    found = 0
+    for path in MARKDOWN:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            if ":" in link:
+                continue
+            found += 1
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            expect(target.is_file(), f"{path.name} leads to {link}")
+            expect(not anchor or anchor in anchors(target), f"{path.name} leads to {link}")
+    expect(found > 0, "no links")
+
+
+@test
+def pages_that_the_readme_names_are_there():
+    for path in MARKDOWN:
+        for title, number in re.findall(r"\b(\w*kv\w+)\((\d)\)", path.read_text(encoding="utf-8")):
+            expect(f"{title}.{number}" in SOURCES, f"{path.name} names {title}({number})")
+
+
+@test
+def programs_in_c_in_the_readme():
+    programs = code_blocks("c")
+    expect(len(programs) == 1, f"{len(programs)} programs")
+    for code in programs:
+        done = compile_and_run(code)
+        expect(done.returncode == 0 and not done.stderr, f"{done}")
+
+
+@test
+def programs_in_python_in_the_readme():
+    if not (BUILD / "python").is_dir():
+        return "without the Python package"
+    programs = code_blocks("python")
+    expect(len(programs) == 1, f"{len(programs)} programs")
+    for code in programs:
+        done = subprocess.run(["/usr/bin/python3", "-c", code], capture_output=True, check=False,
+                              text=True, env=os.environ | {"KVSCRATCH_BACKEND": "memfd",
+                                                           "PYTHONPATH": str(BUILD / "python")})
+        expect(done.returncode == 0 and not done.stderr, f"{done}")
+        # what it prints stands behind print()
+        said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.M)
+        expect(done.stdout.splitlines() == said, f"expected {said}, got {done.stdout}")
+    return None
+
+
+@test
+def commands_in_the_readme():
+    """Those that say so are run, over memfds, in one shell after the other."""
+    scripts = re.findall(r"^<!-- tests/user/docs_test\.py runs this[^\n]*-->\n```sh\n(.*?)^```$",
+                         README.read_text(encoding="utf-8"), re.M | re.S)
+    expect(len(scripts) == 2, f"{len(scripts)} scripts")
+    with tempfile.TemporaryDirectory() as directory:
+        for name in "k0", "v0":
+            write_npy(pathlib.Path(directory) / f"{name}.npy", 5, 64)
+        environment = os.environ | {
+            "KVSCRATCH_BACKEND": "memfd", "XDG_RUNTIME_DIR": directory,
+            "PATH": f"{BUILD.resolve()}:{os.environ['PATH']}"}
+        for script in scripts:
+            done = subprocess.run(["sh", "-exc", script], cwd=directory, env=environment,
+                                  stdin=subprocess.DEVNULL, capture_output=True, check=False,
+                                  text=True, timeout=120)
+            for holder in re.findall(r"^kvscratchctl hold (\w+)", script, re.M):
+                subprocess.run([BUILD / "kvscratchctl", "drop", holder], env=environment,
+                               capture_output=True, check=False)
+            expect(done.returncode == 0, f"{done.stdout}{done.stderr}")
+            for said in re.findall(r" # (Scratchpad\([^)]*\))", script):
+                expect(said in done.stdout, f"expected {said}, got {done.stdout}")
+
+
+def write_npy(path, rows, dim):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    header = header.ljust(117) + "\n"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode()
+                     + bytes(4 * rows * dim))
 
 
 # The tools
