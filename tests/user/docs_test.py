@@ -333,6 +333,14 @@ def pages_that_the_readme_names_are_there():
 
 
 @test
+def mutants_are_counted():
+    done = subprocess.run([ROOT / "tests/mutants", "--count"], capture_output=True, check=True,
+                          text=True)
+    told = re.findall(r"\| (\d+) ways;", (ROOT / "tests/TESTING.md").read_text(encoding="utf-8"))
+    expect(told == done.stdout.split(), f"expected {done.stdout.strip()}, TESTING.md has {told}")
+
+
+@test
 def programs_in_c_in_the_readme():
     programs = code_blocks("c")
     expect(len(programs) == 1, f"{len(programs)} programs")
