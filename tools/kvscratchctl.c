@@ -412,6 +412,24 @@ GEOMETRY_HELP,
 			GEOMETRY_OPTIONS, HELP, END
 		},
 	}, {
+		.name = "put",
+		.summary = "give a pad to a holder",
+		.help =
+"Usage: kvscratchctl [--fd N | -n NAME] put [--write] [--replace] HOLDER[/PAD]\n"
+"Have a holder that was started with --write keep the pad of descriptor N (3), or the\n"
+"one that is held as NAME, too, under the name PAD (\"pad\").\n"
+"\n"
+"  --write    whoever gets a handle there may write\n"
+"  --replace  in the place of the pad of that name, if there is one, in one step: who\n"
+"             asks for it gets the one or the other, who has it keeps it\n",
+		.run = run_put,
+		.takes = TAKES_PAD | TAKES_ARGUMENT,
+		.options = {
+			OPTION("write", no_argument, OPT_WRITE),
+			OPTION("replace", no_argument, OPT_REPLACE),
+			HELP, END
+		},
+	}, {
 		.name = "drop",
 		.summary = "forget held pads",
 		.help =

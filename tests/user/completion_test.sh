@@ -114,6 +114,7 @@ kvscratchctl hold story --max-seq-len 4 --dim 2 && kvscratchctl hold empty --wri
 result $? "hold two" ''
 offers 'kvscratchctl drop ' empty story story/pad
 offers 'kvscratchctl drop st' story story/pad
+offers 'kvscratchctl put --replace st' story story/pad
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story

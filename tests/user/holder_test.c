@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <ftw.h>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -122,6 +123,13 @@ static int nr_files(pid_t pid)
 	return count;
 }
 
+/* Of a holder "story", without those of clients that were served: they are gone for the next one. */
+static int nr_files_idle(pid_t pid)
+{
+	kvscratch_holder_drop("story/none");
+	return nr_files(pid);
+}
+
 static int remove_entry(const char *path, const struct stat *status, int type, struct FTW *where)
 {
 	(void)status;
@@ -207,10 +215,11 @@ TEST_F_TIMEOUT(held, file_positions_are_not_shared, TEST_SECONDS)
 	kvscratch_close(writer);
 }
 
+static const char *const names_of_three[] = { "k0", "v0", "tokens" };
+
 /* Three pads, as a decoder has them; returns what kvscratch_holder_put() does. */
 static int put_three(struct kvscratch **pads)
 {
-	static const char *const names[] = { "k0", "v0", "tokens" };
 	int fds[3];
 
 	for (int i = 0; i < 3; i++) {
@@ -218,7 +227,7 @@ static int put_three(struct kvscratch **pads)
 			abort();
 		fds[i] = kvscratch_fd(pads[i]);
 	}
-	return kvscratch_holder_put("story", names, fds, 3);
+	return kvscratch_holder_put("story", names_of_three, fds, 3);
 }
 
 static void close_three(struct kvscratch **pads)
@@ -349,40 +358,301 @@ TEST_F_TIMEOUT(held, descriptors_that_are_open_for_less, TEST_SECONDS)
 	kvscratch_close(pad);
 }
 
+/* Marked by the rows that it has */
+static struct kvscratch *pad_of_rows(unsigned int rows)
+{
+	struct kvscratch *pad;
+
+	if (kvscratch_new(&pad, 64, 4, F32))
+		abort();
+	while (rows--)
+		if (kvscratch_append(pad, row, 4))
+			abort();
+	return pad;
+}
+
+/* Returns what kvscratch_holder_replace() does: one pad of so many rows under each name. */
+static int replace(const char *const *names, unsigned int count, unsigned int rows)
+{
+	struct kvscratch *pad = pad_of_rows(rows);
+	int fds[KVSCRATCH_MAX_PASSED], err;
+
+	for (unsigned int i = 0; i < count; i++)
+		fds[i] = kvscratch_fd(pad);
+	err = kvscratch_holder_replace("story", names, fds, count);
+	kvscratch_close(pad);
+	return err;
+}
+
+/* "k0=2 v0=2", of handles that it closes */
+static const char *list_handles(const char *name, const int *fds, int count)
+{
+	static char text[256];
+	size_t end = 0;
+
+	text[0] = '\0';
+	for (int i = 0; i < count; i++, name += strlen(name) + 1) {
+		struct kvscratch *pad;
+
+		if (kvscratch_from_fd(&pad, fds[i]))
+			abort();
+		end += snprintf(text + end, sizeof(text) - end, "%s%s=%d", i ? " " : "", name,
+				(int)kvscratch_len(pad));
+		kvscratch_close(pad);
+	}
+	return text;
+}
+
+static const char *list_held(void)
+{
+	char names[KVSCRATCH_MAX_NAMES_BYTES];
+	int fds[8];
+	int count = kvscratch_holder_get("story", O_RDONLY, names, sizeof(names), fds, 8);
+
+	return count < 0 ? kvscratch_error() : list_handles(names, fds, count);
+}
+
+TEST_F_TIMEOUT(held, names_move_to_new_pads, TEST_SECONDS)
+{
+	struct kvscratch *pads[3], *old, *held;
+	const struct kvscratch_view *view;
+	pid_t pid;
+	int files;
+
+	ASSERT_EQ(0, hold("story", "--write"));
+	ASSERT_EQ(0, put_three(pads));
+	ASSERT_EQ(0, kvscratch_attach_name(&old, "story/k0", O_RDWR));
+	view = kvscratch_view(old);
+	ASSERT_NE(NULL, view);
+	/* one that is not there yet comes along */
+	ASSERT_EQ(0, replace((const char *[]){ "v1", "k0", "v0" }, 3, 2))
+		TH_LOG("%s", kvscratch_error());
+	EXPECT_STREQ("tokens=0 v1=2 k0=2 v0=2", list_held());
+	ASSERT_EQ(0, kvscratch_attach_name(&held, "story/k0", O_RDWR));
+	EXPECT_EQ(0, kvscratch_append(held, row, 4));
+	/* who has the old one keeps it, and is alone with it */
+	EXPECT_EQ(0, kvscratch_len(old));
+	EXPECT_EQ(0, kvscratch_append(old, row, 4));
+	EXPECT_EQ(0, memcmp(kvscratch_view_row(view, 0), row, sizeof(row)));
+	EXPECT_EQ(1, kvscratch_len(pads[0]));
+	EXPECT_EQ(3, kvscratch_len(held));
+	kvscratch_close(held);
+	kvscratch_close(old);
+	close_three(pads);
+
+	pid = pid_of("story");
+	files = nr_files_idle(pid);
+	for (unsigned int rows = 0; rows < 50; rows++)
+		ASSERT_EQ(0, replace(names_of_three, 3, rows));
+	EXPECT_STREQ("v1=3 k0=49 v0=49 tokens=49", list_held());
+	EXPECT_GE(files + 1, nr_files_idle(pid));
+}
+
+TEST_F_TIMEOUT(held, a_replacement_takes_a_holder_for_writing, TEST_SECONDS)
+{
+	ASSERT_EQ(0, hold("story", "--max-seq-len", "4", "--dim", "4"));
+	EXPECT_EQ(-EACCES, replace((const char *[]){ "pad" }, 1, 2));
+	EXPECT_STREQ("story: the holder was started without --write", kvscratch_error());
+	EXPECT_STREQ("pad=0", list_held());
+}
+
+/* Of its soft limit, which is as high as the hard one */
+static void limit_files(pid_t pid, rlim_t files)
+{
+	struct rlimit limit;
+
+	if (prlimit(pid, RLIMIT_NOFILE, NULL, &limit))
+		abort();
+	limit.rlim_cur = files < limit.rlim_max ? files : limit.rlim_max;
+	if (prlimit(pid, RLIMIT_NOFILE, &limit, NULL))
+		abort();
+}
+
+TEST_F_TIMEOUT(held, a_replacement_is_all_or_nothing, TEST_SECONDS)
+{
+	static const char before[] = "k0=0 v0=0 tokens=0";
+	struct kvscratch *pads[3];
+	int fds[2], err = 0;
+	pid_t pid;
+
+	ASSERT_EQ(0, hold("story", "--write"));
+	ASSERT_EQ(0, put_three(pads));
+	close_three(pads);
+	EXPECT_EQ(-EEXIST, replace((const char *[]){ "k0", "v0", "k0" }, 3, 1));
+	EXPECT_STREQ("story: \"k0\" was given twice", kvscratch_error());
+	EXPECT_STREQ(before, list_held());
+	EXPECT_EQ(-EEXIST, replace((const char *[]){ "new", "k0", "new" }, 3, 1));
+	EXPECT_EQ(-EINVAL, replace((const char *[]){ "k0", "a/b" }, 2, 1));
+	EXPECT_EQ(-EINVAL, kvscratch_holder_replace("story", NULL, fds, 0));
+
+	pads[0] = pad_of_rows(1);
+	fds[0] = kvscratch_fd(pads[0]);
+	fds[1] = open("/dev/null", O_RDWR | O_CLOEXEC);
+	EXPECT_EQ(-ENOTTY, kvscratch_holder_replace("story", (const char *[]){ "k0", "v0" }, fds,
+						    2));
+	EXPECT_STREQ(before, list_held());
+	close(fds[1]);
+	kvscratch_close(pads[0]);
+
+	/* with one descriptor more each time it gets a step further */
+	pid = pid_of("story");
+	for (int more = 0; err || !more; more++) {
+		/* of which two are . and .. */
+		limit_files(pid, nr_files(pid) - 2 + more);
+		err = replace((const char *[]){ "v0", "k0" }, 2, 5);
+		limit_files(pid, RLIM_INFINITY);
+		ASSERT_STREQ(err ? before : "tokens=0 v0=5 k0=5", list_held()) TH_LOG("%d more", more);
+		ASSERT_GT(20, more);
+		/* without one even the client cannot be served */
+		if (err && err != -EMFILE)
+			EXPECT_EQ(-EPROTO, err) TH_LOG("%d more: %s", more, kvscratch_error());
+	}
+	EXPECT_GT(err + 1, 0);
+}
+
+/* Names move from one pair of pads to the next while others ask for them all the time. */
+TEST_F_TIMEOUT(held, a_reader_gets_the_old_pads_or_the_new_ones, TEST_SECONDS)
+{
+	static const char *const forwards[] = { "k0", "v0" };
+	static const char *const backwards[] = { "v0", "k0" };
+	unsigned int pairs = 0, turns = 0;
+	int status = 0;
+	pid_t pid;
+
+	ASSERT_EQ(0, hold("story", "--write"));
+	ASSERT_EQ(0, replace(forwards, 2, 0));
+	pid = fork_child();
+	if (!pid) {
+		for (unsigned int rows = 1; rows < 60; rows++)
+			CHILD_CHECK(!replace(rows % 2 ? backwards : forwards, 2, rows));
+		_exit(0);
+	}
+	while (!waitpid(pid, &status, WNOHANG)) {
+		char names[3] = "";
+		int rows[2] = { -1, -1 };
+		const char *list = list_held();
+
+		ASSERT_EQ(4, sscanf(list, "%c0=%d %c0=%d", &names[0], &rows[0], &names[1], &rows[1]))
+			TH_LOG("%s", list);
+		ASSERT_EQ(rows[0], rows[1]) TH_LOG("%s", list);
+		ASSERT_STREQ(rows[0] % 2 ? "vk" : "kv", names);
+		turns += rows[0] != (int)pairs;
+		pairs = rows[0];
+	}
+	EXPECT_EQ(0, status);
+	EXPECT_STREQ("v0=59 k0=59", list_held());
+	/* or it saw nothing */
+	EXPECT_GT(turns, 2);
+}
+
+/* The longest names that so many pads can have: each 15 bytes, some 16, and a NUL */
+static const char *const *full_names(void)
+{
+	static char text[KVSCRATCH_MAX_PASSED][KVSCRATCH_MAX_NAME + 1];
+	static const char *names[KVSCRATCH_MAX_PASSED];
+	const int longer = KVSCRATCH_MAX_NAMES_BYTES - KVSCRATCH_MAX_PASSED * 16;
+
+	for (int i = 0; i < KVSCRATCH_MAX_PASSED; i++) {
+		snprintf(text[i], sizeof(text[i]), "k%0*d", i < longer ? 15 : 14, i);
+		names[i] = text[i];
+	}
+	return names;
+}
+
 TEST_F_TIMEOUT(held, a_full_holder, TEST_SECONDS)
 {
-	static char text[KVSCRATCH_MAX_PASSED][8], names[KVSCRATCH_MAX_NAMES_BYTES];
-	static const char *list[KVSCRATCH_MAX_PASSED];
+	static char names[KVSCRATCH_MAX_NAMES_BYTES];
 	static int fds[KVSCRATCH_MAX_PASSED];
-	struct kvscratch *pad;
+	static const int accesses[] = { O_RDONLY, O_RDWR, O_WRONLY };
+	const char *const *list = full_names();
+	struct kvscratch *pad, *held;
+	char first[KVSCRATCH_MAX_NAME + 8];
 	pid_t pid;
 	int files;
 
 	ASSERT_EQ(0, hold("story", "--write"));
 	ASSERT_EQ(0, kvscratch_new(&pad, 1, 1, U8));
-	for (int i = 0; i < KVSCRATCH_MAX_PASSED; i++) {
-		snprintf(text[i], sizeof(text[i]), "k%d", i);
-		list[i] = text[i];
+	for (int i = 0; i < KVSCRATCH_MAX_PASSED; i++)
 		fds[i] = kvscratch_fd(pad);
-	}
 	ASSERT_EQ(0, kvscratch_holder_put("story", list, fds, KVSCRATCH_MAX_PASSED))
 		TH_LOG("%s", kvscratch_error());
 	EXPECT_EQ(-EMSGSIZE, kvscratch_holder_put("story", (const char *[]){ "more" }, fds, 1));
+	EXPECT_EQ(-EMSGSIZE, kvscratch_holder_replace("story", (const char *[]){ "more", list[7] },
+						      fds, 2));
+	/* all names again take no room */
+	ASSERT_EQ(0, kvscratch_holder_replace("story", list, fds, KVSCRATCH_MAX_PASSED))
+		TH_LOG("%s", kvscratch_error());
+	snprintf(first, sizeof(first), "story/%s", list[0]);
 	pid = pid_of("story");
-	files = nr_files(pid);
-	for (int times = 0; times < 3; times++) {
-		ASSERT_EQ(KVSCRATCH_MAX_PASSED,
-			  kvscratch_holder_get("story", O_RDWR, names, sizeof(names), fds,
+	files = nr_files_idle(pid);
+	for (size_t i = 0; i < ARRAY_SIZE(accesses); i++) {
+		/* there is no such handle in a memfd */
+		bool refused = kvscratch_backend(pad) == KVSCRATCH_BACKEND_MEMFD &&
+			       accesses[i] == O_WRONLY;
+		const char *name = names;
+
+		EXPECT_EQ(refused ? -EOPNOTSUPP : 0, kvscratch_attach_name(&held, first, accesses[i]));
+		if (!refused)
+			kvscratch_close(held);
+		ASSERT_EQ(refused ? -EOPNOTSUPP : KVSCRATCH_MAX_PASSED,
+			  kvscratch_holder_get("story", accesses[i], names, sizeof(names), fds,
 					       KVSCRATCH_MAX_PASSED));
-		for (int i = 0; i < KVSCRATCH_MAX_PASSED; i++)
-			close(fds[i]);
+		for (int at = 0; !refused && at < KVSCRATCH_MAX_PASSED; at++) {
+			ASSERT_STREQ(list[at], name);
+			name += strlen(name) + 1;
+			ASSERT_EQ(0, kvscratch_from_fd(&held, fds[at]));
+			EXPECT_EQ(accesses[i], kvscratch_access(held));
+			kvscratch_close(held);
+		}
 	}
-	/* the clients are gone before the next one is served */
-	EXPECT_EQ(-ENOKEY, kvscratch_holder_drop("story/none"));
-	EXPECT_GE(files + 1, nr_files(pid));
-	EXPECT_EQ(0, kvscratch_holder_drop("story/k7"));
-	EXPECT_EQ(-ENOKEY, kvscratch_attach_name(&pad, "story/k7", O_RDONLY));
+	EXPECT_GE(files + 1, nr_files_idle(pid));
+	EXPECT_EQ(0, kvscratch_holder_drop(first));
+	EXPECT_EQ(-ENOKEY, kvscratch_attach_name(&held, first, O_RDONLY));
 	kvscratch_close(pad);
+}
+
+/* A client of the holder, another process, that writes a row and waits to be taken over */
+static void write_until_fenced(int line)
+{
+	struct kvscratch *pad, *writer;
+
+	CHILD_CHECK(!kvscratch_attach_name(&pad, "story", O_RDWR));
+	CHILD_CHECK(!kvscratch_writer(&writer, pad));
+	CHILD_CHECK(!kvscratch_stage(writer, 0, 0, row, 1) && !kvscratch_commit(writer, 1));
+	CHILD_CHECK(!kvscratch_stage(writer, 0, 1, row, 1));
+	say(line);
+	hear(line);
+	CHILD_CHECK(kvscratch_commit(writer, 2) == -ESTALE);
+	CHILD_CHECK(kvscratch_stage(writer, 0, 1, row, 1) == -ESTALE);
+	CHILD_CHECK(kvscratch_append(pad, row, 4) == -EBUSY);
+	CHILD_CHECK(kvscratch_writer(&writer, pad) == -EBUSY);
+	CHILD_CHECK(kvscratch_len(pad) == 1);
+	_exit(0);
+}
+
+TEST_F_TIMEOUT(held, writers_through_a_holder_are_fenced, TEST_SECONDS)
+{
+	struct kvscratch *pad, *writer, *reader;
+	struct child child;
+
+	ASSERT_EQ(0, hold_one("story"));
+	if (start_child(&child))
+		write_until_fenced(child.line);
+	ASSERT_TRUE(hear(child.line));
+	ASSERT_EQ(0, kvscratch_attach_name(&reader, "story", O_RDONLY));
+	ASSERT_EQ(0, kvscratch_attach_name(&pad, "story", O_RDWR));
+	EXPECT_EQ(-EBUSY, kvscratch_writer(&writer, pad));
+	EXPECT_EQ(-EBUSY, kvscratch_append(pad, row, 4));
+	EXPECT_EQ(-EBADF, kvscratch_takeover(&writer, reader));
+	ASSERT_EQ(0, kvscratch_takeover(&writer, pad)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(0, end_child(&child));
+	EXPECT_EQ(1, kvscratch_len(reader));
+	EXPECT_EQ(0, kvscratch_stage(writer, 0, 1, row, 1));
+	EXPECT_EQ(0, kvscratch_commit(writer, 2));
+	EXPECT_EQ(2, kvscratch_len(reader));
+	kvscratch_close(writer);
+	kvscratch_close(pad);
+	kvscratch_close(reader);
 }
 
 TEST_F_TIMEOUT(held, a_name_alone_is_the_only_pad, TEST_SECONDS)
@@ -726,6 +996,14 @@ TEST_F_TIMEOUT(held, garbage, TEST_SECONDS)
 	close(sock);
 
 	request = drop_request;
+	request.verb = 77;
+	sock = speak(&request, NULL, 0);
+	EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
+	EXPECT_EQ(-EPROTO, reply.err);
+	EXPECT_STREQ("expected a known request, got number 77", reply.words);
+	close(sock);
+
+	request = drop_request;
 	request.verb = HOLDER_PUT;
 	request.handles_bytes = UINT32_MAX;
 	sock = speak(&request, NULL, 0);
@@ -793,6 +1071,154 @@ TEST_F_TIMEOUT(held, handles_that_nobody_asked_for_are_closed, TEST_SECONDS)
 	close(ends[0]);
 }
 
+TEST_F_TIMEOUT(held, clients_of_another_version, TEST_SECONDS)
+{
+	struct holder_request request = drop_request;
+	static const size_t lengths[] = {
+		HOLDER_HEAD_BYTES, HOLDER_HEAD_BYTES + 1, sizeof(request) - 1, sizeof(request),
+	};
+
+	ASSERT_EQ(0, hold_one("story"));
+	/* what it would do in this one */
+	request.pad[0] = '\0';
+	request.version = HOLDER_VERSION + 1;
+	for (size_t i = 0; i < ARRAY_SIZE(lengths); i++) {
+		struct holder_reply reply;
+		int sock = connect_to("story");
+
+		/* all that it has to say, and it waits for the reply */
+		EXPECT_EQ((ssize_t)lengths[i], send(sock, &request, lengths[i], MSG_NOSIGNAL));
+		EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
+		EXPECT_EQ(HOLDER_MAGIC, reply.magic);
+		EXPECT_EQ(HOLDER_VERSION, reply.version);
+		EXPECT_EQ(-EPROTO, reply.err);
+		EXPECT_EQ(0, reply.count);
+		EXPECT_STREQ("expected a client of version 1, got one of 2", reply.words);
+		EXPECT_TRUE(is_closed(sock));
+		close(sock);
+	}
+	EXPECT_TRUE(is_served());
+}
+
+/* What replaces k0 and v0 by @pad, but for what is wrong with it; returns the socket. */
+static int speak_of(const struct kvscratch *pad, unsigned int handles, size_t bytes)
+{
+	static const char text[] = "\x06\0\0\0k0\nv0\n";
+	struct holder_request request = {
+		.magic = HOLDER_MAGIC,
+		.version = HOLDER_VERSION,
+		.verb = HOLDER_REPLACE,
+		.handles_bytes = sizeof(text) - 1,
+	};
+	char message[sizeof(request) + sizeof(text) - 1];
+	union {
+		struct cmsghdr head;
+		char bytes[CMSG_SPACE(sizeof(int[3]))];
+	} control = { 0 };
+	struct iovec iov;
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+	int sock = connect_to("story");
+
+	memcpy(message, &request, sizeof(request));
+	memcpy(message + sizeof(request), text, sizeof(text) - 1);
+	if (bytes > sizeof(message))
+		bytes = sizeof(message);
+	/* the handles ride on the first byte behind the request */
+	if (bytes <= sizeof(request)) {
+		send(sock, message, bytes, MSG_NOSIGNAL);
+		return sock;
+	}
+	send(sock, message, sizeof(request), MSG_NOSIGNAL);
+	iov = (struct iovec){ message + sizeof(request), bytes - sizeof(request) };
+	if (handles) {
+		msg.msg_control = &control;
+		msg.msg_controllen = CMSG_SPACE(sizeof(int) * handles);
+		control.head = (struct cmsghdr){
+			.cmsg_level = SOL_SOCKET,
+			.cmsg_type = SCM_RIGHTS,
+			.cmsg_len = CMSG_LEN(sizeof(int) * handles),
+		};
+		for (unsigned int i = 0; i < handles; i++)
+			memcpy(CMSG_DATA(&control.head) + i * sizeof(int),
+			       &(int){ kvscratch_fd(pad) }, sizeof(int));
+	}
+	sendmsg(sock, &msg, MSG_NOSIGNAL);
+	return sock;
+}
+
+TEST_F_TIMEOUT(held, clients_that_die_while_they_replace, TEST_SECONDS)
+{
+	struct kvscratch *pad = pad_of_rows(7);
+	size_t whole = sizeof(struct holder_request) + 10;
+	struct holder_reply reply;
+	pid_t pid;
+	int files;
+
+	ASSERT_EQ(0, hold("story", "--write"));
+	ASSERT_EQ(0, replace((const char *[]){ "k0", "v0" }, 2, 1));
+	pid = pid_of("story");
+	files = nr_files_idle(pid);
+	for (size_t bytes = 0; bytes < whole; bytes++) {
+		close(speak_of(pad, 2, bytes));
+		ASSERT_STREQ("k0=1 v0=1", list_held()) TH_LOG("after %zu bytes", bytes);
+	}
+	/* other numbers of handles than it says */
+	for (unsigned int handles = 0; handles < 4; handles++) {
+		char words[128];
+		int sock;
+
+		if (handles == 2)
+			continue;
+		sock = speak_of(pad, handles, whole);
+		EXPECT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
+		EXPECT_EQ(-EPROTO, reply.err);
+		snprintf(words, sizeof(words), "cannot receive handles: expected a name for each of "
+			 "%u handles, got 2 names", handles);
+		EXPECT_STREQ(words, reply.words);
+		close(sock);
+		ASSERT_STREQ("k0=1 v0=1", list_held());
+	}
+	EXPECT_GE(files + 1, nr_files_idle(pid));
+	/* one that says all of it is heard, whether it lives to hear of it or not */
+	close(speak_of(pad, 2, whole));
+	EXPECT_STREQ("k0=7 v0=7", list_held());
+	EXPECT_GE(files + 1, nr_files_idle(pid));
+	kvscratch_close(pad);
+}
+
+/* Requests may come in pieces, and replies be read late. */
+TEST_F_TIMEOUT(held, a_replacement_between_a_request_and_its_end, TEST_SECONDS)
+{
+	struct holder_request request = drop_request;
+	static const char *const names[] = { "k0", "v0" };
+	char text[KVSCRATCH_MAX_NAMES_BYTES];
+	struct holder_reply reply;
+	int fds[2], early, late;
+	struct pollfd ready;
+
+	ASSERT_EQ(0, hold("story", "--write"));
+	ASSERT_EQ(0, replace(names, 2, 1));
+	request.verb = HOLDER_GET_ALL;
+	request.access = O_RDONLY;
+	late = connect_to("story");
+	EXPECT_EQ(20, send(late, &request, 20, MSG_NOSIGNAL));
+	early = speak(&request, NULL, 0);
+	ready = (struct pollfd){ .fd = early, .events = POLLIN };
+	EXPECT_EQ(1, poll(&ready, 1, -1));
+	EXPECT_EQ(0, replace(names, 2, 2));
+	EXPECT_EQ(sizeof(request) - 20, send(late, (char *)&request + 20, sizeof(request) - 20,
+					     MSG_NOSIGNAL));
+	for (int i = 0; i < 2; i++) {
+		int sock = i ? late : early;
+
+		ASSERT_EQ(sizeof(reply), recv(sock, &reply, sizeof(reply), MSG_WAITALL));
+		ASSERT_EQ(2, reply.count);
+		ASSERT_EQ(2, kvscratch_receive_handles(sock, text, sizeof(text), fds, 2));
+		EXPECT_STREQ(i ? "k0=2 v0=2" : "k0=1 v0=1", list_handles(text, fds, 2));
+		close(sock);
+	}
+}
+
 /* A socket of that name that is no holder's; what it says is @bytes of @reply. */
 static pid_t start_impostor(const char *path, const void *reply, size_t bytes)
 {
@@ -828,10 +1254,18 @@ TEST_F_TIMEOUT(held, what_is_no_holder, TEST_SECONDS)
 	ASSERT_EQ(0, kvscratch_holder_path("story", path, sizeof(path)));
 
 	pid = start_impostor(path, "nonsense, and a lot of it: ", 27);
-	EXPECT_ERROR(EPROTO, "story: the holder ended the connection",
+	EXPECT_ERROR(EPROTO, "story: what listens there is no holder of pads",
 		     kvscratch_attach_name(&pad, "story", O_RDONLY));
 	EXPECT_EQ(0, wait_for(pid));
 	unlink(path);
+
+	for (size_t bytes = 1; bytes < sizeof(reply); bytes += 6) {
+		pid = start_impostor(path, &reply, bytes);
+		EXPECT_ERROR(EPROTO, "story: the holder ended the connection",
+			     kvscratch_attach_name(&pad, "story", O_RDONLY));
+		EXPECT_EQ(0, wait_for(pid));
+		unlink(path);
+	}
 
 	reply.magic = 1;
 	pid = start_impostor(path, &reply, sizeof(reply));
@@ -840,16 +1274,8 @@ TEST_F_TIMEOUT(held, what_is_no_holder, TEST_SECONDS)
 	EXPECT_EQ(0, wait_for(pid));
 	unlink(path);
 
-	reply.magic = HOLDER_MAGIC;
-	reply.version = 2;
-	pid = start_impostor(path, &reply, sizeof(reply));
-	EXPECT_ERROR(EPROTO, "story: expected a holder of version 1, got one of 2",
-		     kvscratch_attach_name(&pad, "story", O_RDONLY));
-	EXPECT_EQ(0, wait_for(pid));
-	unlink(path);
-
 	/* handles are announced, and do not come */
-	reply.version = HOLDER_VERSION;
+	reply.magic = HOLDER_MAGIC;
 	reply.count = 1;
 	pid = start_impostor(path, &reply, sizeof(reply));
 	EXPECT_EQ(-EPROTO, kvscratch_attach_name(&pad, "story", O_RDONLY));
@@ -861,6 +1287,40 @@ TEST_F_TIMEOUT(held, what_is_no_holder, TEST_SECONDS)
 		     kvscratch_attach_name(&pad, "story", O_RDONLY));
 	EXPECT_EQ(0, wait_for(pid));
 	unlink(path);
+}
+
+/* Whatever its replies are like */
+TEST_F_TIMEOUT(held, holders_of_another_version, TEST_SECONDS)
+{
+	static const char words[] = "story: expected a holder of version 1, got one of 2";
+	struct holder_reply reply = { .magic = HOLDER_MAGIC, .version = HOLDER_VERSION + 1 };
+	char path[108], names[KVSCRATCH_MAX_NAMES_BYTES];
+	struct kvscratch *pad;
+	int fd;
+
+	ASSERT_EQ(0, mkdir(self->sockets, 0700));
+	ASSERT_EQ(0, kvscratch_holder_path("story", path, sizeof(path)));
+	for (int i = 0; i < 5; i++) {
+		pid_t pid = start_impostor(path, &reply, i % 2 ? HOLDER_HEAD_BYTES : sizeof(reply));
+
+		if (i == 0)
+			EXPECT_ERROR(EPROTO, words, kvscratch_attach_name(&pad, "story", O_RDONLY));
+		if (i == 1)
+			EXPECT_ERROR(EPROTO, words, kvscratch_holder_get("story", O_RDONLY, names,
+									 sizeof(names), &fd, 1));
+		if (i == 2)
+			EXPECT_ERROR(EPROTO, words, kvscratch_holder_drop("story"));
+		if (i == 3)
+			EXPECT_ERROR(EPROTO, words, replace((const char *[]){ "k0" }, 1, 1));
+		if (i == 4) {
+			struct kvscratch *pads[3];
+
+			EXPECT_ERROR(EPROTO, words, put_three(pads));
+			close_three(pads);
+		}
+		EXPECT_EQ(0, wait_for(pid));
+		unlink(path);
+	}
 }
 
 /* As another user, whom neither the directory nor the socket keeps out */
@@ -894,7 +1354,7 @@ static void try_as_stranger(uid_t holder)
 		 geteuid(), holder);
 	CHILD_CHECK(kvscratch_attach_name(&pad, "story", O_RDONLY) == -EACCES);
 	CHILD_CHECK(!strcmp(words, kvscratch_error()));
-	for (request.verb = HOLDER_GET; request.verb <= HOLDER_DROP; request.verb++) {
+	for (request.verb = HOLDER_GET; request.verb <= HOLDER_REPLACE; request.verb++) {
 		request.pad[0] = '\0';
 		sock = speak(&request, NULL, 0);
 		CHILD_CHECK(recv(sock, &reply, sizeof(reply), MSG_WAITALL) == sizeof(reply));

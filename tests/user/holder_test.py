@@ -31,7 +31,7 @@ os.environ["KVSCRATCH_BACKEND"] = "memfd"
 REQUEST = struct.Struct("=IIIII64s")
 REPLY = struct.Struct("=IIiI160s")
 MAGIC, VERSION = 0x4844564B, 1
-GET_ALL, PUT = 2, 3
+GET_ALL, PUT, REPLACE = 2, 3, 5
 
 
 def ctl(*arguments, status=0, data=None):
@@ -47,7 +47,7 @@ def ask(holder, verb, names=(), fds=()):
         sock.connect(f"{RUNTIME.name}/kvscratch/{holder}")
         text = "".join(name + "\n" for name in names).encode()
         sock.sendall(REQUEST.pack(MAGIC, VERSION, verb, os.O_RDWR, 4 + len(text), b""))
-        if verb == PUT:
+        if verb in (PUT, REPLACE):
             socket.send_fds(sock, [struct.pack("<I", len(text)) + text], fds)
         _, _, error, count, words = REPLY.unpack(sock.recv(REPLY.size, socket.MSG_WAITALL))
         got = socket.recv_fds(sock, 8192, 253)[1] if count else []
@@ -65,12 +65,23 @@ def make_pads(count):
     return fds
 
 
-def put(holder, *names):
+def put(holder, *names, verb=PUT):
     fds = make_pads(len(names))
-    error, words, _ = ask(holder, PUT, names, fds)
+    error, words, _ = ask(holder, verb, names, fds)
     for fd in fds:
         os.close(fd)
     expect(not error, words)
+
+
+def held(holder):
+    """The pads of a holder, by name, in its order: the inode number of each"""
+    names = [line.split(":")[0].partition("/")[2] for line in ctl("ls").splitlines()]
+    fds = ask(holder, GET_ALL)[2]
+    pads = {}
+    for name, fd in zip(filter(None, names), fds, strict=True):
+        pads[name] = os.fstat(fd).st_ino
+        os.close(fd)
+    return pads
 
 
 class Manager:
@@ -80,6 +91,7 @@ class Manager:
         self.name = name
         self.command = [PROGRAM, "hold", name, "--foreground", *arguments]
         self.store = []
+        self.snapshots = None
         self.pid = 0
         path = f"{RUNTIME.name}/notify-{name}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -159,10 +171,17 @@ class Manager:
             for gone in [entry for entry in self.store if entry[0] == name]:
                 os.close(gone[1])
                 self.store.remove(gone)
+        if "FDSTORE=1" in lines or "FDSTOREREMOVE=1" in lines:
+            self.take_snapshot()
         for line in lines:
             if line in self.said:
                 self.said[line].set()
         return lines
+
+    def take_snapshot(self):
+        """What a holder would be given that was killed before its next message"""
+        if self.snapshots is not None:
+            self.snapshots.append([(name, os.dup(fd)) for name, fd in self.store])
 
     def kill(self, number):
         os.kill(self.pid, number)
@@ -255,12 +274,95 @@ def what_the_manager_made_up_costs_no_pad():
         (_, pad), = manager.store
         null = os.open("/dev/null", os.O_RDWR)
         manager.store = [("1.null", null), ("nonsense", os.dup(pad)), ("", os.dup(pad)),
-                         ("7.../x", os.dup(pad)), ("0.pad", pad), ("9.pad", os.dup(pad)),
+                         ("7.../x", os.dup(pad)), ("0.pad", pad), ("0.pad", os.dup(pad)),
+                         ("0.k0", os.dup(pad)), ("-1.k0", os.dup(pad)), ("3+", os.dup(pad)),
+                         ("3+x", os.dup(pad)), ("+3", os.dup(pad)), ("0+-1", os.dup(pad)),
                          ("99999999999999999999.k1", os.dup(pad))]
         manager.start()
         listed = ctl("ls")
         expect([line.split(":")[0] for line in listed.splitlines()] == ["story/pad"], listed)
-        expect(manager.errors().count("\n") == 6, manager.errors())
+        expect(manager.errors().count("\n") == 12, manager.errors())
+
+
+def after_each_message(old, new, verb):
+    """Replace or add pads, and kill the holder between any two messages to its manager."""
+    with Manager("story", "--write") as manager:
+        if old:
+            put("story", *old)
+        before = held("story")
+        manager.say("MARK=1")
+        manager.snapshots = []
+        manager.take_snapshot()
+        put("story", *new, verb=verb)
+        manager.say("MARK=1")
+        snapshots, manager.snapshots = manager.snapshots, None
+        after = held("story")
+        expect(list(after) == [name for name in old if name not in new] + list(new), after)
+        expect(all(after[name] != before.get(name) for name in new), (before, after))
+        seen = []
+        for number, store in enumerate(snapshots):
+            manager.kill(signal.SIGKILL)
+            for _, fd in manager.store:
+                os.close(fd)
+            manager.store = store
+            # in whatever order
+            if number % 2:
+                manager.store.reverse()
+            manager.start()
+            manager.say("MARK=1")
+            pads = held("story")
+            expect(pads in (before, after), f"after {number} messages: {pads}")
+            expect(list(pads) in (list(before), list(after)), pads)
+            seen.append(pads == after)
+            # nothing is left in the store but what is held, and the next put is a whole one
+            names = [name.split(".")[1] for name in manager.names()]
+            expect(sorted(names) == sorted(pads), manager.names())
+            expect(not manager.errors(), manager.errors())
+            put("story", *new, "more", verb=REPLACE)
+            manager.say("MARK=1")
+            names = [name.split(".")[1] for name in manager.names()]
+            expect(sorted(names) == sorted({*pads, *new, "more"}), manager.names())
+        expect(seen == sorted(seen) and not seen[0] and seen[-1], seen)
+        return len(seen)
+
+
+@test
+def a_kill_within_a_replacement_leaves_the_old_pads_or_the_new_ones():
+    # a mark, three handles, no mark, two that go
+    expect(after_each_message(["k0", "tokens", "v0"], ["v0", "v1", "k0"], REPLACE) == 8,
+           "expected 7 messages")
+
+
+@test
+def a_kill_within_the_replacement_of_one_pad():
+    expect(after_each_message(["k0", "v0"], ["k0"], REPLACE) == 3, "expected 2 messages")
+
+
+@test
+def a_kill_within_a_put_leaves_all_of_it_or_nothing():
+    expect(after_each_message(["tokens"], ["k0", "v0"], PUT) == 5, "expected 4 messages")
+
+
+@test
+def pads_that_were_replaced_stay_away():
+    with Manager("story", "--write") as manager:
+        put("story", "k0", "v0")
+        for _ in range(3):
+            put("story", "v0", "k0", verb=REPLACE)
+        manager.say("MARK=1")
+        expect(manager.names() == ["6.v0", "7.k0"], manager.names())
+        pads = held("story")
+        manager.kill(signal.SIGKILL)
+        manager.start()
+        expect(held("story") == pads, (pads, held("story")))
+        # what is refused tells the manager nothing
+        error, words, _ = ask("story", REPLACE, ["k0", "k0"], [manager.store[0][1]] * 2)
+        expect(error == -errno.EEXIST and words == '"k0" was given twice', (error, words))
+        manager.say("MARK=1")
+        expect(manager.names() == ["6.v0", "7.k0"], manager.names())
+        ctl("-n", "story/v0", "put", "--replace", "story/k0")
+        manager.say("MARK=1")
+        expect(manager.names() == ["6.v0", "8.k0"], manager.names())
 
 
 @test

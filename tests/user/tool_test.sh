@@ -62,13 +62,13 @@ npy() {
 # Help and wrong usage need no device.
 usage()
 {
-	for verb in create attach info append dump save load truncate clear seal takeover watch hold drop ls metrics; do
+	for verb in create attach info append dump save load truncate clear seal takeover watch hold put drop ls metrics; do
 		run kvscratchctl $verb --help
 		case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 		result $status "$verb has help"
 	done
 	run kvscratchctl --help
-	case $output in *create*attach*info*append*dump*save*load*truncate*clear*seal*takeover*watch*hold*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
+	case $output in *create*attach*info*append*dump*save*load*truncate*clear*seal*takeover*watch*hold*put*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
 	result $status "help lists every verb"
 	run kvscratchctl
 	expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
@@ -98,7 +98,7 @@ usage()
 		run kvscratchctl watch $option ''
 		expect "$option of nothing" 1 "kvscratchctl watch: expected a value for each option, got an empty one"
 	done
-	for verb in append save load drop hold; do
+	for verb in append save load put drop hold; do
 		run kvscratchctl $verb ''
 		expect "$verb of nothing" 1 "kvscratchctl $verb: expected an argument that is not empty, see --help"
 	done
@@ -661,6 +661,26 @@ kvscratch_pad_saturated_elements_total{holder=\"story\",pad=\"pad\"} 0"
 	run kvscratchctl ls
 	expect "what is left" 0 "notes/pad: Scratchpad(len=0, capacity=5, dim=4)
 story: no pads"
+	run kvscratchctl -n notes put story/k0
+	expect "put a pad" 0 ""
+	run kvscratchctl put story
+	expect "put a descriptor" 0 ""
+	run kvscratchctl -n notes put story
+	expect "put what is held already" 2 "kvscratchctl put: story: a pad \"pad\" is held already"
+	kvscratchctl -n notes append row0
+	run sh -c 'kvscratchctl -n notes put --replace story && kvscratchctl ls | grep "^story"'
+	expect "put one in the place of another" 0 "story/k0: Scratchpad(len=1, capacity=5, dim=4)
+story/pad: Scratchpad(len=1, capacity=5, dim=4)"
+	run kvscratchctl -n story/pad append row0
+	expect "put for reading" 2 "kvscratchctl append: story: pad: the handle that is held is for reading only"
+	run sh -c 'kvscratchctl -n notes put --write --replace story && kvscratchctl -n story/pad append row0 && kvscratchctl -n notes info | head -n 1'
+	expect "put for writing" 0 "Scratchpad(len=2, capacity=5, dim=4)"
+	run kvscratchctl -n notes put nobody/k0
+	expect "put where nobody holds" 2 "kvscratchctl put: no pads are held as \"nobody\": nobody listens on $directory/kvscratch/nobody"
+	run kvscratchctl -n notes put story/.k0
+	expect "put under no name" 1 "kvscratchctl put: the name of a pad: expected 1 to 63 of A-Z a-z 0-9 . _ - and no dot first, got \".k0\""
+	run kvscratchctl -n notes put
+	expect "put where" 1 "kvscratchctl put: expected HOLDER or HOLDER/PAD"
 	kvscratchctl drop story
 	run kvscratchctl drop notes
 	expect "drop a holder" 0 ""

@@ -19,6 +19,9 @@ enum exit_code {
 
 #define DEFAULT_FD 3
 
+/* A held pad that nobody named */
+#define ONLY_PAD "pad"
+
 enum option_id {
 	OPT_HELP = 1,
 	OPT_FD,
@@ -45,6 +48,7 @@ enum option_id {
 	OPT_PLANES_FILE,
 	OPT_TAG,
 	OPT_PLANE,
+	OPT_REPLACE,
 };
 
 enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
@@ -97,6 +101,7 @@ int run_truncate(const struct arguments *args);
 int run_clear(const struct arguments *args);
 int run_watch(const struct arguments *args);
 int run_hold(const struct arguments *args);
+int run_put(const struct arguments *args);
 int run_drop(const struct arguments *args);
 int run_ls(const struct arguments *args);
 int run_save(const struct arguments *args);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * ls, drop and metrics: what is held by all holders of this user.
+ * ls, put, drop and metrics: what is held by all holders of this user.
  */
 #define _GNU_SOURCE
 #include "ctl.h"
@@ -183,6 +183,41 @@ int run_ls(const struct arguments *args)
 	free_entries(&entries);
 	err = finish_output();
 	return err ? err : unseen;
+}
+
+/* put */
+
+/* The pad of --name or of the descriptor as @argument, "story/k0" or "story" */
+static int put_pad(const struct arguments *args, const struct kvscratch *pad)
+{
+	const size_t length = strcspn(args->argument, "/");
+	const char *name = args->argument[length] ? args->argument + length + 1 : ONLY_PAD;
+	int fd = kvscratch_fd(pad);
+	char holder[KVSCRATCH_MAX_NAME + 2];
+	int err;
+
+	/* what was cut is still too long for a name */
+	snprintf(holder, sizeof(holder), "%.*s", (int)length, args->argument);
+	err = given(args, OPT_REPLACE) ? kvscratch_holder_replace(holder, &name, &fd, 1) :
+					 kvscratch_holder_put(holder, &name, &fd, 1);
+	if (err)
+		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+	return 0;
+}
+
+int run_put(const struct arguments *args)
+{
+	struct kvscratch *pad;
+	int err;
+
+	if (!args->argument)
+		return fail(EXIT_INPUT, "expected HOLDER or HOLDER/PAD");
+	err = open_own(args, given(args, OPT_WRITE) ? O_RDWR : O_RDONLY, &pad);
+	if (err)
+		return err;
+	err = put_pad(args, pad);
+	kvscratch_close(pad);
+	return err;
 }
 
 /* drop */

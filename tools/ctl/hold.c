@@ -7,7 +7,10 @@
  * long, or the oldest one when there are too many, is dropped.
  *
  * A manager like systemd keeps a copy of each handle in its file-descriptor store, named
- * NUMBER.PAD in the order in which they came, and gives them back after a crash.
+ * NUMBER.PAD in the order in which they came, and gives them back after a crash. We may be
+ * killed between any two messages to it, which it takes one after the other. So what came
+ * together is there before what it replaces goes, and while only a part may be there, so is
+ * a descriptor named FIRST+COUNT: then so many of them do not count.
  */
 #define _GNU_SOURCE
 #include "../interrupt.h"
@@ -24,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
@@ -38,9 +42,6 @@
 /* A client sends its request at once: more than this many at a time only wait. */
 #define MAX_CLIENTS 64
 
-/* The pad of a holder that was told what to make, or which descriptor to keep */
-#define ONLY_PAD "pad"
-
 /**
  * struct held - a pad that is kept
  * @name: its name
@@ -49,8 +50,20 @@
  */
 struct held {
 	char name[KVSCRATCH_MAX_NAME + 1];
-	uint32_t number;
+	uint64_t number;
 	struct kvscratch *pad;
+};
+
+/**
+ * struct batch - pads that came together
+ * @first: number of the first one
+ * @count: how many
+ * @marker: what the manager keeps while it may not have all of them, or -1
+ */
+struct batch {
+	uint64_t first;
+	uint64_t count;
+	int marker;
 };
 
 struct client {
@@ -62,9 +75,11 @@ struct client {
  * struct holder - the process
  * @args: what was asked for
  * @path: the socket
- * @pads: what is kept, in the order in which it came
+ * @pads: what is kept, in the order in which it came: at most KVSCRATCH_MAX_PASSED, but for
+ *	what a manager has that was to be replaced
  * @count: how many
  * @next_number: of the next pad that comes
+ * @undone: what the manager may have a part of; its marker does not matter
  * @clients: whose requests have not arrived yet, the oldest first
  * @nr_clients: how many
  * @epoll: watches all of these:
@@ -74,9 +89,10 @@ struct client {
 struct holder {
 	const struct arguments *args;
 	char path[sizeof(((struct sockaddr_un *)0)->sun_path)];
-	struct held pads[KVSCRATCH_MAX_PASSED];
+	struct held pads[2 * KVSCRATCH_MAX_PASSED];
 	unsigned int count;
-	uint32_t next_number;
+	uint64_t next_number;
+	struct batch undone;
 	struct client clients[MAX_CLIENTS];
 	unsigned int nr_clients;
 	int epoll;
@@ -94,34 +110,58 @@ static int64_t milliseconds_now(void)
 
 /* Pads */
 
+/* The last one that came */
 static struct held *find_held(struct holder *holder, const char *name)
 {
-	for (unsigned int i = 0; i < holder->count; i++)
+	for (unsigned int i = holder->count; i--;)
 		if (!strcmp(holder->pads[i].name, name))
 			return &holder->pads[i];
 	return NULL;
 }
 
-/* Without systemd these do nothing, and what goes wrong there costs no pad. */
-static void store_handle(const struct held *held)
-{
-	char state[KVSCRATCH_MAX_NAME + 64];
-	int err;
+/* The name of a descriptor in the manager's store */
+struct stored_name {
+	char text[KVSCRATCH_MAX_NAME + 48];
+};
 
-	snprintf(state, sizeof(state), "FDSTORE=1\nFDNAME=%" PRIu32 ".%s\nFDPOLL=0", held->number,
-		 held->name);
-	err = notify_manager(state, kvscratch_fd(held->pad));
-	if (err)
-		fail(EXIT_SYSTEM, "%s: cannot pass the handle to the service manager: %s",
-		     held->name, strerror(-err));
+static struct stored_name name_of_handle(const struct held *held)
+{
+	struct stored_name name;
+
+	snprintf(name.text, sizeof(name.text), "%" PRIu64 ".%s", held->number, held->name);
+	return name;
 }
 
-static void forget_handle(const struct held *held)
+static struct stored_name name_of_marker(const struct batch *batch)
 {
-	char state[KVSCRATCH_MAX_NAME + 64];
+	struct stored_name name;
 
-	snprintf(state, sizeof(state), "FDSTOREREMOVE=1\nFDNAME=%" PRIu32 ".%s", held->number,
-		 held->name);
+	snprintf(name.text, sizeof(name.text), "%" PRIu64 "+%" PRIu64, batch->first, batch->count);
+	return name;
+}
+
+/* Without systemd these do nothing, and what goes wrong there costs no pad. */
+static void store(const struct holder *holder, struct stored_name name, int fd)
+{
+	char state[sizeof(name) + 32];
+	int err;
+
+	if (!given(holder->args, OPT_FOREGROUND))
+		return;
+	snprintf(state, sizeof(state), "FDSTORE=1\nFDNAME=%s\nFDPOLL=0", name.text);
+	err = notify_manager(state, fd);
+	if (err)
+		fail(EXIT_SYSTEM, "%s: cannot pass the handle to the service manager: %s",
+		     name.text, strerror(-err));
+}
+
+static void remove_stored(const struct holder *holder, struct stored_name name)
+{
+	char state[sizeof(name) + 32];
+
+	if (!given(holder->args, OPT_FOREGROUND))
+		return;
+	snprintf(state, sizeof(state), "FDSTOREREMOVE=1\nFDNAME=%s", name.text);
 	notify_manager(state, -1);
 }
 
@@ -133,23 +173,28 @@ static void keep(struct holder *holder, const struct held *held)
 		holder->next_number = held->number + 1;
 }
 
+static struct held new_held(const char *name, uint64_t number, struct kvscratch *pad)
+{
+	struct held held = { .number = number, .pad = pad };
+
+	strcpy(held.name, name);
+	return held;
+}
+
 /* Keep a pad under a number of its own and, where there is one, in the manager's store. */
 static void keep_new(struct holder *holder, const char *name, struct kvscratch *pad)
 {
-	struct held held = { .number = holder->next_number, .pad = pad };
+	struct held held = new_held(name, holder->next_number, pad);
 
-	strcpy(held.name, name);
+	store(holder, name_of_handle(&held), kvscratch_fd(pad));
 	keep(holder, &held);
-	if (given(holder->args, OPT_FOREGROUND))
-		store_handle(&held);
 }
 
 static void forget(struct holder *holder, struct held *held)
 {
 	size_t behind = &holder->pads[holder->count] - (held + 1);
 
-	if (given(holder->args, OPT_FOREGROUND))
-		forget_handle(held);
+	remove_stored(holder, name_of_handle(held));
 	kvscratch_close(held->pad);
 	memmove(held, held + 1, behind * sizeof(*held));
 	holder->count--;
@@ -285,29 +330,39 @@ static size_t bytes_of_names(const struct holder *holder)
 
 /* The names of @count new pads, one behind the other, each ended by NUL */
 static int check_names(struct holder *holder, const char *names, unsigned int count,
-		       struct holder_reply *reply)
+		       bool replaces, struct holder_reply *reply)
 {
 	size_t bytes = bytes_of_names(holder);
+	unsigned int pads = holder->count;
 	const char *name = names;
 
 	for (unsigned int i = 0; i < count; i++, name += strlen(name) + 1) {
 		const char *other = names;
+		bool is_new;
 
 		if (!holder_name_is_valid(name))
 			return refuse(reply, -EINVAL, "expected a name of A-Z a-z 0-9 . _ -, got "
 				      "\"%.70s\"", name);
-		if (find_held(holder, name))
+		is_new = !find_held(holder, name);
+		if (!is_new && !replaces)
 			return refuse(reply, -EEXIST, "a pad \"%s\" is held already", name);
 		for (; other < name; other += strlen(other) + 1)
 			if (!strcmp(other, name))
 				return refuse(reply, -EEXIST, "\"%s\" was given twice", name);
+		pads += is_new;
+		bytes += is_new ? strlen(name) + 1 : 0;
 	}
-	bytes += name - names;
-	if (holder->count + count > KVSCRATCH_MAX_PASSED || bytes > KVSCRATCH_MAX_NAMES_BYTES)
+	if (pads > KVSCRATCH_MAX_PASSED || bytes > KVSCRATCH_MAX_NAMES_BYTES)
 		return refuse(reply, -EMSGSIZE, "expected at most %d pads with %d bytes of names, "
 			      "got %u with %zu", KVSCRATCH_MAX_PASSED, KVSCRATCH_MAX_NAMES_BYTES,
-			      holder->count + count, bytes);
+			      pads, bytes);
 	return 0;
+}
+
+static void close_pads(struct kvscratch **pads, unsigned int count)
+{
+	while (count--)
+		kvscratch_close(pads[count]);
 }
 
 /* Handles of our own on the pads of @fds, which may be anything; all of them or none */
@@ -321,30 +376,82 @@ static int attach_all(struct kvscratch **pads, const int *fds, unsigned int coun
 
 		if (!err)
 			continue;
-		while (i--)
-			kvscratch_close(pads[i]);
+		close_pads(pads, i);
 		return refuse(reply, err, "%s", kvscratch_error());
 	}
 	return 0;
 }
 
+/* One pad alone is in the manager's store or not. */
+static int open_batch(const struct holder *holder, struct batch *batch, unsigned int count,
+		      struct holder_reply *reply)
+{
+	*batch = (struct batch){
+		.first = holder->next_number,
+		.count = count,
+		.marker = -1,
+	};
+	if (count == 1)
+		return 0;
+	batch->marker = eventfd(0, EFD_CLOEXEC);
+	if (batch->marker < 0)
+		return refuse(reply, -errno, "cannot mark the pads: %s", strerror(errno));
+	return 0;
+}
+
+/* From here on nothing fails that would cost a pad. */
+static void store_batch(const struct holder *holder, const struct batch *batch,
+			const struct held *pads)
+{
+	if (batch->marker >= 0)
+		store(holder, name_of_marker(batch), batch->marker);
+	for (unsigned int i = 0; i < batch->count; i++)
+		store(holder, name_of_handle(&pads[i]), kvscratch_fd(pads[i].pad));
+	if (batch->marker < 0)
+		return;
+	/* now they all count, at once */
+	remove_stored(holder, name_of_marker(batch));
+	close(batch->marker);
+}
+
+/* Keep pads in the place of those that have their names. */
+static void keep_batch(struct holder *holder, const struct held *pads, unsigned int count)
+{
+	for (unsigned int i = 0; i < count; i++) {
+		struct held *old = find_held(holder, pads[i].name);
+
+		if (old)
+			forget(holder, old);
+		keep(holder, &pads[i]);
+	}
+}
+
 static void put(struct holder *holder, const char *names, const int *fds, unsigned int count,
-		struct holder_reply *reply)
+		bool replaces, struct holder_reply *reply)
 {
 	struct kvscratch *pads[KVSCRATCH_MAX_PASSED];
+	struct held batch_pads[KVSCRATCH_MAX_PASSED];
+	struct batch batch;
 
 	if (!given(holder->args, OPT_WRITE)) {
 		refuse(reply, -EACCES, "the holder was started without --write");
 		return;
 	}
-	if (check_names(holder, names, count, reply) || attach_all(pads, fds, count, reply))
+	if (check_names(holder, names, count, replaces, reply) ||
+	    attach_all(pads, fds, count, reply))
 		return;
+	if (open_batch(holder, &batch, count, reply)) {
+		close_pads(pads, count);
+		return;
+	}
 	for (unsigned int i = 0; i < count; i++, names += strlen(names) + 1)
-		keep_new(holder, names, pads[i]);
+		batch_pads[i] = new_held(names, batch.first + i, pads[i]);
+	store_batch(holder, &batch, batch_pads);
+	keep_batch(holder, batch_pads, count);
 }
 
 /* All of it has arrived: nothing here waits. */
-static void serve_put(struct holder *holder, int sock, struct holder_reply *reply)
+static void serve_put(struct holder *holder, int sock, bool replaces, struct holder_reply *reply)
 {
 	char names[KVSCRATCH_MAX_NAMES_BYTES];
 	int fds[KVSCRATCH_MAX_PASSED];
@@ -352,9 +459,9 @@ static void serve_put(struct holder *holder, int sock, struct holder_reply *repl
 					      KVSCRATCH_MAX_PASSED);
 
 	if (count < 0) {
-		refuse(reply, -EPROTO, "%s", kvscratch_error());
+		refuse(reply, count == -EMFILE ? count : -EPROTO, "%s", kvscratch_error());
 	} else {
-		put(holder, names, fds, count, reply);
+		put(holder, names, fds, count, replaces, reply);
 		close_fds(fds, count);
 	}
 	send_reply(sock, reply);
@@ -411,7 +518,8 @@ static void serve(struct holder *holder, int sock, struct holder_request *reques
 		serve_get(holder, sock, request, &reply);
 		return;
 	case HOLDER_PUT:
-		serve_put(holder, sock, &reply);
+	case HOLDER_REPLACE:
+		serve_put(holder, sock, request->verb == HOLDER_REPLACE, &reply);
 		return;
 	case HOLDER_DROP:
 		serve_drop(holder, sock, request->pad, &reply);
@@ -435,12 +543,17 @@ static enum arrival take_request(int sock, struct holder_request *request)
 
 	if (ioctl(sock, FIONREAD, &there))
 		return GARBAGE;
-	if ((size_t)there < expected)
+	if ((size_t)there < HOLDER_HEAD_BYTES)
 		return WAIT_FOR_MORE;
-	if (recv(sock, request, sizeof(*request), MSG_PEEK) != sizeof(*request) ||
+	if (recv(sock, request, sizeof(*request), MSG_PEEK) < (ssize_t)HOLDER_HEAD_BYTES ||
 	    request->magic != HOLDER_MAGIC)
 		return GARBAGE;
-	if (request->version == HOLDER_VERSION && request->verb == HOLDER_PUT) {
+	/* how much is to come is for who understands it */
+	if (request->version != HOLDER_VERSION)
+		return COMPLETE;
+	if ((size_t)there < expected)
+		return WAIT_FOR_MORE;
+	if (request->verb == HOLDER_PUT || request->verb == HOLDER_REPLACE) {
 		if (request->handles_bytes > sizeof(uint32_t) + KVSCRATCH_MAX_NAMES_BYTES)
 			return GARBAGE;
 		expected += request->handles_bytes;
@@ -651,35 +764,86 @@ static int open_holder(struct holder *holder)
 
 /* What is held from the beginning */
 
-/* A pad that the service manager kept: "0.k0" was the first. */
+static bool take_number(const char **text, uint64_t *number)
+{
+	char *end;
+
+	/* strtoull() takes more than digits */
+	if (**text < '0' || **text > '9')
+		return false;
+	*number = strtoull(*text, &end, 10);
+	*text = end;
+	return *number < UINT64_MAX;
+}
+
+/* "3+2": the pads of these numbers count only if the manager does not have this. */
+static bool is_marker(const char *text, struct batch *batch)
+{
+	return take_number(&text, &batch->first) && *text++ == '+' &&
+	       take_number(&text, &batch->count) && !*text;
+}
+
+/* "0.k0" was the first pad. */
+static bool is_handle(const struct holder *holder, const char *text, struct held *held)
+{
+	if (!take_number(&text, &held->number) || *text++ != '.' || !holder_name_is_valid(text))
+		return false;
+	for (unsigned int i = 0; i < holder->count; i++)
+		if (holder->pads[i].number == held->number)
+			return false;
+	strcpy(held->name, text);
+	return holder->count < ARRAY_SIZE(holder->pads);
+}
+
+static void insert_by_number(struct holder *holder, const struct held *held)
+{
+	unsigned int at;
+
+	keep(holder, held);
+	for (at = holder->count - 1; at && holder->pads[at - 1].number > held->number; at--)
+		holder->pads[at] = holder->pads[at - 1];
+	holder->pads[at] = *held;
+}
+
+/* What the service manager kept, in any order */
 static void take_back(void *context, int fd, const char *stored_name)
 {
 	struct holder *holder = context;
 	struct held held = { 0 };
-	unsigned long number;
-	char *name;
-	unsigned int at;
+	struct batch undone;
 
-	number = strtoul(stored_name, &name, 10);
-	held.number = number;
-	if (name == stored_name || *name != '.' || number >= UINT32_MAX ||
-	    !holder_name_is_valid(name + 1) || find_held(holder, name + 1) ||
-	    holder->count == KVSCRATCH_MAX_PASSED) {
-		fail(EXIT_SYSTEM, "expected NUMBER.PAD from the service manager, and each pad "
-		     "once, got \"%s\"", stored_name);
-		close(fd);
-		return;
-	}
-	strcpy(held.name, name + 1);
-	if (kvscratch_from_fd(&held.pad, fd)) {
+	if (is_handle(holder, stored_name, &held)) {
+		if (!kvscratch_from_fd(&held.pad, fd)) {
+			insert_by_number(holder, &held);
+			return;
+		}
 		fail(EXIT_SYSTEM, "%s: %s", stored_name, kvscratch_error());
-		close(fd);
-		return;
+	} else if (is_marker(stored_name, &undone)) {
+		holder->undone = undone;
+	} else {
+		fail(EXIT_SYSTEM, "expected NUMBER.PAD from the service manager, and each number "
+		     "once, got \"%s\"", stored_name);
 	}
-	keep(holder, &held);
-	for (at = holder->count - 1; at && holder->pads[at - 1].number > held.number; at--)
-		holder->pads[at] = holder->pads[at - 1];
-	holder->pads[at] = held;
+	close(fd);
+}
+
+/* What a kill in the midst of a put has left: all of its pads go, or all that it replaced. */
+static void settle(struct holder *holder)
+{
+	const struct batch *undone = &holder->undone;
+
+	for (unsigned int i = holder->count; i--;)
+		if (holder->pads[i].number - undone->first < undone->count)
+			forget(holder, &holder->pads[i]);
+	for (unsigned int i = 0; i < holder->count;)
+		if (find_held(holder, holder->pads[i].name) != &holder->pads[i])
+			forget(holder, &holder->pads[i]);
+		else
+			i++;
+	while (holder->count > KVSCRATCH_MAX_PASSED)
+		forget(holder, &holder->pads[holder->count - 1]);
+	if (undone->count)
+		remove_stored(holder, name_of_marker(undone));
 }
 
 static int keep_new_pad(struct holder *holder)
@@ -723,6 +887,7 @@ static int take_pads(struct holder *holder)
 {
 	if (given(holder->args, OPT_FOREGROUND))
 		take_listen_fds(take_back, holder);
+	settle(holder);
 	/* what came back is what had been made */
 	if (holder->count)
 		return 0;
@@ -754,7 +919,7 @@ static int check_hold(const struct arguments *args, char *path, size_t path_size
 	}
 }
 
-/* Each pad is a descriptor, and while a client is served all of them are two. */
+/* Each pad is a descriptor, and while a client is served all of them are two, or three. */
 static void raise_file_limit(void)
 {
 	struct rlimit limit;

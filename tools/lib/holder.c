@@ -122,12 +122,12 @@ static int send_request(int sock, const char *name, const struct holder_request 
 	return sent == sizeof(*request) ? 0 : fail_connection(name, sent < 0 ? -errno : -EAGAIN);
 }
 
-static int receive_reply(int sock, const char *name, struct holder_reply *reply)
+static int receive_bytes(int sock, const char *name, void *to, size_t bytes)
 {
 	size_t done = 0;
 
-	while (done < sizeof(*reply)) {
-		ssize_t got = recv(sock, (char *)reply + done, sizeof(*reply) - done, 0);
+	while (done < bytes) {
+		ssize_t got = recv(sock, (char *)to + done, bytes - done, 0);
 
 		if (got < 0 && errno == EINTR)
 			continue;
@@ -135,11 +135,23 @@ static int receive_reply(int sock, const char *name, struct holder_reply *reply)
 			return fail_connection(name, got ? -errno : -ECONNRESET);
 		done += got;
 	}
+	return 0;
+}
+
+static int receive_reply(int sock, const char *name, struct holder_reply *reply)
+{
+	int err = receive_bytes(sock, name, reply, HOLDER_HEAD_BYTES);
+
+	if (err)
+		return err;
 	if (reply->magic != HOLDER_MAGIC)
 		return set_error(-EPROTO, "%s: what listens there is no holder of pads", name);
 	if (reply->version != HOLDER_VERSION)
 		return set_error(-EPROTO, "%s: expected a holder of version %d, got one of %u",
 				 name, HOLDER_VERSION, reply->version);
+	err = receive_bytes(sock, name, &reply->err, sizeof(*reply) - HOLDER_HEAD_BYTES);
+	if (err)
+		return err;
 	reply->words[sizeof(reply->words) - 1] = '\0';
 	if (reply->err)
 		return set_error(reply->err < 0 ? reply->err : -EPROTO, "%s: %s", name,
@@ -287,10 +299,10 @@ static int check_put(const char *const *names, unsigned int count, uint32_t *han
 	return 0;
 }
 
-int kvscratch_holder_put(const char *name, const char *const *names, const int *fds,
-			 unsigned int count)
+static int put(const char *name, enum holder_verb verb, const char *const *names, const int *fds,
+	       unsigned int count)
 {
-	struct holder_request request = { .verb = HOLDER_PUT };
+	struct holder_request request = { .verb = verb };
 	struct holder_reply reply;
 	int err = check_put(names, count, &request.handles_bytes);
 	int sock;
@@ -303,6 +315,9 @@ int kvscratch_holder_put(const char *name, const char *const *names, const int *
 	err = ask(sock, name, &request, "");
 	if (!err) {
 		err = kvscratch_send_handles(sock, names, fds, count);
+		/* who refuses the request need not wait for the handles, and has said why */
+		if (err == -EPIPE || err == -ECONNRESET)
+			err = 0;
 		if (err)
 			err = fail_handles(name, err);
 	}
@@ -310,6 +325,18 @@ int kvscratch_holder_put(const char *name, const char *const *names, const int *
 		err = receive_reply(sock, name, &reply);
 	close(sock);
 	return err;
+}
+
+int kvscratch_holder_put(const char *name, const char *const *names, const int *fds,
+			 unsigned int count)
+{
+	return put(name, HOLDER_PUT, names, fds, count);
+}
+
+int kvscratch_holder_replace(const char *name, const char *const *names, const int *fds,
+			     unsigned int count)
+{
+	return put(name, HOLDER_REPLACE, names, fds, count);
 }
 
 int kvscratch_holder_drop(const char *name)

@@ -767,11 +767,21 @@ int kvscratch_holder_get(const char *name, int access, char *names, size_t names
  *	what the holder can hand out
  * @count: 1 to KVSCRATCH_MAX_PASSED
  *
- * Errors: EEXIST when the holder has a pad of one of the names, EMSGSIZE when it would have
- * more than KVSCRATCH_MAX_PASSED pads or KVSCRATCH_MAX_NAMES_BYTES of names.
+ * Errors: EEXIST when the holder has a pad of one of the names or one comes twice, EMSGSIZE
+ * when it would have more than KVSCRATCH_MAX_PASSED pads or KVSCRATCH_MAX_NAMES_BYTES of names,
+ * EMFILE when it may not have that many descriptors.
  */
 int kvscratch_holder_put(const char *name, const char *const *names, const int *fds,
 			 unsigned int count);
+
+/*
+ * The same, in the place of what the holder has under these names, if anything: whoever asks it
+ * gets all of the old pads or all of the new ones, and after a failure the old ones. Those live
+ * on where somebody has a handle or a view. EPROTO, when the holder dies meanwhile, may be either:
+ * where a service manager starts it again it has all of the old ones or all of the new ones.
+ */
+int kvscratch_holder_replace(const char *name, const char *const *names, const int *fds,
+			     unsigned int count);
 
 /*
  * Let a holder forget the pad "story/k0", or with "story" forget all and end. The
