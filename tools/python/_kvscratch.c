@@ -2169,16 +2169,17 @@ static PyObject *module_holder_put(PyObject *module, PyObject *args)
 	const char *name;
 	Py_ssize_t count;
 	PyObject *list;
-	int err;
+	int replace, err;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "sO!:holder_put", &name, &PyList_Type, &list))
+	if (!PyArg_ParseTuple(args, "sO!p:holder_put", &name, &PyList_Type, &list, &replace))
 		return NULL;
 	count = parse_handles(list, &handles);
 	if (count < 0)
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	err = kvscratch_holder_put(name, handles.name, handles.fds, count);
+	err = replace ? kvscratch_holder_replace(name, handles.name, handles.fds, count) :
+			kvscratch_holder_put(name, handles.name, handles.fds, count);
 	Py_END_ALLOW_THREADS
 	return err ? raise_error(err) : none_or_error(0);
 }

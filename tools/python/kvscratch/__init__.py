@@ -329,12 +329,15 @@ def holder_get(name: str, mode: str = "r") -> dict[str, Scratchpad]:
     return _pads(_kvscratch.holder_get(name, mode))
 
 
-def holder_put(name: str, handles: Mapping[str, FileDescriptor]) -> None:
+def holder_put(name: str, handles: Mapping[str, FileDescriptor], *,
+               replace: bool = False) -> None:
     """Give pads to a holder that was started with --write, all of them or none.
 
-    What the handles are open for is what it can hand out. They stay the caller's.
+    What the handles are open for is what it can hand out. They stay the caller's. With replace
+    they take the place of what it has under these names, if anything: whoever asks it gets all of
+    the old pads or all of the new ones, and who has the old ones keeps them.
     """
-    _kvscratch.holder_put(name, _entries(handles))
+    _kvscratch.holder_put(name, _entries(handles), replace)
 
 
 def save(path: str | os.PathLike[str], pads: Mapping[str, Scratchpad]) -> None:

@@ -60,6 +60,28 @@ def test_put_and_get(hold, pad):
         held.close()
 
 
+def test_replace(hold, pad):
+    hold("story", "--write")
+    with Scratchpad(2, 1, "i32") as tokens:
+        kvscratch.holder_put("story", {"k0": pad, "tokens": tokens})
+    old = Scratchpad.attach("story/k0", "rw")
+    with Scratchpad(4, 3) as new:
+        new.append(ROW)
+        assert error_of(FileExistsError, kvscratch.holder_put, "story", {"k0": new}) == (
+            errno.EEXIST)
+        kvscratch.holder_put("story", {"k0": new, "v0": new}, replace=True)
+    pads = kvscratch.holder_get("story")
+    assert [(name, len(held)) for name, held in pads.items()] == [
+        ("tokens", 0), ("k0", 1), ("v0", 1)]
+    old.append(ROW)
+    old.append(ROW)
+    assert (len(old), len(pads["k0"]), len(pad)) == (2, 1, 2)
+    with pytest.raises(TypeError):
+        kvscratch.holder_put("story", {"k0": pad}, True)
+    for held in (old, *pads.values()):
+        held.close()
+
+
 def test_another_process(hold):
     hold("story", "--write", "--max-seq-len", "4", "--dim", "3")
     assert python("""
