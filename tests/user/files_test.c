@@ -5,6 +5,8 @@
  */
 #include "common.h"
 
+#include "../../tools/lib/convert.h"
+
 #include <dirent.h>
 #include <endian.h>
 #include <ftw.h>
@@ -29,6 +31,115 @@
 } while (0)
 
 #define ASSERT_DONE(call) ASSERT_EQ(0, call) TH_LOG("%s", kvscratch_error())
+
+/* From what is stored back to what it came of, or may have */
+
+/* Bits that any magnitude is as likely as any other with, and none is no number */
+static void fill_floats(uint32_t dtype, void *floats, uint32_t count)
+{
+	static uint64_t state = 88172645463325252;
+	const uint32_t bytes = kvscratch_dtype_size(dtype);
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint64_t exponent, bits;
+
+		do {
+			state ^= state << 13;
+			state ^= state >> 7;
+			state ^= state << 17;
+			bits = state >> (64 - 8 * bytes);
+			exponent = dtype == F64 ? bits >> 52 & 0x7ff : bits >> (8 * bytes - 9) & 0xff;
+			if (dtype == KVSCRATCH_DTYPE_F16)
+				exponent = (bits >> 10 & 0x1f) == 0x1f ? 0xff : 0;
+		} while (exponent == (dtype == F64 ? 0x7ff : 0xff));
+		memcpy((char *)floats + i * bytes, &bits, bytes);
+	}
+}
+
+/* Whether all that a conversion gives can be had again */
+static bool goes_back(const struct kvscratch_plane *plane)
+{
+	static uint64_t in[CONVERT_MOST], stored[CONVERT_MOST], again[CONVERT_MOST];
+	uint8_t scales[CONVERT_MOST / KVSCRATCH_MX_BLOCK];
+
+	for (int round = 0; round < 4; round++) {
+		fill_floats(plane->input_dtype, in, CONVERT_MOST);
+		if (convert_elements(plane, in, CONVERT_MOST, stored, scales) < 0)
+			abort();
+		if (!restore_input(plane, stored, plane->dtype == MXINT8 ? scales : NULL,
+				   CONVERT_MOST, again))
+			return false;
+	}
+	return true;
+}
+
+TEST(what_was_converted_goes_back)
+{
+	static const uint32_t stored[] = {
+		I8, KVSCRATCH_DTYPE_I16, KVSCRATCH_DTYPE_I32, KVSCRATCH_DTYPE_I64, MXINT8,
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(stored); i++)
+		for (uint32_t input = F64; input <= KVSCRATCH_DTYPE_BF16; input++)
+			for (uint32_t frac_bits = 0; frac_bits <= KVSCRATCH_MAX_FRAC_BITS; frac_bits++) {
+				const struct kvscratch_plane plane = {
+					.dtype = stored[i],
+					.input_dtype = input,
+					.frac_bits = frac_bits,
+				};
+
+				EXPECT_TRUE(goes_back(&plane))
+					TH_LOG("%u from %u, %u bits", stored[i], input, frac_bits);
+				if (stored[i] == MXINT8)
+					break;
+			}
+}
+
+static bool block_goes_back(uint32_t input_dtype, uint8_t scale, const int8_t *block)
+{
+	const struct kvscratch_plane plane = { .dtype = MXINT8, .input_dtype = input_dtype };
+	uint64_t in[KVSCRATCH_MX_BLOCK];
+
+	return restore_input(&plane, block, &scale, KVSCRATCH_MX_BLOCK, in);
+}
+
+/*
+ * Every scale with every largest element and every other: what a conversion gives has an
+ * element of 64 or more, but for the smallest scale, and none of -128.
+ */
+TEST(every_scale_and_element_goes_back)
+{
+	for (int scale = 0; scale <= 254; scale++)
+		for (int largest = scale ? 64 : 0; largest <= 127; largest++)
+			for (int first = -largest; first <= largest; first += KVSCRATCH_MX_BLOCK - 1) {
+				int8_t block[KVSCRATCH_MX_BLOCK] = { largest };
+
+				for (int i = 1; i < KVSCRATCH_MX_BLOCK; i++)
+					block[i] = first + i - 1 <= largest ? first + i - 1 : -largest;
+				EXPECT_TRUE(block_goes_back(F32, scale, block))
+					TH_LOG("scale %d, %d, %d", scale, largest, first);
+				EXPECT_TRUE(block_goes_back(F64, scale, block));
+				EXPECT_TRUE(block_goes_back(KVSCRATCH_DTYPE_BF16, scale, block));
+			}
+}
+
+TEST(what_no_conversion_gives_does_not_go_back)
+{
+	int8_t block[KVSCRATCH_MX_BLOCK] = { 0 };
+
+	for (int scale = 0; scale <= 255; scale++) {
+		block[0] = -128;
+		EXPECT_FALSE(block_goes_back(F32, scale, block)) TH_LOG("scale %d", scale);
+		if (!scale)
+			continue;
+		for (block[0] = 0; block[0] < 64; block[0]++) {
+			EXPECT_FALSE(block_goes_back(F32, scale, block)) TH_LOG("scale %d", scale);
+		}
+	}
+	block[0] = 127;
+	EXPECT_FALSE(block_goes_back(F32, 255, block));
+	EXPECT_FALSE(block_goes_back(KVSCRATCH_DTYPE_F16, 254, block));
+}
 
 /* Files: each test has a directory */
 

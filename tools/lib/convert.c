@@ -37,10 +37,13 @@ static int64_t integer_at(const char *at, uint32_t size)
 	}
 }
 
-/* The nearest one; what is too large is an infinity. */
+/*
+ * The nearest one, but for zero: an element of other than zero that small came of a larger one,
+ * which was clamped. What is too large is an infinity.
+ */
 static uint16_t half_of(double value)
 {
-	uint16_t sign = signbit(value) ? 0x8000 : 0;
+	uint16_t sign = signbit(value) ? 0x8000 : 0, small;
 	int exponent;
 	double fraction = frexp(fabs(value), &exponent);
 
@@ -49,8 +52,10 @@ static uint16_t half_of(double value)
 	if (exponent > 16)
 		return sign | 0x7c00;
 	/* a fraction that is rounded up to the next power of two carries into the exponent */
-	if (exponent < -13)
-		return sign + (uint16_t)(ldexp(fraction, exponent + 24) + 0.5);
+	if (exponent < -13) {
+		small = ldexp(fraction, exponent + 24) + 0.5;
+		return sign + (small ? small : 1);
+	}
 	return sign + ((exponent + 13) << 10) + (uint16_t)(ldexp(fraction, 11) + 0.5);
 }
 

@@ -6,7 +6,7 @@
 #ifndef CONVERT_H
 #define CONVERT_H
 
-#include "backend.h"
+#include "libkvscratch.h"
 
 /* As many at a time as fit the stack: a multiple of KVSCRATCH_MX_BLOCK */
 #define CONVERT_MOST 2048
