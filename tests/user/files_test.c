@@ -327,11 +327,13 @@ TEST_F(files, every_dtype_comes_back_from_safetensors)
 		ASSERT_EQ(1, count);
 		EXPECT_STREQ("layer 0", saved->name);
 		EXPECT_EQ(5, saved->len);
-		EXPECT_EQ(7, saved->geometry.max_seq_len);
-		EXPECT_EQ(64, saved->geometry.dim);
-		EXPECT_EQ(dtype, saved->geometry.dtype);
-		EXPECT_EQ(dtype, saved->geometry.input_dtype);
-		EXPECT_EQ(0, saved->geometry.frac_bits);
+		EXPECT_EQ(7, saved->max_seq_len);
+		EXPECT_EQ(1, saved->nr_planes);
+		EXPECT_EQ(64, saved->planes->dim);
+		EXPECT_EQ(dtype, saved->planes->dtype);
+		EXPECT_EQ(dtype, saved->planes->input_dtype);
+		EXPECT_EQ(0, saved->planes->frac_bits);
+		EXPECT_STREQ("", saved->planes->label);
 		EXPECT_TRUE(saved->has_geometry);
 		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 		EXPECT_TRUE(same_rows(pad, back));
@@ -538,8 +540,8 @@ TEST_F(files, pads_that_convert)
 		ASSERT_DONE(save_one(pad, "k0", at("pad.safetensors")));
 		ASSERT_DONE(kvscratch_open_file(&file, at("pad.safetensors")));
 		saved = kvscratch_file_pads(file, &count);
-		EXPECT_EQ(geometries[i].frac_bits, saved->geometry.frac_bits);
-		EXPECT_EQ(geometries[i].input_dtype, saved->geometry.input_dtype);
+		EXPECT_EQ(geometries[i].frac_bits, saved->planes->frac_bits);
+		EXPECT_EQ(geometries[i].input_dtype, saved->planes->input_dtype);
 		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 		EXPECT_TRUE(same_rows(pad, back)) TH_LOG("geometry %zu", i);
 		ASSERT_DONE(kvscratch_info(back, &info));
@@ -679,7 +681,7 @@ TEST_F(files, names_and_pads_that_cannot_be_saved)
 		{ "a.safetensors", { "a" }, 0, "expected at least one pad, got none" },
 		{ "a.safetensors", { "a", NULL }, 2, "expected a name for each pad, got none" },
 		{ "a.safetensors", { "a", "a" }, 2,
-		  "expected each tensor once, got two named \"a\"" },
+		  "expected each pad once, got two named \"a\"" },
 		{ "a.safetensors", { "", "b" }, 2, "expected a name in UTF-8, neither empty nor "
 		  "__metadata__, got \"\"" },
 		{ "a.safetensors", { "__metadata__", "b" }, 2, "expected a name in UTF-8, neither "
@@ -1089,7 +1091,8 @@ TEST_F(files, metadata_that_is_refused)
 			 "\"a.max_seq_len\":\"%s\",\"a.dtype\":\"%s\",\"a.input_dtype\":\"%s\","
 			 "\"a.frac_bits\":\"%s\"},%s}", cases[i].max_seq_len, cases[i].dtype,
 			 cases[i].input_dtype, cases[i].frac_bits, cases[i].tensors);
-		snprintf(words, sizeof(words), "tensor \"a\": %s", cases[i].words);
+		snprintf(words, sizeof(words), "%s \"a\": %s",
+			 strstr(cases[i].words, "max_seq_len") ? "pad" : "tensor", cases[i].words);
 		write_safetensors(at("a.safetensors"), header, strlen(header), cases[i].data_bytes);
 		EXPECT_ERROR(EBADMSG, words, open_and_close(at("a.safetensors")));
 	}
@@ -1102,21 +1105,21 @@ TEST_F(files, scales_without_elements)
 				     TENSOR("a.scales", "U8", "2,1", "0,2") "}";
 
 	write_safetensors(at("a.safetensors"), header, strlen(header), 2);
-	EXPECT_ERROR(EBADMSG, "tensor \"a.scales\": expected 2 " MAX_SEQ_LEN "\"\"",
+	EXPECT_ERROR(EBADMSG, "pad \"a.scales\": expected 2 " MAX_SEQ_LEN "\"\"",
 		     open_and_close(at("a.safetensors")));
 }
 
 TEST_F(files, versions_of_metadata)
 {
-	static const char later[] = "{\"__metadata__\":{\"kvscratch\":\"2\"}}";
+	static const char later[] = "{\"__metadata__\":{\"kvscratch\":\"3\"}}";
 	static const char bare[] = "{\"__metadata__\":{\"kvscratch\":\"1\"},"
 				   TENSOR("a", "U8", "1,2", "0,2") "}";
 
 	write_safetensors(at("a.safetensors"), later, strlen(later), 0);
-	EXPECT_ERROR(EBADMSG, "expected version 1 as kvscratch in __metadata__, got \"2\"",
+	EXPECT_ERROR(EBADMSG, "expected version 1 or 2 as kvscratch in __metadata__, got \"3\"",
 		     open_and_close(at("a.safetensors")));
 	write_safetensors(at("a.safetensors"), bare, strlen(bare), 2);
-	EXPECT_ERROR(EBADMSG, "tensor \"a\": expected 1 " MAX_SEQ_LEN "\"\"",
+	EXPECT_ERROR(EBADMSG, "pad \"a\": expected 1 " MAX_SEQ_LEN "\"\"",
 		     open_and_close(at("a.safetensors")));
 }
 
@@ -1137,9 +1140,10 @@ TEST_F(files, safetensors_of_others)
 	ASSERT_EQ(2, count);
 	EXPECT_STREQ("model.k", saved[0].name);
 	EXPECT_EQ(2, saved[0].len);
-	EXPECT_EQ(2, saved[0].geometry.max_seq_len);
-	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].geometry.dtype);
-	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].geometry.input_dtype);
+	EXPECT_EQ(2, saved[0].max_seq_len);
+	EXPECT_EQ(1, saved[0].nr_planes);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].planes->dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].planes->input_dtype);
 	EXPECT_FALSE(saved[0].has_geometry);
 	EXPECT_STREQ("a.scales", saved[1].name);
 	EXPECT_EQ(0, saved[1].len);
@@ -1551,15 +1555,14 @@ TEST_F(files, a_load_that_is_canceled)
 	ASSERT_DONE(kvscratch_open_file(&file, at("a.npy")));
 	for (int call = 1; call <= 4; call++) {
 		struct script script = { .act_at = call, .cancel = 1 };
-		uint64_t before = generation(pad);
 
 		EXPECT_EQ(-ECANCELED, kvscratch_load(&none, file, NULL, 0, follow, &script));
 		EXPECT_EQ(NULL, none);
 		script.calls = 0;
 		EXPECT_EQ(-ECANCELED, kvscratch_load_into(pad, file, NULL, follow, &script));
 		EXPECT_EQ(3, kvscratch_len(pad));
-		/* who saw rows that are gone has to learn of it, nobody else */
-		EXPECT_EQ(before + (call > 1), generation(pad));
+		/* nobody saw any of them */
+		EXPECT_EQ(0, generation(pad));
 	}
 	kvscratch_close_file(file);
 	kvscratch_close(pad);
@@ -1577,7 +1580,7 @@ TEST_F(files, a_file_that_becomes_shorter)
 	EXPECT_ERROR(EBADMSG, words, kvscratch_load_into(pad, file, NULL, follow, &script));
 	EXPECT_EQ(2, script.calls);
 	EXPECT_EQ(3, kvscratch_len(pad));
-	EXPECT_EQ(1, generation(pad));
+	EXPECT_EQ(0, generation(pad));
 	EXPECT_ERROR(EBADMSG, words, kvscratch_load(&none, file, NULL, 0, NULL, NULL));
 	EXPECT_EQ(NULL, none);
 	kvscratch_close_file(file);
@@ -1624,14 +1627,555 @@ TEST_F(files, other_rows_that_are_dropped_while_some_are_saved)
 	kvscratch_close(back);
 }
 
-/* A row is one number over and over: its place, and how often the writer began anew. */
+/* Pads of several planes */
+
+/* What a name can be made of and what not, all that a plane can be, and labels that come twice */
+static const struct kvscratch_plane all_planes[] = {
+	{ .label = "k0", .dim = 64, .dtype = MXINT8, .input_dtype = F32 },
+	{ .label = "tokens", .dim = 1, .dtype = KVSCRATCH_DTYPE_I32 },
+	{ .dim = 3, .dtype = F64 },
+	{ .label = "1", .dim = 5, .dtype = U8 },
+	{ .label = "a b%\n\xff/\"\\", .dim = 7, .dtype = KVSCRATCH_DTYPE_BF16 },
+	{ .label = "twice", .dim = 2, .dtype = I8, .input_dtype = F32, .frac_bits = 5 },
+	{ .label = "twice", .dim = 2, .dtype = KVSCRATCH_DTYPE_I64, .frac_bits = 40 },
+	{ .label = "k0.scales", .dim = 32, .dtype = MXINT8 },
+	{ .label = "fifteen.letters", .dim = 32, .dtype = MXINT8,
+	  .input_dtype = KVSCRATCH_DTYPE_F16 },
+};
+
+#define ALL_PLANES ARRAY_SIZE(all_planes)
+
+static const uint8_t some_tag[KVSCRATCH_TAG_BYTES] = "of a\0model \xff";
+
+/* Recognisable bytes are numbers as well, but for those that are none: they become smaller. */
+static void fill_input(const struct kvscratch_plane *plane, char *row, uint32_t seed)
+{
+	fill_row((uint8_t *)row, plane->input_row_bytes, seed);
+	if (plane->input_dtype == plane->dtype)
+		return;
+	for (uint32_t i = 0; i < plane->dim; i++) {
+		const float value = ((int)(seed * 31 + i * 17) % 1001 - 500) / 7.0f;
+
+		if (plane->input_dtype == F32)
+			memcpy(row + i * sizeof(value), &value, sizeof(value));
+		else
+			row[2 * i + 1] &= ~0x40;
+	}
+}
+
+/* @len tokens, the first of which is that of @seed */
+static void fill_planes(struct kvscratch *pad, uint32_t len, uint32_t seed)
+{
+	char *token = malloc(kvscratch_input_row_bytes(pad));
+
+	for (uint32_t i = 0; i < len; i++) {
+		char *row = token;
+
+		for (uint32_t plane = 0; plane < kvscratch_nr_planes(pad); plane++) {
+			fill_input(kvscratch_plane(pad, plane), row, seed + i + plane);
+			row += kvscratch_plane(pad, plane)->input_row_bytes;
+		}
+		if (kvscratch_append_tokens(pad, token, 1, kvscratch_input_row_bytes(pad)))
+			abort();
+	}
+	free(token);
+}
+
+static struct kvscratch *new_planes(const struct kvscratch_plane *planes, uint32_t count,
+				    const void *tag, uint32_t len)
+{
+	struct kvscratch *pad;
+
+	if (kvscratch_new_planes(&pad, 12, planes, count, tag, tag ? KVSCRATCH_TAG_BYTES : 0))
+		abort();
+	fill_planes(pad, len, 1);
+	return pad;
+}
+
+static bool same_plane(struct kvscratch *a, struct kvscratch *b, uint32_t plane)
+{
+	const struct kvscratch_plane *left = kvscratch_plane(a, plane);
+	const struct kvscratch_plane *right = kvscratch_plane(b, plane);
+	uint64_t len = kvscratch_len(a);
+	size_t bytes = len * (left->row_bytes + left->scales_row_bytes);
+	void *left_rows = malloc(bytes + 1), *right_rows = malloc(bytes + 1);
+	bool same = left->dim == right->dim && left->dtype == right->dtype &&
+		    left->input_dtype == right->input_dtype &&
+		    left->frac_bits == right->frac_bits && !strcmp(left->label, right->label) &&
+		    !kvscratch_copy_plane_rows(a, plane, 0, len, left_rows) &&
+		    !kvscratch_copy_plane_rows(b, plane, 0, len, right_rows) &&
+		    !memcmp(left_rows, right_rows, bytes);
+
+	free(left_rows);
+	free(right_rows);
+	return same;
+}
+
+/* All of it but max_seq_len and the generation */
+static bool same_pads(struct kvscratch *a, struct kvscratch *b)
+{
+	struct kvscratch_pad_info left, right;
+
+	if (kvscratch_pad_info(a, &left) || kvscratch_pad_info(b, &right) ||
+	    left.len != right.len || left.nr_planes != right.nr_planes ||
+	    memcmp(left.tag, right.tag, sizeof(left.tag)))
+		return false;
+	for (uint32_t i = 0; i < left.nr_planes; i++)
+		if (!same_plane(a, b, i))
+			return false;
+	return true;
+}
+
+TEST_F(files, planes_come_back)
+{
+	struct kvscratch *pad = new_planes(all_planes, ALL_PLANES, some_tag, 9), *back;
+	const struct kvscratch_saved_pad *saved;
+	struct kvscratch_file *file;
+	unsigned int count;
+
+	ASSERT_DONE(save_one(pad, "cache", at("a.safetensors")));
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
+	saved = kvscratch_file_pads(file, &count);
+	ASSERT_EQ(1, count);
+	EXPECT_STREQ("cache", saved->name);
+	EXPECT_EQ(9, saved->len);
+	EXPECT_EQ(12, saved->max_seq_len);
+	EXPECT_EQ(ALL_PLANES, saved->nr_planes);
+	EXPECT_TRUE(saved->has_geometry);
+	EXPECT_EQ(0, memcmp(some_tag, saved->tag, sizeof(some_tag)));
+	for (size_t i = 0; i < ALL_PLANES; i++)
+		EXPECT_STREQ(all_planes[i].label, saved->planes[i].label);
+	ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
+	EXPECT_TRUE(same_pads(pad, back));
+	EXPECT_EQ(12, kvscratch_capacity(back));
+	/* they go on alike, which is to say that planes convert as they did */
+	fill_planes(pad, 3, 77);
+	fill_planes(back, 3, 77);
+	EXPECT_TRUE(same_pads(pad, back));
+	kvscratch_close(back);
+	ASSERT_DONE(kvscratch_load(&back, file, "cache", 1000, NULL, NULL));
+	EXPECT_EQ(1000, kvscratch_capacity(back));
+	EXPECT_EQ(9, kvscratch_len(back));
+	kvscratch_close(back);
+	kvscratch_close_file(file);
+	kvscratch_close(pad);
+}
+
+TEST_F(files, the_bytes_of_planes)
+{
+	static const struct kvscratch_plane planes[] = {
+		{ .label = "k 0", .dim = 32, .dtype = MXINT8, .input_dtype = F32 },
+		{ .dim = 1, .dtype = F32 },
+	};
+	static const float token[33] = { [0] = 1, [32] = 2 };
+	static const char header[] =
+		"{\"__metadata__\":{\"kvscratch\":\"2\",\"a.max_seq_len\":\"12\","
+		"\"a.tag\":\"of%20a%00model%20%ff\",\"a.planes\":\"k%200 1\","
+		"\"a.k%200.dtype\":\"mxint8\",\"a.k%200.input_dtype\":\"f32\","
+		"\"a.k%200.frac_bits\":\"0\",\"a.k%200.label\":\"k%200\","
+		"\"a.1.dtype\":\"f32\",\"a.1.input_dtype\":\"f32\",\"a.1.frac_bits\":\"0\"},"
+		"\"a.1\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[0,4]},"
+		"\"a.k%200\":{\"dtype\":\"I8\",\"shape\":[1,32],\"data_offsets\":[4,36]},"
+		"\"a.k%200.scales\":{\"dtype\":\"U8\",\"shape\":[1,1],\"data_offsets\":[36,37]}}";
+	char expected[512 + 37];
+	uint64_t length = htole64(512 - 8);
+	struct kvscratch *pad = new_planes(planes, 2, some_tag, 0);
+
+	ASSERT_DONE(kvscratch_append_tokens(pad, token, 1, sizeof(token)));
+	memset(expected, ' ', 512);
+	memcpy(expected, &length, 8);
+	memcpy(expected + 8, header, strlen(header));
+	memset(expected + 512, 0, 37);
+	memcpy(expected + 512, &token[32], 4);
+	expected[512 + 4] = 64;
+	expected[512 + 36] = 127;
+	ASSERT_DONE(save_one(pad, "a", at("a.safetensors")));
+	EXPECT_TRUE(file_is(at("a.safetensors"), expected, sizeof(expected)));
+	kvscratch_close(pad);
+}
+
+/* Its tensor has the name of the pad, labelled or not. */
+TEST_F(files, a_plane_that_is_alone)
+{
+	static const struct kvscratch_plane plane = { .label = "k0", .dim = 3, .dtype = F32 };
+
+	for (int i = 0; i < 2; i++) {
+		struct kvscratch *pad = new_planes(&plane, 1, i ? some_tag : NULL, 4), *back;
+
+		ASSERT_DONE(save_one(pad, "pad", at("a.safetensors")));
+		ASSERT_DONE(load_from(&back, at("a.safetensors"), "pad", 0));
+		EXPECT_TRUE(same_pads(pad, back));
+		kvscratch_close(back);
+		/* it does not matter where nothing is to be told apart */
+		EXPECT_EQ(0, load_into(self->pad, at("a.safetensors"), NULL));
+		ASSERT_DONE(kvscratch_truncate(self->pad, 2, 0));
+		kvscratch_close(pad);
+	}
+}
+
+TEST_F(files, pads_of_planes_beside_others)
+{
+	struct kvscratch *cache = new_planes(all_planes, ALL_PLANES, some_tag, 4);
+	struct kvscratch *other = new_planes(all_planes, 2, NULL, 0), *scaled;
+	struct kvscratch_named_pad named[] = {
+		{ "x", cache }, { "x.other", other }, { "x.y", self->pad }, { "x.s", NULL },
+	};
+
+	scaled = filled_pad(3, 32, MXINT8, 2);
+	named[3].pad = scaled;
+	ASSERT_DONE(kvscratch_save(at("a.safetensors"), named, 4, NULL, NULL));
+	for (size_t i = 0; i < ARRAY_SIZE(named); i++) {
+		struct kvscratch *back;
+
+		ASSERT_DONE(load_from(&back, at("a.safetensors"), named[i].name, 0));
+		EXPECT_TRUE(same_pads(named[i].pad, back));
+		kvscratch_close(back);
+	}
+	kvscratch_close(scaled);
+	kvscratch_close(other);
+	kvscratch_close(cache);
+}
+
+TEST_F(files, as_many_planes_as_there_can_be)
+{
+	struct kvscratch_plane *planes = calloc(KVSCRATCH_MAX_PLANES, sizeof(*planes));
+	struct kvscratch *pad, *back;
+
+	for (uint32_t i = 0; i < KVSCRATCH_MAX_PLANES; i++) {
+		planes[i] = (struct kvscratch_plane){ .dim = 1 + i % 3, .dtype = U8 };
+		snprintf(planes[i].label, sizeof(planes[i].label), "layer %u", i);
+	}
+	pad = new_planes(planes, KVSCRATCH_MAX_PLANES, NULL, 2);
+	ASSERT_DONE(save_one(pad, "all", at("a.safetensors")));
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 0));
+	EXPECT_TRUE(same_pads(pad, back));
+	kvscratch_close(back);
+	kvscratch_close(pad);
+	free(planes);
+}
+
+TEST_F(files, names_that_planes_would_share)
+{
+	static const struct kvscratch_plane planes[] = {
+		{ .label = "k0", .dim = 3, .dtype = F32 },
+		{ .label = "k1.scales", .dim = 3, .dtype = F32 },
+	};
+	struct kvscratch *pad = new_planes(planes, 2, NULL, 1);
+	const struct kvscratch_named_pad same[] = { { "a", pad }, { "a.k0", self->pad } };
+	const struct kvscratch_named_pad twice[] = { { "a", pad }, { "a", self->pad } };
+
+	EXPECT_ERROR(EINVAL, "expected each tensor once, got two named \"a.k0\"",
+		     kvscratch_save(at("a.safetensors"), same, 2, NULL, NULL));
+	EXPECT_ERROR(EINVAL, "expected each pad once, got two named \"a\"",
+		     kvscratch_save(at("a.safetensors"), twice, 2, NULL, NULL));
+	EXPECT_ERROR(EINVAL, "expected a name in UTF-8, neither empty nor __metadata__, got \"\"",
+		     save_one(pad, "", at("a.safetensors")));
+	EXPECT_EQ(0, nr_entries());
+	kvscratch_close(pad);
+}
+
+TEST_F(files, npy_has_room_for_one_plane)
+{
+	struct kvscratch *pad = new_planes(all_planes, ALL_PLANES, some_tag, 5), *back;
+	struct kvscratch_tensor left, right;
+
+	EXPECT_ERROR(EOPNOTSUPP, ".npy has room for one plane: expected a name that ends in "
+		     ".safetensors, or one of the 9 planes", save_one(pad, NULL, at("a.npy")));
+	EXPECT_ERROR(EINVAL, "expected a plane below 9, got 9",
+		     kvscratch_save_plane(at("a.npy"), pad, 9, NULL, NULL));
+	EXPECT_ERROR(EINVAL, "expected the name of a file that ends in .npy for a single plane",
+		     kvscratch_save_plane(at("a.safetensors"), pad, 1, NULL, NULL));
+	EXPECT_ERROR(EOPNOTSUPP, ".npy has no type for mxint8: expected a name that ends in "
+		     ".safetensors", kvscratch_save_plane(at("a.npy"), pad, 0, NULL, NULL));
+	EXPECT_EQ(0, nr_entries());
+	ASSERT_DONE(kvscratch_save_plane(at("a.npy"), pad, 2, NULL, NULL));
+	ASSERT_DONE(load_from(&back, at("a.npy"), NULL, 0));
+	ASSERT_DONE(kvscratch_plane_tensor(pad, 2, &left));
+	ASSERT_DONE(kvscratch_as_tensor(back, &right));
+	EXPECT_EQ(left.len, right.len);
+	EXPECT_EQ(left.dim, right.dim);
+	EXPECT_EQ(0, memcmp(left.data, right.data, left.len * left.dim * sizeof(double)));
+	EXPECT_ERROR(EINVAL, "expected the rows of 9 planes, got those of 1",
+		     load_into(pad, at("a.npy"), NULL));
+	kvscratch_close(back);
+	kvscratch_close(pad);
+}
+
+/* A kvscratch_progress that looks whether a reader sees any of it, and cancels at the last call */
+static int look(void *context, uint64_t done, uint64_t total)
+{
+	struct script *script = context;
+
+	if (kvscratch_len(script->pad) != (int64_t)script->len)
+		abort();
+	script->calls++;
+	return script->cancel && done == total;
+}
+
+TEST_F(files, planes_behind_others)
+{
+	struct kvscratch *pad = new_planes(all_planes, ALL_PLANES, some_tag, 5);
+	struct kvscratch *into = new_planes(all_planes, ALL_PLANES, NULL, 3), *writer;
+	struct script script = { .pad = into, .len = 3, .cancel = 1 };
+	struct kvscratch_file *file;
+
+	ASSERT_DONE(save_one(pad, "cache", at("a.safetensors")));
+	ASSERT_DONE(kvscratch_open_file(&file, at("a.safetensors")));
+	EXPECT_EQ(-ECANCELED, kvscratch_load_into(into, file, NULL, look, &script));
+	EXPECT_EQ(1 + ALL_PLANES, script.calls);
+	EXPECT_EQ(3, kvscratch_len(into));
+	script.cancel = 0;
+	EXPECT_EQ(0, kvscratch_load_into(into, file, NULL, look, &script));
+	EXPECT_EQ(8, kvscratch_len(into));
+	ASSERT_DONE(kvscratch_truncate(into, 3, 0));
+
+	/* who is the writer may, and nobody else then */
+	ASSERT_DONE(kvscratch_writer(&writer, into));
+	EXPECT_EQ(-EBUSY, kvscratch_load_into(into, file, NULL, NULL, NULL));
+	script = (struct script){ .pad = into, .len = 3, .cancel = 1 };
+	EXPECT_EQ(-ECANCELED, kvscratch_load_into(writer, file, NULL, look, &script));
+	/* and finds nothing staged */
+	EXPECT_EQ(-EINVAL, kvscratch_commit(writer, 4));
+	EXPECT_EQ(0, kvscratch_load_into(writer, file, NULL, NULL, NULL));
+	EXPECT_EQ(8, kvscratch_len(into));
+	kvscratch_close(writer);
+	EXPECT_ERROR(ENOSPC, "Scratchpad overflow: 8 + 5 > 12 max",
+		     kvscratch_load_into(into, file, NULL, NULL, NULL));
+	ASSERT_DONE(kvscratch_truncate(into, 0, 0));
+	EXPECT_EQ(0, kvscratch_load_into(into, file, NULL, NULL, NULL));
+	for (uint32_t i = 0; i < ALL_PLANES; i++) {
+		EXPECT_TRUE(same_plane(pad, into, i)) TH_LOG("plane %u", i);
+	}
+	ASSERT_DONE(kvscratch_truncate(into, 0, 0));
+	ASSERT_DONE(kvscratch_seal(into));
+	EXPECT_EQ(-EROFS, kvscratch_load_into(into, file, NULL, NULL, NULL));
+	kvscratch_close_file(file);
+	kvscratch_close(into);
+	kvscratch_close(pad);
+}
+
+TEST_F(files, planes_that_rows_do_not_fit)
+{
+	static const struct kvscratch_plane saved[] = {
+		{ .label = "k", .dim = 3, .dtype = KVSCRATCH_DTYPE_I32, .frac_bits = 2 },
+		{ .label = "v", .dim = 3, .dtype = KVSCRATCH_DTYPE_I32, .frac_bits = 2 },
+	};
+	static const struct {
+		struct kvscratch_plane second;
+		const char *words;
+	} cases[] = {
+		{ { .label = "k", .dim = 3, .dtype = KVSCRATCH_DTYPE_I32, .frac_bits = 2 },
+		  "plane 1: label: expected \"k\", got \"v\"" },
+		{ { .label = "v", .dim = 4, .dtype = KVSCRATCH_DTYPE_I32, .frac_bits = 2 },
+		  "plane 1: shape mismatch: expected 4 elements, got 3" },
+		{ { .label = "v", .dim = 3, .dtype = F32 },
+		  "plane 1: dtype: expected f32, got i32" },
+		{ { .label = "v", .dim = 3, .dtype = KVSCRATCH_DTYPE_I32 },
+		  "plane 1: fraction bits: expected 0, got 2" },
+	};
+	static const uint8_t another_tag[KVSCRATCH_TAG_BYTES] = "of another";
+	struct kvscratch *pad = new_planes(saved, 2, some_tag, 2), *into;
+
+	ASSERT_DONE(save_one(pad, "cache", at("a.safetensors")));
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		struct kvscratch_plane planes[2] = { saved[0], cases[i].second };
+
+		into = new_planes(planes, 2, NULL, 1);
+		EXPECT_ERROR(EINVAL, cases[i].words, load_into(into, at("a.safetensors"), NULL));
+		EXPECT_EQ(1, kvscratch_len(into));
+		kvscratch_close(into);
+	}
+	EXPECT_ERROR(EINVAL, "expected the rows of 1 planes, got those of 2",
+		     load_into(self->pad, at("a.safetensors"), NULL));
+	into = new_planes(saved, 2, another_tag, 1);
+	EXPECT_ERROR(EINVAL, "tag: expected the one of the pad, got another",
+		     load_into(into, at("a.safetensors"), NULL));
+	EXPECT_EQ(1, kvscratch_len(into));
+	kvscratch_close(into);
+	kvscratch_close(pad);
+}
+
+/* Rows of the last plane are none that were converted: those before it are gone as well. */
+TEST_F(files, planes_of_which_one_was_not_converted)
+{
+	static const struct kvscratch_plane plain[] = {
+		{ .label = "k", .dim = 3, .dtype = F32 },
+		{ .label = "v", .dim = 32, .dtype = MXINT8 },
+	};
+	static const struct kvscratch_plane converting[] = {
+		{ .label = "k", .dim = 3, .dtype = F32 },
+		{ .label = "v", .dim = 32, .dtype = MXINT8, .input_dtype = F32 },
+	};
+	struct kvscratch *pad = new_planes(plain, 2, NULL, 0);
+	struct kvscratch *into = new_planes(converting, 2, NULL, 2);
+	int8_t token[12 + 33] = { [12] = -128 };
+
+	ASSERT_DONE(kvscratch_append_tokens(pad, token, 1, sizeof(token)));
+	ASSERT_DONE(save_one(pad, "a", at("a.safetensors")));
+	EXPECT_ERROR(EBADMSG, "tensor \"a.v\": expected rows of mxint8 that were made of f32, got "
+		     "others", load_into(into, at("a.safetensors"), NULL));
+	EXPECT_EQ(2, kvscratch_len(into));
+	fill_planes(into, 1, 5);
+	EXPECT_EQ(3, kvscratch_len(into));
+	kvscratch_close(into);
+	kvscratch_close(pad);
+}
+
+#define PLANE(name) "\"a." name ".dtype\":\"u8\",\"a." name ".input_dtype\":\"u8\"," \
+	"\"a." name ".frac_bits\":\"0\""
+#define SCALED(name) "\"a." name ".dtype\":\"mxint8\",\"a." name ".input_dtype\":\"f32\"," \
+	"\"a." name ".frac_bits\":\"0\""
+#define U8_TENSOR(name, offsets) TENSOR(name, "U8", "2,1", offsets)
+
+TEST_F(files, planes_that_are_refused)
+{
+	static const struct {
+		const char *metadata;
+		const char *tensors;
+		size_t data_bytes;
+		const char *words;
+	} cases[] = {
+		{ "\"a.planes\":\"k v\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected a tensor for each plane, got no \"a.v\"" },
+		{ "\"a.planes\":\"\"", U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected a tensor for each plane, got no \"a.\"" },
+		{ "\"a.planes\":\"k  k\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected a tensor for each plane, got no \"a.\"" },
+		{ "\"a.planes\":\"k \"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected a tensor for each plane, got no \"a.\"" },
+		{ "\"a.planes\":\"k k\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "tensor \"a.k\": expected it to be one plane of one pad, got it for another as "
+		  "well" },
+		{ "\"a.planes\":\"b.k\",\"a.b.planes\":\"k\",\"a.b.max_seq_len\":\"9\"," PLANE("b.k"),
+		  U8_TENSOR("a.b.k", "0,2"), 2,
+		  "tensor \"a.b.k\": expected it to be one plane of one pad, got it for another as "
+		  "well" },
+		{ "\"a.planes\":\"k k.scales\"," SCALED("k") "," PLANE("k.scales"),
+		  TENSOR("a.k", "I8", "2,32", "0,64") "," U8_TENSOR("a.k.scales", "64,66"), 66,
+		  "tensor \"a.k.scales\": expected it to be one plane of one pad, got it for "
+		  "another as well" },
+		{ "\"a.planes\":\"k\"," SCALED("k"), TENSOR("a.k", "I8", "2,32", "0,64"), 64,
+		  "tensor \"a.k\": " SCALES },
+		{ "\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v"),
+		  U8_TENSOR("a.k", "0,2") "," TENSOR("a.v", "U8", "3,1", "2,5"), 5,
+		  "tensor \"a.v\": expected 2 rows, as the first plane has, got 3" },
+		{ "\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v"),
+		  U8_TENSOR("a.k", "0,2") "," TENSOR("a.v", "U8", "2", "2,4"), 4,
+		  "tensor \"a.v\": expected a shape of [rows, dim], got 1 dimensions" },
+		{ "\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v"),
+		  U8_TENSOR("a.k", "0,2") "," TENSOR("a.v", "U8", "2,0", "2,2"), 2,
+		  "pad \"a\": plane 1: dim: expected at least 1, got 0" },
+		{ "\"a.planes\":\"k v\"," PLANE("k"),
+		  U8_TENSOR("a.k", "0,2") "," U8_TENSOR("a.v", "2,4"), 4,
+		  "tensor \"a.v\": expected a dtype as dtype in __metadata__, got \"\"" },
+		{ "\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v"),
+		  U8_TENSOR("a.k", "0,2") "," TENSOR("a.v", "I8", "2,1", "2,4"), 4,
+		  "tensor \"a.v\": expected that of the tensor as dtype in __metadata__, got \"u8\"" },
+		{ "\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v"),
+		  TENSOR("a.k", "U8", "0,16777216", "0,0") "," TENSOR("a.v", "U8", "0,1", "0,0"), 0,
+		  "pad \"a\": planes: expected tokens of at most 16777216 bytes over all of them, as "
+		  "stored and as appended, got more" },
+		{ "\"a.planes\":\"k\"," PLANE("k"),
+		  U8_TENSOR("a.k", "0,2") "," U8_TENSOR("a", "2,4"), 4,
+		  "pad \"a\": expected nothing beside the tensor of this name as planes in "
+		  "__metadata__, got \"k\"" },
+		/* more than a label or a tag has, and what is none */
+		{ "\"a.planes\":\"k\",\"a.k.label\":\"sixteen.letters_\"," PLANE("k"),
+		  U8_TENSOR("a.k", "0,2"), 2, "tensor \"a.k\": expected at most 15 bytes and no NUL, "
+		  "those beyond A-Za-z0-9._- as %xx, as label in __metadata__, got "
+		  "\"sixteen.letters_\"" },
+		{ "\"a.planes\":\"k\",\"a.k.label\":\"%00\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "tensor \"a.k\": expected at most 15 bytes and no NUL, those beyond A-Za-z0-9._- "
+		  "as %xx, as label in __metadata__, got \"%00\"" },
+		{ "\"a.planes\":\"k\",\"a.k.label\":\"%f\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "tensor \"a.k\": expected at most 15 bytes and no NUL, those beyond A-Za-z0-9._- "
+		  "as %xx, as label in __metadata__, got \"%f\"" },
+		{ "\"a.planes\":\"k\",\"a.tag\":\"a b\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected at most 64 bytes, those beyond A-Za-z0-9._- as %xx, as tag in "
+		  "__metadata__, got \"a b\"" },
+		{ "\"a.planes\":\"k\",\"a.tag\":\"0123456789012345678901234567890123456789012345678901"
+		  "2345678901234\"," PLANE("k"), U8_TENSOR("a.k", "0,2"), 2,
+		  "pad \"a\": expected at most 64 bytes, those beyond A-Za-z0-9._- as %xx, as tag in "
+		  "__metadata__, got \"012345678901234567890123456789012345678901234567890123456789...\"" },
+	};
+	char header[1024];
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		snprintf(header, sizeof(header), "{\"__metadata__\":{\"kvscratch\":\"2\","
+			 "\"a.max_seq_len\":\"9\",%s},%s}", cases[i].metadata, cases[i].tensors);
+		write_safetensors(at("a.safetensors"), header, strlen(header), cases[i].data_bytes);
+		EXPECT_ERROR(EBADMSG, cases[i].words, open_and_close(at("a.safetensors")));
+	}
+}
+
+/* One more than there can be, each with a tensor of its own */
+TEST_F(files, more_planes_than_there_can_be)
+{
+	char *header;
+	size_t size;
+	FILE *out = open_memstream(&header, &size);
+
+	fprintf(out, "{\"__metadata__\":{\"kvscratch\":\"2\",\"a.max_seq_len\":\"9\"");
+	for (uint32_t i = 0; i <= KVSCRATCH_MAX_PLANES; i++)
+		fprintf(out, ",\"a.%u.dtype\":\"u8\",\"a.%u.input_dtype\":\"u8\","
+			"\"a.%u.frac_bits\":\"0\"", i, i, i);
+	fprintf(out, ",\"a.planes\":\"0");
+	for (uint32_t i = 1; i <= KVSCRATCH_MAX_PLANES; i++)
+		fprintf(out, " %u", i);
+	fprintf(out, "\"}");
+	for (uint32_t i = 0; i <= KVSCRATCH_MAX_PLANES; i++)
+		fprintf(out, "," TENSOR("a.%u", "U8", "1,1", "%u,%u"), i, i, i + 1);
+	fprintf(out, "}");
+	fclose(out);
+	write_safetensors(at("a.safetensors"), header, size, KVSCRATCH_MAX_PLANES + 1);
+	EXPECT_ERROR(EBADMSG, "pad \"a\": expected at most 4096 planes, got more",
+		     open_and_close(at("a.safetensors")));
+	free(header);
+}
+
+/* Of all planes together */
+TEST_F(files, claims_of_planes)
+{
+	static const char header[] = "{\"__metadata__\":{\"kvscratch\":\"2\",\"a.max_seq_len\":"
+		"\"400000000\",\"a.planes\":\"k v\"," PLANE("k") "," PLANE("v") "},"
+		U8_TENSOR("a.k", "0,2") "," U8_TENSOR("a.v", "2,4") "}";
+	char words[128];
+	struct kvscratch *back;
+
+	write_safetensors(at("a.safetensors"), header, strlen(header), 4);
+	snprintf(words, sizeof(words), "expected a max_seq_len: with what the file says its pads "
+		 "would take 800000000 bytes, and it has %zu", strlen(header) + 12);
+	EXPECT_ERROR(EINVAL, words, load_from(&back, at("a.safetensors"), NULL, 0));
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 2));
+	EXPECT_EQ(2, kvscratch_capacity(back));
+	kvscratch_close(back);
+}
+
+/* Nobody else's tensors are planes, whatever their metadata is like. */
+TEST_F(files, planes_of_others)
+{
+	static const char header[] = "{\"__metadata__\":{\"a.planes\":\"k\"},"
+		U8_TENSOR("a.k", "0,2") "," U8_TENSOR("a", "2,4") "}";
+	struct kvscratch *back;
+
+	write_safetensors(at("a.safetensors"), header, strlen(header), 4);
+	ASSERT_DONE(load_from(&back, at("a.safetensors"), "a.k", 0));
+	EXPECT_EQ(1, kvscratch_nr_planes(back));
+	kvscratch_close(back);
+}
+
+/*
+ * A row is one number over and over, in both planes: its place, and how often the writer began
+ * anew.
+ */
 #define STRESS_DIM 1024
+#define STRESS_PLANES 2
 #define STRESS_ROWS 64
 #define STRESS_SAVES 50
 
 static void append_and_truncate(struct kvscratch *inherited)
 {
-	static uint32_t row[STRESS_DIM];
+	static uint32_t token[STRESS_PLANES * STRESS_DIM];
 	struct kvscratch *pad;
 
 	CHILD_CHECK(!kvscratch_attach(&pad, kvscratch_fd(inherited), O_RDWR));
@@ -1639,9 +2183,9 @@ static void append_and_truncate(struct kvscratch *inherited)
 		uint64_t keep = epoch * 7 % STRESS_ROWS;
 
 		for (uint32_t i = kvscratch_len(pad); i < STRESS_ROWS; i++) {
-			for (size_t j = 0; j < STRESS_DIM; j++)
-				row[j] = epoch << 8 | i;
-			CHILD_CHECK(!kvscratch_append(pad, row, STRESS_DIM));
+			for (size_t j = 0; j < ARRAY_SIZE(token); j++)
+				token[j] = epoch << 8 | i;
+			CHILD_CHECK(!kvscratch_append_tokens(pad, token, 1, sizeof(token)));
 		}
 		CHILD_CHECK(!kvscratch_truncate(pad, keep, false));
 	}
@@ -1674,18 +2218,22 @@ static int let_others_run(void *context, uint64_t done, uint64_t total)
 
 TEST_F_TIMEOUT(files, saves_beside_a_writer, TEST_SECONDS)
 {
-	struct kvscratch_named_pad named = { .name = "k" };
+	static const struct kvscratch_plane planes[STRESS_PLANES] = {
+		{ .dim = STRESS_DIM, .dtype = KVSCRATCH_DTYPE_I32, .label = "k" },
+		{ .dim = STRESS_DIM, .dtype = KVSCRATCH_DTYPE_I32, .label = "v" },
+	};
+	struct kvscratch_named_pad named = { .name = "cache" };
 	struct kvscratch *pad, *back;
 	int verified = 0;
 	pid_t writer;
 
-	ASSERT_DONE(kvscratch_new(&pad, STRESS_ROWS, STRESS_DIM, KVSCRATCH_DTYPE_I32));
+	ASSERT_DONE(kvscratch_new_planes(&pad, STRESS_ROWS, planes, STRESS_PLANES, NULL, 0));
 	named.pad = pad;
 	writer = fork_child();
 	if (!writer)
 		append_and_truncate(pad);
 	for (int i = 0; i < STRESS_SAVES; i++) {
-		struct kvscratch_tensor tensor;
+		struct kvscratch_tensor tensor, other;
 		int err = kvscratch_save(at("a.safetensors"), &named, 1, let_others_run, NULL);
 
 		/* only the writer's pace decides about that */
@@ -1693,8 +2241,10 @@ TEST_F_TIMEOUT(files, saves_beside_a_writer, TEST_SECONDS)
 			continue;
 		ASSERT_DONE(err);
 		ASSERT_DONE(load_from(&back, at("a.safetensors"), NULL, 0));
-		ASSERT_DONE(kvscratch_as_tensor(back, &tensor));
+		ASSERT_DONE(kvscratch_plane_tensor(back, 0, &tensor));
+		ASSERT_DONE(kvscratch_plane_tensor(back, 1, &other));
 		EXPECT_TRUE(rows_are_of_one_moment(&tensor));
+		EXPECT_EQ(0, memcmp(tensor.data, other.data, tensor.len * sizeof(uint32_t[STRESS_DIM])));
 		kvscratch_close(back);
 		verified++;
 	}

@@ -1437,7 +1437,9 @@ TEST_F(planes, are_not_for_calls_of_one_plane)
 	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_append_rows(self->pad, &info, 0, 6));
 	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_as_tensor(self->pad, &tensor));
 	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_info(self->pad, &info));
-	EXPECT_ERROR(EOPNOTSUPP, words, kvscratch_save("a.npy", &named, 1, NULL, NULL));
+	EXPECT_ERROR(EOPNOTSUPP, ".npy has room for one plane: expected a name that ends in "
+		     ".safetensors, or one of the 4 planes",
+		     kvscratch_save("a.npy", &named, 1, NULL, NULL));
 }
 
 TEST_F(planes, staged_rows_are_there_and_not_committed)

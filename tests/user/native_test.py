@@ -761,8 +761,6 @@ def saved_pads_go_on_in_another_holder():
         def tool(program, *arguments):
             done = subprocess.run([BUILD / f"{program}-sanitized", *arguments], check=False,
                                   capture_output=True, stdin=subprocess.DEVNULL, env=environment)
-            if b"expected a pad of one plane" in done.stderr:
-                return None
             expect(done.returncode == 0, f"{program} {arguments}: {done.stderr!r}")
             return done.stdout
 
@@ -772,15 +770,13 @@ def saved_pads_go_on_in_another_holder():
                 for holder in "first", "second":
                     tool("kvscratchctl", "hold", holder, "--write")
                 tool("kvdecode", "--kv", kv, "--hold", "first", "--steps", "20")
-                if tool("kvscratchctl", "-n", "first", "save", file) is None:
-                    return "files are of pads of one plane"
+                tool("kvscratchctl", "-n", "first", "save", file)
                 tool("kvscratchctl", "-n", "second", "load", file)
                 text = tool("kvdecode", "--kv", kv, "--hold", "second")
                 expect(text == text_of("--kv", kv), f"{kv}: {text!r}")
             finally:
                 for holder in "first", "second":
                     tool("kvscratchctl", "drop", holder)
-    return None
 
 
 @test

@@ -151,6 +151,9 @@ int check_mode(int access);
 /* -EINVAL, with words, when there is no such plane */
 int check_plane(const struct kvscratch *pad, uint32_t plane);
 
+/* Say of which of several planes the latest words are; returns @err. */
+int of_plane(int err, uint32_t index);
+
 /* -EOPNOTSUPP, with words, for a pad of several planes */
 int check_one_plane(const struct kvscratch *pad);
 

@@ -88,8 +88,7 @@ static int check_new_plane(struct kvscratch_plane *plane)
 	return err;
 }
 
-/* Say which of several planes the words are about. */
-static int of_plane(int err, uint32_t index)
+int of_plane(int err, uint32_t index)
 {
 	char words[200];
 

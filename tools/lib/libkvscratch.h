@@ -795,16 +795,24 @@ int kvscratch_holder_path(const char *name, char *path, size_t path_size);
 /*
  * Files
  *
- * The committed rows of a pad are saved as an array of [len, dim] in one of two
- * formats, which the end of the file's name chooses:
+ * The committed rows of a pad are saved as an array of [len, dim] for each of its planes, in
+ * one of two formats, which the end of the file's name chooses:
  *
- * .npy: the rows of one pad and nothing else. NumPy has no type for bf16 and mxint8, and
- * max_seq_len, input_dtype and frac_bits are not kept: integers are saved as integers.
+ * .npy: the rows of one plane and nothing else. NumPy has no type for bf16 and mxint8, and
+ * max_seq_len, input_dtype, frac_bits, label and tag are not kept: integers are saved as
+ * integers.
  *
- * .safetensors: any number of pads, each a tensor under its name; an MXINT8 pad is two,
- * NAME (I8, [len, dim]) and NAME.scales (U8, [len, dim / 32]). __metadata__ says what
- * they are made of: "kvscratch": "1", the version of this, and for each pad
- * NAME.max_seq_len, NAME.dtype, NAME.input_dtype and NAME.frac_bits.
+ * .safetensors: any number of pads. The plane of a pad that has but one is a tensor under the
+ * name of the pad. Of several planes each is one under NAME.PLANE, where PLANE is its label or,
+ * where that is empty, a number, or not the only one, or ends in .scales, its index. An MXINT8
+ * plane is two, TENSOR (I8, [len, dim]) and TENSOR.scales (U8, [len, dim / 32]).
+ * __metadata__ says what they are made of: "kvscratch", the version of this; for each pad
+ * NAME.max_seq_len, NAME.tag unless that is zeros, and of several planes NAME.planes, each PLANE
+ * in turn with a blank between two; and for each plane TENSOR.dtype, TENSOR.input_dtype,
+ * TENSOR.frac_bits and, unless it is empty, TENSOR.label. In labels, PLANE and tags, whose last
+ * zeros are left out, bytes that are none of A-Z a-z 0-9 . _ - are written as %xx.
+ * The version is "1" when no pad has several planes, a label or a tag, as files were before
+ * there were any, else "2".
  *
  * Loading goes by what is in the file. All of it but the rows themselves is checked
  * before anything is made of it; what is malformed or no pad is EBADMSG, with what was
@@ -846,11 +854,11 @@ struct kvscratch_named_pad {
  * @progress: hears of it, or NULL
  * @context: for @progress
  *
- * There is a moment at which every pad begins with the rows that are saved of it: if
- * a truncate drops some of them meanwhile, all pads are saved anew. A writer that puts a
- * token into one pad after the other may be between two of them at that moment. So a
- * token is whole when the shortest pad has it: who loads pads that belong together
- * truncates all to the rows of the shortest.
+ * There is a moment at which every pad begins with the rows that are saved of it, in all of its
+ * planes: if a truncate drops some of them meanwhile, all pads are saved anew. A writer that puts
+ * a token into one pad after the other may be between two of them at that moment, but not between
+ * planes of one pad. Who loads pads that belong together truncates all to the rows of the
+ * shortest. That a pad is sealed is not kept.
  *
  * Atomic: a new file is written that has no name yet, brought to disk and put in the place
  * of @path. Until then, and on every failure, @path is what it was, and nothing is left
@@ -861,14 +869,22 @@ struct kvscratch_named_pad {
  * its owner; a symbolic link stays and the file behind it is replaced. A file beyond
  * RLIMIT_FSIZE is EFBIG and no SIGXFSZ, whatever the program does about that.
  *
- * Errors: EINVAL (another end of the name, a name that is no UTF-8 or comes twice, no pad
- * or several for .npy, @path is no regular file), EOPNOTSUPP (bf16 or mxint8 in .npy),
+ * Errors: EINVAL (another end of the name, a name that is no UTF-8 or comes twice, of a pad or
+ * of a tensor, no pad or several for .npy, @path is no regular file), EOPNOTSUPP (bf16, mxint8 or
+ * several planes in .npy),
  * EBADF (a pad that may not be read), EAGAIN (pads were truncated again and again),
  * ECANCELED, and what writing files gives: EACCES, ENOSPC, EDQUOT, EFBIG, EIO, EROFS and
  * so on. EIO of the directory, after the replacement, leaves the new file.
  */
 int kvscratch_save(const char *path, const struct kvscratch_named_pad *pads, unsigned int count,
 		   kvscratch_progress *progress, void *context);
+
+/*
+ * Save one plane of a pad, which may have more, as .npy. Errors: as of kvscratch_save(), and
+ * EINVAL when there is no such plane.
+ */
+int kvscratch_save_plane(const char *path, struct kvscratch *pad, uint32_t plane,
+			 kvscratch_progress *progress, void *context);
 
 /* A file that was opened and checked; any number of threads may load from it at once. */
 struct kvscratch_file;
@@ -877,15 +893,21 @@ struct kvscratch_file;
  * struct kvscratch_saved_pad - what a file has to make a pad of
  * @name: its name; empty in .npy
  * @len: rows
- * @geometry: what the pad was made of; what the file does not say is 0 in frac_bits,
- *	dtype in input_dtype and @len in max_seq_len
+ * @max_seq_len: rows that fit; @len where the file does not say it
+ * @planes: dim, dtype, input_dtype, frac_bits and label of each; of the rest nothing is said.
+ *	What the file does not say is 0 in frac_bits, dtype in input_dtype and empty in label
+ * @nr_planes: how many
  * @has_geometry: the file says all of it: kvscratch_save() wrote it as .safetensors
+ * @tag: of the pad; zeros where it had none
  */
 struct kvscratch_saved_pad {
 	const char *name;
 	uint64_t len;
-	struct kvscratch_geometry geometry;
+	uint64_t max_seq_len;
+	const struct kvscratch_plane *planes;
+	uint32_t nr_planes;
 	bool has_geometry;
+	uint8_t tag[KVSCRATCH_TAG_BYTES];
 };
 
 /*
@@ -896,51 +918,56 @@ struct kvscratch_saved_pad {
 int kvscratch_open_file(struct kvscratch_file **file, const char *path);
 void kvscratch_close_file(struct kvscratch_file *file);
 
-/* What is in it, in the order of its header: *@count of them, valid as long as @file */
+/*
+ * What is in it, valid as long as @file: *@count of them, pads of several planes by their names
+ * and behind them those of one in the order of the header
+ */
 const struct kvscratch_saved_pad *kvscratch_file_pads(const struct kvscratch_file *file,
 						      unsigned int *count);
 
 /**
  * kvscratch_load() - make a pad of saved rows
- * @pad: receives a handle that may do everything, as of kvscratch_new_geometry()
+ * @pad: receives a handle that may do everything, as of kvscratch_new_planes()
  * @file: the file
  * @name: which of its pads; NULL if there is but one
  * @max_seq_len: capacity, at least the saved rows; 0 for that of the file
  * @progress: hears of it, or NULL
  * @context: for @progress
  *
- * The rows are those that were saved, bit by bit, and the new pad takes what the saved one
- * took: one that converted what was appended to it does so again, and saturated counts what
- * was clamped among the rows of the file. On failure there is no pad.
+ * The rows are those that were saved, bit by bit, and the new pad has the planes and the tag of
+ * the saved one: a plane that converted what was appended to it does so again, and saturated
+ * counts what was clamped among the rows of the file. On failure there is no pad.
  *
  * A small file may say that its pads are large: where they would take more than 256 MiB and
  * more than 64 times its size, it has to be asked for by @max_seq_len.
  *
  * Errors: EINVAL (@max_seq_len below the rows; 0 and the file has neither rows nor a
- * max_seq_len, or one that is far beyond its size), ENOENT (no pad of this name, or several
- * and @name is NULL), EBADMSG (the file became shorter, or says of rows that they were
- * converted that no conversion gives), EIO, ECANCELED, and those of kvscratch_new_geometry().
+ * max_seq_len, or one that is far beyond its size; several pads and @name is NULL), ENOKEY (no
+ * pad of this name), EBADMSG (the file became shorter, or says of rows that they were
+ * converted that no conversion gives), EIO, ECANCELED, and those of kvscratch_new_planes() and
+ * kvscratch_stage().
  */
 int kvscratch_load(struct kvscratch **pad, const struct kvscratch_file *file, const char *name,
 		   uint64_t max_seq_len, kvscratch_progress *progress, void *context);
 
 /**
  * kvscratch_load_into() - append saved rows to a pad
- * @pad: a handle that may write, on a pad of the same dim, dtype and frac_bits; any
- *	frac_bits will do where the file does not say them
+ * @pad: a handle that may write, the writer itself if there is one, on a pad of as many planes of
+ *	the same dim, dtype and frac_bits, and of several of the same labels; any frac_bits will
+ *	do where the file does not say them
  * @file: the file
  * @name: which of its pads; NULL if there is but one
  * @progress: hears of it, or NULL
  * @context: for @progress
  *
- * All rows or none: what was appended before a failure is truncated again. Readers see the
- * rows come in several batches, each whole. Nobody else should write to the pad meanwhile:
- * the truncate would take their rows along. A pad that converts is given what the rows were
- * made of, or may have been.
+ * All rows or none, which readers see at once: they are staged and committed, for which this
+ * becomes the pad's writer meanwhile unless @pad is. What @pad had staged is dropped. A plane
+ * that converts is given what the rows were made of, or may have been.
  *
- * Errors: EINVAL (the pad is made of something else), ENOSPC (rows do not fit), ENOENT,
+ * Errors: EINVAL (the pad is made of something else, or both it and the saved one have a tag and
+ * not the same), ENOSPC (rows do not fit), ENOKEY, EBUSY (another is the writer),
  * EBADMSG (the file became shorter, or its rows are none that the conversion of the pad
- * gives), EIO, ECANCELED, and those of kvscratch_append_rows().
+ * gives), EIO, ECANCELED, and those of kvscratch_writer() and kvscratch_stage().
  */
 int kvscratch_load_into(struct kvscratch *pad, const struct kvscratch_file *file, const char *name,
 			kvscratch_progress *progress, void *context);

@@ -528,18 +528,25 @@ static void print_header(FILE *out, const struct safetensors *file)
 	fprintf(out, "%*s", (int)(-length & (ALIGNMENT - 1)), "");
 }
 
+int safetensors_check_name(const char *name)
+{
+	char printable[PRINTABLE_NAME_BYTES];
+
+	if (*name && strcmp(name, METADATA) && is_utf8(name))
+		return 0;
+	return set_error(-EINVAL, "expected a name in UTF-8, neither empty nor " METADATA
+			 ", got \"%s\"", printable_name(printable, name));
+}
+
 static int check_new_names(const struct safetensors *file)
 {
 	const struct safetensors_tensor **list;
-	char name[PRINTABLE_NAME_BYTES];
 	int err;
 
 	for (size_t i = 0; i < file->nr_tensors; i++) {
-		const char *text = file->tensors[i].name;
-
-		if (!*text || !strcmp(text, METADATA) || !is_utf8(text))
-			return set_error(-EINVAL, "expected a name in UTF-8, neither empty nor "
-					 METADATA ", got \"%s\"", printable_name(name, text));
+		err = safetensors_check_name(file->tensors[i].name);
+		if (err)
+			return err;
 	}
 	list = list_tensors(file);
 	if (!list)

@@ -87,6 +87,9 @@ const struct safetensors_tensor *safetensors_find(const struct safetensors *file
 /* The value of this key in __metadata__, or NULL; @file was parsed. */
 const char *safetensors_metadata(const struct safetensors *file, const char *key);
 
+/* -EINVAL, with words, for a name that no tensor can have */
+int safetensors_check_name(const char *name);
+
 /**
  * safetensors_write_header() - make a header
  * @file: what it shall say
