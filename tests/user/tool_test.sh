@@ -924,7 +924,8 @@ files()
 	run kvscratchctl load saved.safetensors
 	expect "load behind the rows that are there" 0 ""
 	run display
-	expect "what was loaded" 0 "Scratchpad(len=6, capacity=10, dim=4)"
+	expect "what was loaded" 0 "Scratchpad(len=6, capacity=10, dim=4)
+epoch 1, without a writer"
 	run kvscratchctl load saved.safetensors -- sh -c 'kvscratchctl info | head -n 1; kvscratchctl dump'
 	expect "load for a command" 0 "Scratchpad(len=3, capacity=10, dim=4)
 1 2 3 4
