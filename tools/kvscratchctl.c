@@ -274,16 +274,20 @@ NO_PROGRESS_HELP,
 		.name = "save",
 		.summary = "keep the rows in a file",
 		.help =
-"Usage: kvscratchctl [--fd N | -n NAME] save [--no-progress] FILE\n"
+"Usage: kvscratchctl [--fd N | -n NAME] save [OPTION]... FILE\n"
 "Save all committed rows as FILE, which is replaced in one step. By the end of its\n"
-"name it is .npy, with the rows of one pad, or .safetensors, with any number of\n"
+"name it is .npy, with the rows of one plane, or .safetensors, with any number of\n"
 "pads and all that they are made of. -n HOLDER saves all that are held there, as\n"
 "they are at one moment.\n"
 "\n"
+"  --plane PLANE      only this one, by its label or its index, as .npy\n"
 NO_PROGRESS_HELP,
 		.run = run_save,
 		.takes = TAKES_PAD | TAKES_ARGUMENT,
-		.options = { NO_PROGRESS_OPTION, HELP, END },
+		.options = {
+			OPTION("plane", required_argument, OPT_PLANE),
+			NO_PROGRESS_OPTION, HELP, END
+		},
 	}, {
 		.name = "load",
 		.summary = "make pads of what was saved",

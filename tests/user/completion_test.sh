@@ -120,6 +120,7 @@ offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story
 kvscratchctl hold cache --max-seq-len 4 --planes k0:2,v0:2,k1:2
 offers 'kvscratchctl -n cache dump --plane ' k0 k1 v0
+offers 'kvscratchctl -n cache save --plane ' k0 k1 v0
 offers 'kvscratchctl watch --name cache --rows --plane k' k0 k1
 offers 'kvscratchctl -n story dump --plane ' ''
 kvscratchctl drop cache

@@ -999,6 +999,54 @@ story/k0: Scratchpad(len=2, capacity=10, dim=4)"
 	kvscratchctl drop story
 }
 
+# A cache of "k 0", [8, 4] u8, v, [8, 32] mxint8 of f32, and one without a label, [8, 1] i16
+files_of_planes()
+{
+	{ printf abcd; head -c 128 /dev/zero; printf '\005\000'; } >token
+	cat token token | kvscratchctl append
+	run kvscratchctl save cache.npy
+	expect "planes as a file of .npy" 1 "kvscratchctl save: cache.npy: .npy has room for one plane: expected a name that ends in .safetensors, or one of the 3 planes"
+	run kvscratchctl save --plane "k 0" plane.npy
+	expect "save a plane by its label" 0 ""
+	run sh -c 'kvscratchctl dump --plane "k 0" --format npy | cmp - plane.npy'
+	expect "it is what dump writes" 0 ""
+	run kvscratchctl save --plane 2 plane.npy
+	expect "save a plane by its index" 0 ""
+	run sh -c 'kvscratchctl dump --plane 2 --format npy | cmp - plane.npy'
+	expect "it is what dump writes of it" 0 ""
+	run kvscratchctl save --plane k plane.npy
+	expect "save a plane that is not there" 1 "kvscratchctl save: --plane: no plane is called \"k\""
+	run kvscratchctl save --plane v plane.npy
+	expect "save a plane of mxint8 as .npy" 1 "kvscratchctl save: plane.npy: .npy has no type for mxint8: expected a name that ends in .safetensors"
+	run kvscratchctl save --plane v plane.safetensors
+	expect "save a plane as .safetensors" 1 "kvscratchctl save: plane.safetensors: expected the name of a file that ends in .npy for a single plane"
+	run kvscratchctl save cache.safetensors
+	expect "save planes" 0 ""
+	display >saved
+	kvscratchctl append token
+	kvscratchctl load cache.safetensors -- sh -c 'kvscratchctl append token && kvscratchctl dump --format raw' >got
+	run sh -c 'kvscratchctl dump --format raw | cmp - got'
+	expect "load planes, which convert as they did" 0 ""
+	kvscratchctl hold cache --write
+	kvscratchctl -n cache load cache.safetensors
+	run display -n cache/pad
+	[ "$status" = 0 ] && [ "$output" = "$(cat saved)
+epoch 1, without a writer" ]
+	result $? "labels and the tag are those of the pad that was saved"
+	run kvscratchctl -n cache save --plane "k 0" again.npy
+	expect "save a plane of a holder's only pad" 0 ""
+	kvscratchctl load cache.safetensors
+	run kvscratchctl info
+	case $output in "Scratchpad(len=5, "*) ;; *) status=9 ;; esac
+	[ "$status" = 0 ]
+	result $? "load planes behind others"
+	run kvscratchctl load plane.npy
+	expect "load one plane into several" 1 "kvscratchctl load: plane.npy: expected the rows of 3 planes, got those of 1"
+	run kvscratchctl create --max-seq-len 8 --planes "k 0:4:u8,v:32:mxint8:f32,:1:i16" --tag another -- kvscratchctl load cache.safetensors
+	expect "load what is of another tag" 1 "kvscratchctl load: cache.safetensors: tag: expected the one of the pad, got another"
+	kvscratchctl drop cache
+}
+
 if [ $# -gt 0 ]; then
 	"$1"
 	exit 0
@@ -1054,4 +1102,5 @@ with_pad planes --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3
 with_pad writers --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3 --tag toy
 with_pad holders --max-seq-len 4 --dim 2
 with_pad files --max-seq-len 10 --dim 4
+with_pad files_of_planes --max-seq-len 8 --planes "k 0:4:u8,v:32:mxint8:f32,:1:i16" --tag "of a model"
 echo "1..$(cat count)"

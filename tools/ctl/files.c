@@ -80,25 +80,52 @@ static int open_one(const struct arguments *args, struct set *set)
 	return 0;
 }
 
-int run_save(const struct arguments *args)
+/* All of @set, or of its only pad what --plane says; returns 0 or a negative errno. */
+static int save(const struct arguments *args, const struct set *set, uint32_t plane)
 {
 	struct progress progress = progress_start(args, "saving");
+	int err;
+
+	if (given(args, OPT_PLANE))
+		err = kvscratch_save_plane(args->argument, set->pads->pad, plane, progress_at,
+					   &progress);
+	else
+		err = kvscratch_save(args->argument, set->pads, set->count, progress_at, &progress);
+	progress_end(&progress);
+	return err;
+}
+
+static int save_set(const struct arguments *args, const struct set *set)
+{
+	struct selection selection = { 0 };
+	int err = 0;
+
+	if (given(args, OPT_PLANE))
+		err = select_planes(args, set->pads->pad, &selection);
+	if (err)
+		return err;
+	catch_interrupts();
+	err = save(args, set, selection.first);
+	/* a signal that comes later leaves what is saved */
+	if (!err || interrupted())
+		return err;
+	return fail(err == -EINVAL || err == -EOPNOTSUPP ? EXIT_INPUT : EXIT_SYSTEM, "%s: %s",
+		    args->argument, kvscratch_error());
+}
+
+int run_save(const struct arguments *args)
+{
+	const bool all = args->name && !pad_of(args->name) && !given(args, OPT_PLANE);
 	static struct set set;
 	int err;
 
 	if (!args->argument)
 		return fail(EXIT_INPUT, "expected FILE.npy or FILE.safetensors");
-	err = args->name && !pad_of(args->name) ? open_all(args, &set) : open_one(args, &set);
-	if (!err) {
-		catch_interrupts();
-		err = kvscratch_save(args->argument, set.pads, set.count, progress_at, &progress);
-		progress_end(&progress);
-		if (err && !interrupted())
-			err = fail(err == -EINVAL || err == -EOPNOTSUPP ? EXIT_INPUT : EXIT_SYSTEM,
-				   "%s: %s", args->argument, kvscratch_error());
-	}
+	err = all ? open_all(args, &set) : open_one(args, &set);
+	if (!err)
+		err = save_set(args, &set);
 	close_set(&set);
-	return interrupted() ? end_by(interrupted()) : err;
+	return err && interrupted() ? end_by(interrupted()) : err;
 }
 
 /* load */
