@@ -101,6 +101,12 @@ static inline uint64_t charged_bytes(uint64_t max_seq_len, uint32_t row_bytes)
 	return charged;
 }
 
+/* Of a mapping, up to the status page */
+static inline size_t view_data_bytes(const struct kvscratch_view *view)
+{
+	return (const char *)view->status - (const char *)view->data;
+}
+
 /* A handle on a new pad of rows of @row_bytes opaque bytes, or -errno */
 static inline int new_pad(uint64_t max_seq_len, uint32_t row_bytes)
 {

@@ -639,8 +639,8 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 	ASSERT_NE(NULL, view);
 	tokens = kvscratch_find_plane(pad, "tokens");
 	ASSERT_EQ((int)view->nr_planes - 1, tokens);
-	EXPECT_EQ(KVSCRATCH_DTYPE_I32, view->planes[tokens].dtype);
-	EXPECT_STREQ("k0", view->planes[0].label);
+	EXPECT_EQ(KVSCRATCH_DTYPE_I32, kvscratch_view_plane(view, tokens)->dtype);
+	EXPECT_STREQ("k0", kvscratch_view_plane(view, 0)->label);
 
 	/* each token that exists is there in every plane */
 	while (len < 150) {
@@ -653,7 +653,7 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 		looks++;
 		for (uint32_t i = 0; i < view->nr_planes; i++) {
 			ASSERT_FALSE(all_zero(kvscratch_view_plane_row(view, i, len - 1),
-					      view->planes[i].row_bytes));
+					      kvscratch_view_plane(view, i)->row_bytes));
 		}
 	}
 	EXPECT_LT(1, looks);
@@ -666,7 +666,7 @@ TEST_F_TIMEOUT(decode, readers_see_the_cache_grow, TEST_SECONDS)
 	ASSERT_NE(NULL, owned);
 	EXPECT_EQ(0, memcmp(kvscratch_view_plane_row(owned, 0, 0),
 			    kvscratch_view_plane_row(view, 0, 0),
-			    150 * (size_t)view->planes[0].row_bytes));
+			    150 * (size_t)kvscratch_view_plane(view, 0)->row_bytes));
 	EXPECT_EQ(O_RDONLY, kvscratch_access(pad));
 	EXPECT_EQ(-EBADF, kvscratch_truncate(pad, 0, 0));
 	EXPECT_ERRNO(EBADF, write(kvscratch_fd(pad), &byte, 1));

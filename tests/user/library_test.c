@@ -1306,7 +1306,7 @@ static bool plane_row_is(const struct kvscratch_view *view, uint32_t plane, uint
 			 uint32_t seed)
 {
 	static const uint32_t begins[] = { 0, 24, 90, 123 };
-	const struct kvscratch_plane *its = &view->planes[plane];
+	const struct kvscratch_plane *its = kvscratch_view_plane(view, plane);
 	const uint8_t *scales = kvscratch_view_plane_scales(view, plane);
 	uint8_t stored[STORED_BYTES];
 
@@ -1772,7 +1772,7 @@ TEST_F(planes, a_truncate_with_an_expectation)
 	EXPECT_EQ(1, self->view->status->generation);
 	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
 		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 2),
-				     self->view->planes[plane].row_bytes));
+				     kvscratch_view_plane(self->view, plane)->row_bytes));
 	/* no more is whole */
 	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 2, 1));
 }
@@ -1954,7 +1954,7 @@ TEST_F(planes, a_seal_zeroes_what_a_killed_truncate_dropped)
 	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
 		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 0));
 		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 1),
-				     self->view->planes[plane].row_bytes));
+				     kvscratch_view_plane(self->view, plane)->row_bytes));
 	}
 }
 
@@ -2049,6 +2049,40 @@ TEST(planes_that_are_refused)
 	snprintf(words, sizeof(words), "cannot create a pad of 4294967295 rows over 3 planes: %s",
 		 limit_of_bytes());
 	EXPECT_ERROR(EDQUOT, words, kvscratch_new_planes(&pad, UINT32_MAX, planes, 3, NULL, 0));
+}
+
+/* As a program would give them that knows more of a plane */
+TEST(planes_of_another_size)
+{
+	struct {
+		struct kvscratch_plane plane;
+		uint64_t more;
+	} longer[3] = { 0 };
+	const size_t size = sizeof(longer[0]);
+	const struct kvscratch_view *view;
+	struct kvscratch *pad;
+
+	for (uint32_t i = 0; i < 3; i++)
+		longer[i].plane = (struct kvscratch_plane){ .dim = 4 + i, .dtype = U8 };
+	ASSERT_EQ(0, kvscratch_new_planes_sized(&pad, 8, &longer[0].plane, 3, size, NULL, 0))
+		TH_LOG("%s", kvscratch_error());
+	view = kvscratch_view(pad);
+	ASSERT_NE(NULL, view);
+	EXPECT_EQ(8, view->max_seq_len);
+	EXPECT_EQ(3, view->nr_planes);
+	EXPECT_EQ(sizeof(struct kvscratch_plane), view->plane_bytes);
+	for (uint32_t i = 0; i < 3; i++) {
+		EXPECT_EQ(4 + i, kvscratch_view_plane(view, i)->dim);
+		EXPECT_EQ(kvscratch_plane(pad, i), kvscratch_view_plane(view, i));
+	}
+	kvscratch_close(pad);
+	longer[2].more = 1ull << 63;
+	EXPECT_ERROR(E2BIG, "planes: plane 2 has what this library is too old to know",
+		     kvscratch_new_planes_sized(&pad, 8, &longer[0].plane, 3, size, NULL, 0));
+	EXPECT_ERROR(EINVAL, "planes: expected elements of 64 bytes or more, a multiple of 8, got 56",
+		     kvscratch_new_planes_sized(&pad, 8, &longer[0].plane, 3, 56, NULL, 0));
+	EXPECT_ERROR(EINVAL, "planes: expected elements of 64 bytes or more, a multiple of 8, got 65",
+		     kvscratch_new_planes_sized(&pad, 8, &longer[0].plane, 3, 65, NULL, 0));
 }
 
 /* As many as there can be */
@@ -2303,7 +2337,7 @@ TEST_F(planes, a_kernel_that_populates_nothing)
 /* The table of planes begins a page behind the status page. */
 static uint64_t table_of(const struct kvscratch_view *view)
 {
-	return view->info.status_offset + page_bytes();
+	return view_data_bytes(view) + page_bytes();
 }
 
 /* Whoever can write may put any cursor there. */
@@ -2348,7 +2382,7 @@ TEST_F(planes, a_seal_finishes_what_a_truncate_left)
 	for (uint32_t plane = 0; plane < NR_PLANES; plane++) {
 		EXPECT_TRUE(plane_row_is(self->view, plane, 0, 0));
 		EXPECT_TRUE(all_zero(kvscratch_view_plane_row(self->view, plane, 1),
-				     self->view->planes[plane].row_bytes));
+				     kvscratch_view_plane(self->view, plane)->row_bytes));
 	}
 }
 
@@ -2493,7 +2527,7 @@ static bool is_as_modelled(const struct kvscratch_view *view, const struct model
 				continue;
 			if (seed ? !plane_row_is(view, plane, row, seed) :
 				   !all_zero(kvscratch_view_plane_row(view, plane, row),
-					     view->planes[plane].row_bytes))
+					     kvscratch_view_plane(view, plane)->row_bytes))
 				return false;
 		}
 	}

@@ -287,7 +287,7 @@ TEST(edom_commits_nothing)
 	EXPECT_FALSE(all_zero(view.data, count));
 	EXPECT_FALSE(all_zero(kvscratch_view_scales(&view), ROWS * SCALES));
 	ASSERT_EQ(0, device_truncate(fd, 0, KVSCRATCH_TRUNCATE_ZERO));
-	EXPECT_TRUE(all_zero(view.data, view.info.status_offset));
+	EXPECT_TRUE(all_zero(view.data, view_data_bytes(&view)));
 	EXPECT_EQ(0, device_append(fd, input, bytes));
 	EXPECT_EQ(ROWS, len_of(fd));
 	/* and from a row on */

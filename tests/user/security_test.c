@@ -59,7 +59,7 @@ FIXTURE_SETUP(security) {
 
 static const uint8_t *view_row(const struct kvscratch_view *view, uint32_t row)
 {
-	return (const uint8_t *)view->data + (size_t)row * view->info.row_bytes;
+	return (const uint8_t *)view->data + (size_t)row * kvscratch_view_plane(view, 0)->row_bytes;
 }
 
 static bool is_as_it_was(FIXTURE_DATA(security) *self)
@@ -792,17 +792,17 @@ TEST_F_TIMEOUT(security, planes_show_nothing_else, TEST_SECONDS)
 	ASSERT_EQ(0, device_map(pad, &view));
 	data = view.data;
 	scales = kvscratch_view_scales(&view);
-	EXPECT_TRUE(all_zero(data, view.info.status_offset));
+	EXPECT_TRUE(all_zero(data, view_data_bytes(&view)));
 
 	ASSERT_EQ(0, device_append(pad, ones, rows * record));
 	EXPECT_EQ(0, memcmp(data, ones, rows * dim));
-	EXPECT_TRUE(all_zero(data + rows * dim, view.info.arrays[1].offset - rows * dim));
+	EXPECT_TRUE(all_zero(data + rows * dim, kvscratch_view_plane(&view, 0)->scales_offset - rows * dim));
 	EXPECT_EQ(0, memcmp(scales, ones, rows * dim / KVSCRATCH_MX_BLOCK));
-	EXPECT_TRUE(all_zero(scales + rows * dim / KVSCRATCH_MX_BLOCK, view.info.status_offset -
-			     view.info.arrays[1].offset - rows * dim / KVSCRATCH_MX_BLOCK));
+	EXPECT_TRUE(all_zero(scales + rows * dim / KVSCRATCH_MX_BLOCK, view_data_bytes(&view) -
+			     kvscratch_view_plane(&view, 0)->scales_offset - rows * dim / KVSCRATCH_MX_BLOCK));
 
 	ASSERT_EQ(0, device_truncate(pad, 0, KVSCRATCH_TRUNCATE_ZERO));
-	EXPECT_TRUE(all_zero(data, view.info.status_offset));
+	EXPECT_TRUE(all_zero(data, view_data_bytes(&view)));
 	device_unmap(&view);
 	close(pad);
 	free(ones);

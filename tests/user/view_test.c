@@ -61,13 +61,13 @@ FIXTURE_TEARDOWN(view) {
 
 static const uint8_t *view_row(const struct kvscratch_view *view, uint32_t row)
 {
-	return (const uint8_t *)view->data + (size_t)row * view->info.row_bytes;
+	return (const uint8_t *)view->data + (size_t)row * kvscratch_view_plane(view, 0)->row_bytes;
 }
 
 static bool view_rows_are(const struct kvscratch_view *view, uint32_t first, uint32_t end)
 {
 	for (uint32_t row = first; row < end; row++)
-		if (!row_is(view_row(view, row), view->info.row_bytes, row))
+		if (!row_is(view_row(view, row), kvscratch_view_plane(view, 0)->row_bytes, row))
 			return false;
 	return true;
 }
@@ -166,7 +166,7 @@ TEST_F_TIMEOUT(view, may_be_any_part, TEST_SECONDS)
 	}
 	/* that the view they were compared with is right */
 	EXPECT_TRUE(view_rows_are(&self->view, 0, self->rows));
-	EXPECT_EQ(DATA_PAGES * self->page, self->view.info.status_offset);
+	EXPECT_EQ(DATA_PAGES * self->page, view_data_bytes(&self->view));
 	EXPECT_EQ(KVSCRATCH_STATUS_MAGIC, self->view.status->magic);
 }
 
@@ -330,7 +330,7 @@ TEST_F_TIMEOUT(view, of_a_new_pad_is_zero, TEST_SECONDS)
 	fd = new_pad(256, self->page - 1);
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, device_map(fd, &view));
-	EXPECT_TRUE(all_zero(view.data, view.info.status_offset));
+	EXPECT_TRUE(all_zero(view.data, view_data_bytes(&view)));
 	EXPECT_TRUE(all_zero(view.status->reserved, sizeof(view.status->reserved)));
 	EXPECT_TRUE(all_zero(view.status->reserved_state, sizeof(view.status->reserved_state)));
 	EXPECT_TRUE(all_zero(view.status + 1, self->page - sizeof(*view.status)));
@@ -459,7 +459,7 @@ TEST_F_TIMEOUT(view, takes_no_faults, TEST_SECONDS)
 
 	ASSERT_EQ(0, device_map(fd, &view));
 	before = page_faults();
-	sum = sum_bytes(view.data, view.info.status_offset);
+	sum = sum_bytes(view.data, view_data_bytes(&view));
 	sum += kvscratch_view_state(&view) >> 32;
 	after = page_faults();
 	EXPECT_EQ(0, after - before);
@@ -760,7 +760,7 @@ TEST_F_TIMEOUT(lifetime, dontfork_is_honoured, TEST_SECONDS)
 	struct child child;
 
 	ASSERT_EQ(0, append_rows(self->fd, ROW_BYTES, 0, 1));
-	ASSERT_EQ(0, madvise((void *)self->view.data, self->view.info.status_offset,
+	ASSERT_EQ(0, madvise((void *)self->view.data, view_data_bytes(&self->view),
 			     MADV_DONTFORK));
 	if (start_child(&child)) {
 		/* the status page was not part of it */

@@ -122,10 +122,10 @@ static int open_watch(struct watch *watch)
 	watch->view = kvscratch_view(watch->pad);
 	if (!watch->view)
 		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
-	if (given(args, OPT_UNTIL) && args->until > watch->view->info.max_seq_len)
+	if (given(args, OPT_UNTIL) && args->until > watch->view->max_seq_len)
 		return fail(EXIT_INPUT, "--until: expected at most %" PRIu64
 			    ", the rows that fit, got %" PRIu64,
-			    (uint64_t)watch->view->info.max_seq_len, args->until);
+			    watch->view->max_seq_len, args->until);
 	watch->row = malloc(watch->selection.row_bytes);
 	return watch->row ? 0 : fail(EXIT_SYSTEM, "out of memory");
 }
@@ -144,8 +144,8 @@ static void report_len(const struct watch *watch, uint32_t len)
 		printf("{\"len\": %" PRIu32 ", \"generation\": %" PRIu32 "}\n", len,
 		       watch->generation);
 	else
-		print_display_line(len, watch->view->info.max_seq_len, watch->view->planes,
-				   watch->view->nr_planes);
+		print_display_line(len, watch->view->max_seq_len,
+				   kvscratch_view_plane(watch->view, 0), watch->view->nr_planes);
 }
 
 /* Returns true when all rows of @state were still there when they were copied. */
@@ -191,9 +191,9 @@ static int look(struct watch *watch, bool first, uint64_t *seen)
 	for (;;) {
 		state = kvscratch_view_state(watch->view);
 		/* on a memfd it is what some process wrote there */
-		if (kvscratch_state_len(state) > watch->view->info.max_seq_len)
+		if (kvscratch_state_len(state) > watch->view->max_seq_len)
 			return fail(EXIT_SYSTEM, "expected at most %" PRIu64 " rows, got %" PRIu32,
-				    (uint64_t)watch->view->info.max_seq_len,
+				    watch->view->max_seq_len,
 				    kvscratch_state_len(state));
 		*seen = state;
 		changed = first || kvscratch_state_len(state) > watch->seen;

@@ -199,12 +199,13 @@ int populate(const void *at, size_t bytes);
 
 /**
  * map_view() - map a pad and have its pages there
- * @view: info, planes and nr_planes count; receives the rest
+ * @view: max_seq_len, planes and nr_planes count; receives the rest
  * @fd: a handle of either backend, open for read
+ * @status_offset: where its mapping has the status page
  *
  * Returns a negative errno: EOVERFLOW beyond the addresses of a 32-bit program, and those of
  * mmap() and madvise().
  */
-int map_view(struct kvscratch_view *view, int fd);
+int map_view(struct kvscratch_view *view, int fd, uint64_t status_offset);
 
 #endif

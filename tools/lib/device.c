@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -222,22 +223,26 @@ int device_seen(int fd, uint64_t state)
 
 int device_map(int fd, struct kvscratch_view *view)
 {
-	struct kvscratch_plane plane;
-	int err = device_info(fd, &view->info);
-	int nr_planes = err ? err : device_planes(fd, 0, &plane, 1);
+	struct kvscratch_plane *plane = malloc(sizeof(*plane));
+	struct kvscratch_pad_info info;
+	int err = plane ? device_pad_info(fd, &info) : -ENOMEM;
+	int count = err ? err : device_planes(fd, 0, plane, 1);
 
-	if (nr_planes < 0)
-		return nr_planes;
-	view->planes = &plane;
-	view->nr_planes = nr_planes;
-	err = map_view(view, fd);
-	/* it has no memory for them */
-	view->planes = NULL;
-	view->nr_planes = 0;
+	if (count < 0) {
+		free(plane);
+		return count;
+	}
+	view->max_seq_len = info.max_seq_len;
+	view->planes = plane;
+	view->nr_planes = 1;
+	err = map_view(view, fd, info.status_offset);
+	if (err)
+		free(plane);
 	return err;
 }
 
 void device_unmap(struct kvscratch_view *view)
 {
+	free((void *)view->planes);
 	munmap((void *)view->data, view->mapped_bytes);
 }

@@ -223,18 +223,39 @@ int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geomet
 	return create(pad, &made);
 }
 
-static struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count)
+/*
+ * Elements may be longer than ours: what is only output does not matter, and there is no other
+ * input yet.
+ */
+static struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count,
+					   size_t plane_bytes)
 {
 	struct kvscratch_plane *copies = calloc(count, sizeof(*copies));
 
 	for (uint32_t i = 0; copies && i < count; i++)
-		copy_inputs(&copies[i], &planes[i]);
+		copy_inputs(&copies[i], (const void *)((const char *)planes + i * plane_bytes));
 	return copies;
 }
 
-int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
-			 const struct kvscratch_plane *planes, uint32_t nr_planes,
-			 const void *tag, size_t tag_bytes)
+/* Whether elements of @plane_bytes are ours with zeros behind them */
+static int check_plane_bytes(const struct kvscratch_plane *planes, uint32_t count,
+			     size_t plane_bytes)
+{
+	if (plane_bytes < sizeof(*planes) || plane_bytes % _Alignof(struct kvscratch_plane))
+		return set_error(-EINVAL, "planes: expected elements of %zu bytes or more, a multiple "
+				 "of %zu, got %zu", sizeof(*planes),
+				 _Alignof(struct kvscratch_plane), plane_bytes);
+	for (uint32_t i = 0; i < count; i++)
+		for (size_t at = sizeof(*planes); at < plane_bytes; at++)
+			if (((const char *)planes)[i * plane_bytes + at])
+				return set_error(-E2BIG, "planes: plane %" PRIu32 " has what this "
+						 "library is too old to know", i);
+	return 0;
+}
+
+int kvscratch_new_planes_sized(struct kvscratch **pad, uint64_t max_seq_len,
+			       const struct kvscratch_plane *planes, uint32_t nr_planes,
+			       size_t plane_bytes, const void *tag, size_t tag_bytes)
 {
 	struct new_pad made = { .max_seq_len = max_seq_len, .nr_planes = nr_planes };
 	int err;
@@ -245,9 +266,12 @@ int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
 	if (!nr_planes || nr_planes > KVSCRATCH_MAX_PLANES)
 		return set_error(-EINVAL, "planes: expected 1 to %u, got %" PRIu32,
 				 KVSCRATCH_MAX_PLANES, nr_planes);
+	err = check_plane_bytes(planes, nr_planes, plane_bytes);
+	if (err)
+		return err;
 	if (tag)
 		memcpy(made.tag, tag, tag_bytes);
-	made.planes = copy_planes(planes, nr_planes);
+	made.planes = copy_planes(planes, nr_planes, plane_bytes);
 	if (!made.planes)
 		return out_of_memory();
 	err = create(pad, &made);
@@ -615,11 +639,11 @@ int populate(const void *at, size_t bytes)
 static int populate_all(const struct kvscratch_view *view)
 {
 	const char *data = view->data;
-	const uint64_t rows = view->info.max_seq_len;
+	const uint64_t rows = view->max_seq_len;
 	int err = populate(view->status, sizeof(*view->status));
 
 	for (uint32_t i = 0; !err && i < view->nr_planes; i++) {
-		const struct kvscratch_plane *plane = &view->planes[i];
+		const struct kvscratch_plane *plane = kvscratch_view_plane(view, i);
 
 		err = populate(data + plane->offset, rows * plane->row_bytes);
 		if (!err && plane->scales_row_bytes)
@@ -628,19 +652,20 @@ static int populate_all(const struct kvscratch_view *view)
 	return err;
 }
 
-int map_view(struct kvscratch_view *view, int fd)
+int map_view(struct kvscratch_view *view, int fd, uint64_t status_offset)
 {
 	void *data;
 	int err;
 
-	if (view->info.status_offset > SIZE_MAX / 2)
+	view->plane_bytes = sizeof(struct kvscratch_plane);
+	if (status_offset > SIZE_MAX / 2)
 		return -EOVERFLOW;
-	view->mapped_bytes = view->info.status_offset + sysconf(_SC_PAGESIZE);
+	view->mapped_bytes = status_offset + sysconf(_SC_PAGESIZE);
 	data = mmap(NULL, view->mapped_bytes, PROT_READ, MAP_SHARED, fd, 0);
 	if (data == MAP_FAILED)
 		return -errno;
 	view->data = data;
-	view->status = (const void *)((const char *)data + view->info.status_offset);
+	view->status = (const void *)((const char *)data + status_offset);
 	err = populate_all(view);
 	if (err)
 		munmap(data, view->mapped_bytes);
@@ -649,18 +674,16 @@ int map_view(struct kvscratch_view *view, int fd)
 
 static int map_pad(struct kvscratch *pad, struct kvscratch_view *view)
 {
-	struct kvscratch_pad_info info;
-	int err = now(pad, &info);
+	const uint64_t status_offset = pad->info.status_offset;
+	int err;
 
-	if (err)
-		return err;
-	describe(&view->info, &info, pad->planes);
+	view->max_seq_len = pad->info.max_seq_len;
 	view->planes = pad->planes;
 	view->nr_planes = pad->nr_planes;
-	err = map_view(view, pad->fd);
+	err = map_view(view, pad->fd, status_offset);
 	if (err == -EOVERFLOW)
 		return set_error(err, "cannot map %" PRIu64 " bytes: this program has 32-bit "
-				 "addresses", (uint64_t)view->info.status_offset);
+				 "addresses", status_offset);
 	return err ? cannot("map the pad and have its pages there", err) : 0;
 }
 
@@ -727,7 +750,7 @@ static char *copy_array(const struct kvscratch_view *view, char *to, uint64_t of
 /* Row by row where the parts of one lie in different arrays */
 static void copy_records(const struct span *span, uint64_t first, uint64_t count, char *to)
 {
-	const struct kvscratch_plane *planes = span->view->planes;
+	const struct kvscratch_plane *planes = kvscratch_view_plane(span->view, 0);
 	const bool one_array = span->end - span->first == 1 &&
 			       !planes[span->first].scales_row_bytes;
 	const uint64_t at_once = one_array ? count : 1;

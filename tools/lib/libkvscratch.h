@@ -35,6 +35,11 @@
  * Functions that count in elements, and kvscratch_info(), are for pads of one plane; with
  * another one they fail with EOPNOTSUPP. All others take any pad.
  *
+ * Binary interface: programs go on with every later library of this soname. Three structs grow,
+ * at their ends, and come with the size that the caller knows: struct kvscratch_info, struct
+ * kvscratch_pad_info and struct kvscratch_plane. Struct kvscratch_view, which only the library
+ * makes, may grow, too. All others stay as they are.
+ *
  * The len of a memfd is what its writers say. Functions refuse one that cannot be
  * (EPROTO); who loads the state itself and does not trust the producer compares it
  * with max_seq_len first.
@@ -103,21 +108,31 @@ int kvscratch_new(struct kvscratch **pad, uint64_t max_seq_len, uint32_t dim, ui
 int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geometry *geometry);
 
 /**
- * kvscratch_new_planes() - make a zero-filled pad of planes
+ * kvscratch_new_planes_sized() - make a zero-filled pad of planes
  * @pad: receives a handle that may read and write
  * @max_seq_len: rows that fit, 1 to KVSCRATCH_MAX_SEQ_LEN
  * @planes: dim, dtype, input_dtype, frac_bits and label of each; what is output in
  *	struct kvscratch_plane does not matter, so those of another pad will do
  * @nr_planes: 1 to KVSCRATCH_MAX_PLANES
+ * @plane_bytes: sizeof(struct kvscratch_plane)
  * @tag: what the caller wants to know the pad by, a model's fingerprint say; may be NULL
  * @tag_bytes: of @tag, at most KVSCRATCH_TAG_BYTES; zeros follow
  *
  * Errors: as of kvscratch_new(); EINVAL also for a label without its NUL and for tokens of
  * more than KVSCRATCH_MAX_ROW_BYTES over all planes.
  */
-int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
-			 const struct kvscratch_plane *planes, uint32_t nr_planes,
-			 const void *tag, size_t tag_bytes);
+int kvscratch_new_planes_sized(struct kvscratch **pad, uint64_t max_seq_len,
+			       const struct kvscratch_plane *planes, uint32_t nr_planes,
+			       size_t plane_bytes, const void *tag, size_t tag_bytes);
+
+/* The same, as this program knows the struct */
+static inline int kvscratch_new_planes(struct kvscratch **pad, uint64_t max_seq_len,
+				       const struct kvscratch_plane *planes, uint32_t nr_planes,
+				       const void *tag, size_t tag_bytes)
+{
+	return kvscratch_new_planes_sized(pad, max_seq_len, planes, nr_planes, sizeof(*planes),
+					  tag, tag_bytes);
+}
 
 /*
  * Make a handle of its own on the pad of @fd, whose rights have to include @access
@@ -404,18 +419,19 @@ int kvscratch_display(struct kvscratch *pad, char *text, size_t size);
  *	below the len of a loaded state are committed
  * @status: the status page
  * @mapped_bytes: length of the mapping that begins at @data
- * @info: the pad as it was when it was mapped; of one of several planes what
- *	kvscratch_geometry() tells is 0 here, too
- * @planes: those of the pad
+ * @max_seq_len: rows that fit
+ * @planes: those of the pad, for kvscratch_view_plane()
  * @nr_planes: how many
+ * @plane_bytes: of one, as the library knows the struct
  */
 struct kvscratch_view {
 	const void *data;
 	const struct kvscratch_status *status;
 	size_t mapped_bytes;
-	struct kvscratch_info info;
-	const struct kvscratch_plane *planes;
+	uint64_t max_seq_len;
+	const void *planes;
 	uint32_t nr_planes;
+	uint32_t plane_bytes;
 };
 
 /*
@@ -563,37 +579,43 @@ static inline uint32_t kvscratch_view_valid_rows(const struct kvscratch_view *vi
 	return kept < len ? kept : len;
 }
 
-/* The elements of row @row of a pad of one plane; it has to be below max_seq_len */
-static inline const void *kvscratch_view_row(const struct kvscratch_view *view, uint64_t row)
+/* A plane, all of it filled in; it has to be below nr_planes */
+static inline const struct kvscratch_plane *kvscratch_view_plane(const struct kvscratch_view *view,
+								 uint32_t plane)
 {
-	return (const char *)view->data + (size_t)row * view->info.arrays[0].row_bytes;
+	return (const struct kvscratch_plane *)((const char *)view->planes +
+						(size_t)plane * view->plane_bytes);
 }
 
-/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 pad of one plane, otherwise NULL */
-static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
-{
-	if (view->info.nr_arrays < 2)
-		return NULL;
-	return (const uint8_t *)view->data + view->info.arrays[1].offset;
-}
-
-/* The same of one plane, which has to be below nr_planes */
+/* The elements of row @row of one plane; it has to be below max_seq_len */
 static inline const void *kvscratch_view_plane_row(const struct kvscratch_view *view,
 						   uint32_t plane, uint64_t row)
 {
-	const struct kvscratch_plane *its = &view->planes[plane];
+	const struct kvscratch_plane *its = kvscratch_view_plane(view, plane);
 
 	return (const char *)view->data + (size_t)its->offset + (size_t)row * its->row_bytes;
 }
 
+/* The [max_seq_len, dim / 32] array of scale bytes of an MXINT8 plane, otherwise NULL */
 static inline const uint8_t *kvscratch_view_plane_scales(const struct kvscratch_view *view,
 							 uint32_t plane)
 {
-	const struct kvscratch_plane *its = &view->planes[plane];
+	const struct kvscratch_plane *its = kvscratch_view_plane(view, plane);
 
 	if (!its->scales_row_bytes)
 		return NULL;
 	return (const uint8_t *)view->data + (size_t)its->scales_offset;
+}
+
+/* The same of a pad of one plane */
+static inline const void *kvscratch_view_row(const struct kvscratch_view *view, uint64_t row)
+{
+	return kvscratch_view_plane_row(view, 0, row);
+}
+
+static inline const uint8_t *kvscratch_view_scales(const struct kvscratch_view *view)
+{
+	return kvscratch_view_plane_scales(view, 0);
 }
 
 /* How often a handle became the pad's writer: another number is another writer. */

@@ -1424,9 +1424,10 @@ static PyObject *view_scales(PyObject *self, PyObject *unused)
 
 	(void)unused;
 	if (!scales || view->data == scales) {
+		const struct kvscratch_plane *plane = kvscratch_view_plane(map, view->plane);
+
 		PyErr_Format(PyExc_TypeError, "expected the view of an mxint8 pad, got %s",
-			     scales ? "its scales" :
-				      kvscratch_dtype_name(map->planes[view->plane].dtype));
+			     scales ? "its scales" : kvscratch_dtype_name(plane->dtype));
 		return NULL;
 	}
 	return new_view(view->pad, view->plane, &tensor, scales, "B",
