@@ -1543,6 +1543,35 @@ static PyObject *module_save(PyObject *module, PyObject *args)
 	return result;
 }
 
+/* Of a pad that is held */
+static PyObject *save_plane(struct kvscratch *handle, const char *path, PyObject *plane)
+{
+	int64_t index = find_plane(handle, plane);
+	int err;
+
+	if (index < 0)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = kvscratch_save_plane(path, handle, index, hear_signals, NULL);
+	Py_END_ALLOW_THREADS
+	return none_or_error(err);
+}
+
+static PyObject *pad_save_plane(PyObject *self, PyObject *args)
+{
+	struct pad *pad = (struct pad *)self;
+	PyObject *path, *plane, *result = NULL;
+
+	if (!PyArg_ParseTuple(args, "O&O:_save_plane", PyUnicode_FSConverter, &path, &plane))
+		return NULL;
+	if (hold_pad(pad)) {
+		result = save_plane(pad->handle, PyBytes_AsString(path), plane);
+		drop_pad(pad);
+	}
+	Py_DECREF(path);
+	return result;
+}
+
 static PyObject *load_pad(PyTypeObject *type, const struct kvscratch_file *file, const char *name,
 			  uint64_t max_seq_len)
 {
@@ -1901,6 +1930,7 @@ static PyMethodDef pad_methods[] = {
 	{ "_load_all", pad_load_all, METH_O | METH_CLASS, NULL },
 	{ "_copy_row", pad_copy_row, METH_VARARGS, NULL },
 	{ "_planes", pad_planes, METH_NOARGS, NULL },
+	{ "_save_plane", pad_save_plane, METH_VARARGS, NULL },
 	{ "_wait", pad_wait, METH_VARARGS, NULL },
 	{ 0 },
 };

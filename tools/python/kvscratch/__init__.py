@@ -61,7 +61,8 @@ Fork. A child may read what its parent had open. To append or truncate it attach
 handle of its own: Scratchpad.attach(pad, "rw"). Other ways to a pad are
 send_handles() over a Unix socket and Scratchpad.attach("NAME/PAD") of a holder.
 
-Files. save() and load() keep pads in .safetensors files, or one in .npy.
+Files. save() and load() keep pads in .safetensors files, with a tensor for each plane, or
+the rows of one plane in .npy.
 
 Exceptions. ValueError: a wrong shape, value or range, a malformed file, or a closed pad.
 TypeError: an argument or elements of another type. KeyError: a file or a holder has no pad
@@ -254,9 +255,16 @@ class Scratchpad(_kvscratch.Pad):
             if not self._wait(now, left_ms):
                 return False
 
-    def save(self, path: str | os.PathLike[str], name: str = "pad") -> None:
-        """Save the committed rows as .npy or, under a name, as .safetensors; see save()."""
-        save(path, {name: self})
+    def save(self, path: str | os.PathLike[str], name: str = "pad", *,
+             plane: str | int | None = None) -> None:
+        """Save the committed rows as .npy or, under a name, as .safetensors; see save().
+
+        With plane, a label or an index, only those of one plane, as .npy.
+        """
+        if plane is None:
+            save(path, {name: self})
+        else:
+            self._save_plane(path, plane)
 
     @property
     def promises(self) -> tuple[Promise, ...]:
@@ -343,9 +351,11 @@ def holder_put(name: str, handles: Mapping[str, FileDescriptor], *,
 def save(path: str | os.PathLike[str], pads: Mapping[str, Scratchpad]) -> None:
     """Save the committed rows of pads, as they were at one moment, to a .safetensors file.
 
-    Or of one pad to .npy, which has no names and neither bf16 nor mxint8. The file is replaced
-    as a whole or left as it was. A writer that puts a token into one pad after the other may be
-    between two of them: who loads pads that belong together truncates all to the shortest.
+    It has a tensor for each plane, "NAME", or "NAME.LABEL" in a pad of several, and all that
+    load() makes the same pads of, labels and tags included. Or of one pad of one plane to .npy,
+    which has no names and neither bf16 nor mxint8. The file is replaced as a whole or left as it
+    was. A writer that puts a token into one pad after the other may be between two of them, but
+    not between planes of one: who loads pads that belong together truncates all to the shortest.
     """
     _kvscratch.save(path, _entries(pads))
 

@@ -9,7 +9,7 @@ import pytest
 
 import kvscratch
 from conftest import python
-from kvscratch import Scratchpad
+from kvscratch import Plane, Scratchpad
 
 ROWS = np.arange(9, dtype=np.float32).reshape(3, 3)
 
@@ -50,6 +50,43 @@ def test_safetensors(pad, tmp_path):
     with Scratchpad.load(path, "bf16") as one:
         assert one.as_tensor().tolist() == [[1, 2, 3]]
     # what was loaded goes with the last reference, which nothing_leaks looks for
+
+
+def test_planes(pad, tmp_path):
+    planes = (Plane("k0", 3), Plane("v 0", 32, "mxint8", "f32"), Plane("", 1, "i32"))
+    path = tmp_path / "cache.safetensors"
+    values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+    with Scratchpad(5, planes=planes, tag=b"\0model \xff") as cache:
+        with cache.writer() as writer:
+            writer.stage("k0", ROWS[:2])
+            writer.stage("v 0", values)
+            writer.stage(2, np.array([[7], [8]], np.int32))
+            writer.commit()
+        kvscratch.save(path, {"cache": cache, "pad": pad})
+        with Scratchpad.load(path, "cache", max_seq_len=9) as back:
+            assert (back.planes, back.tag, back.capacity) == (planes, cache.tag, 9)
+            for plane in range(3):
+                assert np.array_equal(back.as_tensor(plane), cache.as_tensor(plane))
+            assert np.array_equal(back.scales("v 0"), cache.scales("v 0"))
+            # it takes what the saved one took
+            back.append({"k0": ROWS[2:], "v 0": values[1:], "": np.int32([[9]])})
+            assert np.array_equal(back["v 0"][2], back["v 0"][1])
+        assert set(kvscratch.load(path)) == {"cache", "pad"}
+        with pytest.raises(OSError) as caught:
+            cache.save(tmp_path / "a.npy")
+        assert caught.value.errno == errno.EOPNOTSUPP
+        cache.save(tmp_path / "a.npy", plane="k0")
+        assert np.array_equal(np.load(tmp_path / "a.npy"), ROWS[:2])
+        cache.save(tmp_path / "a.npy", plane=2)
+        assert np.load(tmp_path / "a.npy").tolist() == [[7], [8]]
+        for plane, error in (("k1", KeyError), (3, IndexError), (1.5, TypeError)):
+            with pytest.raises(error):
+                cache.save(tmp_path / "b.npy", plane=plane)
+        with pytest.raises(ValueError):
+            cache.save(path, plane="k0")
+    with pytest.raises(ValueError):
+        cache.save(tmp_path / "b.npy", plane="k0")
+    assert not (tmp_path / "b.npy").exists()
 
 
 def test_what_cannot_be_saved(pad, tmp_path):
