@@ -43,7 +43,7 @@ static int64_t integer_at(const char *at, uint32_t size)
  */
 static uint16_t half_of(double value)
 {
-	uint16_t sign = signbit(value) ? 0x8000 : 0, small;
+	uint16_t sign = signbit(value) ? 0x8000 : 0;
 	int exponent;
 	double fraction = frexp(fabs(value), &exponent);
 
@@ -53,7 +53,8 @@ static uint16_t half_of(double value)
 		return sign | 0x7c00;
 	/* a fraction that is rounded up to the next power of two carries into the exponent */
 	if (exponent < -13) {
-		small = ldexp(fraction, exponent + 24) + 0.5;
+		uint16_t small = ldexp(fraction, exponent + 24) + 0.5;
+
 		return sign + (small ? small : 1);
 	}
 	return sign + ((exponent + 13) << 10) + (uint16_t)(ldexp(fraction, 11) + 0.5);

@@ -89,7 +89,7 @@ static int make_batch(struct batch *batch, const struct kvscratch_plane *plane, 
 {
 	const uint32_t stored = plane->row_bytes + plane->scales_row_bytes;
 	const uint32_t larger = stored > plane->input_row_bytes ? stored : plane->input_row_bytes;
-	const uint64_t most = PIECE_BYTES / larger ? PIECE_BYTES / larger : 1;
+	const uint64_t most = larger < PIECE_BYTES ? PIECE_BYTES / larger : 1;
 
 	*batch = (struct batch){ .plane = plane, .most = most < len ? most : len };
 	batch->elements = malloc(batch->most * plane->row_bytes);

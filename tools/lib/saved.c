@@ -256,7 +256,7 @@ static int read_npy_header(struct kvscratch_file *file, struct npy_array *array)
 
 static int open_npy(struct kvscratch_file *file)
 {
-	struct kvscratch_saved_pad saved;
+	struct kvscratch_saved_pad saved = { 0 };
 	struct npy_array array;
 	uint64_t bytes, room;
 	int err = read_npy_header(file, &array);
@@ -286,7 +286,7 @@ static int open_npy(struct kvscratch_file *file)
 
 static int parse_plane(const struct subject *subject, struct kvscratch_plane *plane)
 {
-	uint64_t frac_bits;
+	uint64_t frac_bits = 0;
 	int err = parse_dtype(subject, KEY_DTYPE, &plane->dtype);
 
 	if (!err)
@@ -354,7 +354,7 @@ static int check_no_planes(const struct kvscratch_file *file, const char *name)
 
 static int open_tensor(struct kvscratch_file *file, const struct safetensors_tensor *tensor)
 {
-	struct kvscratch_saved_pad saved;
+	struct kvscratch_saved_pad saved = { 0 };
 	int err = check_no_planes(file, tensor->name);
 
 	if (!err)
