@@ -1777,6 +1777,23 @@ TEST_F(planes, a_truncate_with_an_expectation)
 	EXPECT_EQ(-EINVAL, kvscratch_keep(self->writer, K, 2, 1));
 }
 
+/* It would not hear of what others do once it is taken over. */
+TEST_F(planes, a_writer_does_not_wait)
+{
+	struct kvscratch *second;
+
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_wait(self->writer, 0, -1));
+	ASSERT_EQ(0, kvscratch_takeover(&second, self->pad));
+	EXPECT_EQ(-EBADF, kvscratch_wait(self->writer, 0, -1));
+	EXPECT_EQ(-EBADF, kvscratch_wait(second, 0, -1));
+	ASSERT_EQ(0, stage_token(second, 0, 1));
+	ASSERT_EQ(0, kvscratch_commit(second, 1));
+	/* on the handle that it was opened from it works */
+	EXPECT_EQ(0, kvscratch_wait(self->pad, 0, -1));
+	kvscratch_close(second);
+}
+
 /* Whether this process has a page in its page tables */
 static bool is_mapped(int pagemap, const void *at)
 {
@@ -1812,6 +1829,25 @@ TEST_F(planes, one_is_mapped_where_the_caller_wants_it)
 		     kvscratch_map_plane(self->pad, 9, middle));
 	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
 		     kvscratch_map_plane(self->writer, K, middle));
+	EXPECT_ERROR(EINVAL, "expected a plane of mxint8, which has scales, got one of f32",
+		     kvscratch_map_scales(self->pad, K, room));
+	/* elements and scales of one plane, of rows that come later, too */
+	ASSERT_EQ(0, kvscratch_map_plane(self->pad, V, room));
+	ASSERT_EQ(0, kvscratch_map_scales(self->pad, V, room + 2 * page_bytes()))
+		TH_LOG("%s", kvscratch_error());
+	for (uint64_t len = 1; len < 4; len++) {
+		size_t bytes_of_scales = len * 64 / KVSCRATCH_MX_BLOCK;
+
+		ASSERT_EQ(0, stage_token(self->writer, len - 1, 7 + len));
+		ASSERT_EQ(0, kvscratch_commit(self->writer, len));
+		EXPECT_FALSE(all_zero(room + 2 * page_bytes(), bytes_of_scales));
+		EXPECT_EQ(0, memcmp(room, kvscratch_view_plane_row(self->view, V, 0), len * 64));
+		EXPECT_EQ(0, memcmp(room + 2 * page_bytes(),
+				    kvscratch_view_plane_scales(self->view, V), bytes_of_scales));
+	}
+	EXPECT_EQ(-EINVAL, kvscratch_map_scales(self->pad, V, room + 8));
+	EXPECT_EQ(-EINVAL, kvscratch_map_scales(self->pad, NR_PLANES, room));
+	EXPECT_EQ(-EBADF, kvscratch_map_scales(self->writer, V, room));
 	/* it outlives the object */
 	kvscratch_close(self->writer);
 	kvscratch_close(self->pad);

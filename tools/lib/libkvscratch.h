@@ -457,6 +457,12 @@ const struct kvscratch_view *kvscratch_view(struct kvscratch *pad);
  */
 int kvscratch_map_plane(struct kvscratch *pad, uint32_t plane, void *address);
 
+/*
+ * The same of the scales of an MXINT8 plane, which take max_seq_len * scales_row_bytes; EINVAL
+ * where a plane has none.
+ */
+int kvscratch_map_scales(struct kvscratch *pad, uint32_t plane, void *address);
+
 /**
  * struct kvscratch_tensor - the committed rows of one moment
  * @data: [len, dim] elements, row-major and dense
@@ -503,7 +509,8 @@ int kvscratch_copy_plane_rows(struct kvscratch *pad, uint32_t plane, uint64_t fi
 /*
  * Sleep until the state (see kvscratch_view_state()) is another than @state; no sleep when
  * it is already. A negative @timeout_ms waits without end, 0 only looks. Errors: ETIMEDOUT,
- * EINTR; EROFS when the pad is sealed, and @state is its last.
+ * EINTR; EROFS when the pad is sealed, and @state is its last; EBADF of a pad's writer, who
+ * waits on the handle that it came from.
  */
 int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 

@@ -96,25 +96,47 @@ static int check_address(const void *address)
 	return set_error(-EINVAL, "expected the address of a page, got %p", address);
 }
 
-int kvscratch_map_plane(struct kvscratch *pad, uint32_t plane, void *address)
+static int check_mappable(const struct kvscratch *pad, uint32_t plane, const void *address)
 {
-	uint64_t bytes;
 	int err = check_access(pad, O_RDONLY);
 
 	if (!err)
 		err = check_plane(pad, plane);
-	if (!err)
-		err = check_address(address);
-	if (err)
-		return err;
-	bytes = pad->info.max_seq_len * pad->planes[plane].row_bytes;
+	return err ? err : check_address(address);
+}
+
+static int map_array(const struct kvscratch *pad, uint64_t offset, uint32_t row_bytes, void *address)
+{
+	const uint64_t bytes = pad->info.max_seq_len * row_bytes;
+	int err;
+
 	if (bytes > SIZE_MAX / 2)
 		return set_error(-EOVERFLOW, "cannot map %" PRIu64 " bytes: this program has 32-bit "
 				 "addresses", bytes);
-	if (mmap(address, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, pad->fd,
-		 pad->planes[plane].offset) == MAP_FAILED)
+	if (mmap(address, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, pad->fd, offset) == MAP_FAILED)
 		err = -errno;
 	else
 		err = populate(address, bytes);
 	return err ? cannot("map the plane and have its pages there", err) : 0;
+}
+
+int kvscratch_map_plane(struct kvscratch *pad, uint32_t plane, void *address)
+{
+	int err = check_mappable(pad, plane, address);
+
+	return err ? err : map_array(pad, pad->planes[plane].offset, pad->planes[plane].row_bytes,
+				     address);
+}
+
+int kvscratch_map_scales(struct kvscratch *pad, uint32_t plane, void *address)
+{
+	int err = check_mappable(pad, plane, address);
+
+	if (err)
+		return err;
+	if (!pad->planes[plane].scales_row_bytes)
+		return set_error(-EINVAL, "expected a plane of mxint8, which has scales, got one of %s",
+				 kvscratch_dtype_name(pad->planes[plane].dtype));
+	return map_array(pad, pad->planes[plane].scales_offset,
+			 pad->planes[plane].scales_row_bytes, address);
 }
