@@ -269,7 +269,8 @@ int kvscratch_seal(struct kvscratch *pad);
  * Make @writer the writer of the pad of @pad, a handle that may write: EBUSY when there is
  * one. The second one takes the role from whoever has it, whose calls are ESTALE from then
  * on: for a writer that hangs. Of the module it waits for nobody; of a memfd it waits for a
- * call that the other is in.
+ * call that the other is in, and when that was killed in it, for a child that another of its
+ * threads forked meanwhile, until the child ends or calls execve().
  *
  * Who wants the role once it is free polls a handle open for writing for POLLOUT, on the module;
  * for that of a memfd there is no way but to ask again. The role of a memfd goes along to children
