@@ -147,7 +147,8 @@ static const char *input_file(const uint8_t *bytes, size_t size)
 static bool converts(const struct kvscratch_saved_pad *saved)
 {
 	for (uint32_t i = 0; i < saved->nr_planes; i++)
-		if (saved->planes[i].input_dtype != saved->planes[i].dtype)
+		if (kvscratch_saved_plane(saved, i)->input_dtype !=
+		    kvscratch_saved_plane(saved, i)->dtype)
 			return true;
 	return false;
 }

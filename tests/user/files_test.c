@@ -329,11 +329,11 @@ TEST_F(files, every_dtype_comes_back_from_safetensors)
 		EXPECT_EQ(5, saved->len);
 		EXPECT_EQ(7, saved->max_seq_len);
 		EXPECT_EQ(1, saved->nr_planes);
-		EXPECT_EQ(64, saved->planes->dim);
-		EXPECT_EQ(dtype, saved->planes->dtype);
-		EXPECT_EQ(dtype, saved->planes->input_dtype);
-		EXPECT_EQ(0, saved->planes->frac_bits);
-		EXPECT_STREQ("", saved->planes->label);
+		EXPECT_EQ(64, kvscratch_saved_plane(saved, 0)->dim);
+		EXPECT_EQ(dtype, kvscratch_saved_plane(saved, 0)->dtype);
+		EXPECT_EQ(dtype, kvscratch_saved_plane(saved, 0)->input_dtype);
+		EXPECT_EQ(0, kvscratch_saved_plane(saved, 0)->frac_bits);
+		EXPECT_STREQ("", kvscratch_saved_plane(saved, 0)->label);
 		EXPECT_TRUE(saved->has_geometry);
 		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 		EXPECT_TRUE(same_rows(pad, back));
@@ -540,8 +540,8 @@ TEST_F(files, pads_that_convert)
 		ASSERT_DONE(save_one(pad, "k0", at("pad.safetensors")));
 		ASSERT_DONE(kvscratch_open_file(&file, at("pad.safetensors")));
 		saved = kvscratch_file_pads(file, &count);
-		EXPECT_EQ(geometries[i].frac_bits, saved->planes->frac_bits);
-		EXPECT_EQ(geometries[i].input_dtype, saved->planes->input_dtype);
+		EXPECT_EQ(geometries[i].frac_bits, kvscratch_saved_plane(saved, 0)->frac_bits);
+		EXPECT_EQ(geometries[i].input_dtype, kvscratch_saved_plane(saved, 0)->input_dtype);
 		ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 		EXPECT_TRUE(same_rows(pad, back)) TH_LOG("geometry %zu", i);
 		ASSERT_DONE(kvscratch_info(back, &info));
@@ -1142,8 +1142,8 @@ TEST_F(files, safetensors_of_others)
 	EXPECT_EQ(2, saved[0].len);
 	EXPECT_EQ(2, saved[0].max_seq_len);
 	EXPECT_EQ(1, saved[0].nr_planes);
-	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].planes->dtype);
-	EXPECT_EQ(KVSCRATCH_DTYPE_F16, saved[0].planes->input_dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, kvscratch_saved_plane(&saved[0], 0)->dtype);
+	EXPECT_EQ(KVSCRATCH_DTYPE_F16, kvscratch_saved_plane(&saved[0], 0)->input_dtype);
 	EXPECT_FALSE(saved[0].has_geometry);
 	EXPECT_STREQ("a.scales", saved[1].name);
 	EXPECT_EQ(0, saved[1].len);
@@ -1744,7 +1744,7 @@ TEST_F(files, planes_come_back)
 	EXPECT_TRUE(saved->has_geometry);
 	EXPECT_EQ(0, memcmp(some_tag, saved->tag, sizeof(some_tag)));
 	for (size_t i = 0; i < ALL_PLANES; i++)
-		EXPECT_STREQ(all_planes[i].label, saved->planes[i].label);
+		EXPECT_STREQ(all_planes[i].label, kvscratch_saved_plane(saved, i)->label);
 	ASSERT_DONE(kvscratch_load(&back, file, NULL, 0, NULL, NULL));
 	EXPECT_TRUE(same_pads(pad, back));
 	EXPECT_EQ(12, kvscratch_capacity(back));

@@ -924,9 +924,10 @@ struct kvscratch_file;
  * @name: its name; empty in .npy
  * @len: rows
  * @max_seq_len: rows that fit; @len where the file does not say it
- * @planes: dim, dtype, input_dtype, frac_bits and label of each; of the rest nothing is said.
+ * @planes: dim, dtype, input_dtype, frac_bits and label of each, for kvscratch_saved_plane().
  *	What the file does not say is 0 in frac_bits, dtype in input_dtype and empty in label
  * @nr_planes: how many
+ * @plane_bytes: of one, as the library knows the struct
  * @has_geometry: the file says all of it: kvscratch_save() wrote it as .safetensors
  * @tag: of the pad; zeros where it had none
  */
@@ -934,11 +935,20 @@ struct kvscratch_saved_pad {
 	const char *name;
 	uint64_t len;
 	uint64_t max_seq_len;
-	const struct kvscratch_plane *planes;
+	const void *planes;
 	uint32_t nr_planes;
+	uint32_t plane_bytes;
 	bool has_geometry;
 	uint8_t tag[KVSCRATCH_TAG_BYTES];
 };
+
+/* What a plane is made of; it has to be below nr_planes. Where it lies is not said. */
+static inline const struct kvscratch_plane *kvscratch_saved_plane(
+	const struct kvscratch_saved_pad *saved, uint32_t plane)
+{
+	return (const struct kvscratch_plane *)((const char *)saved->planes +
+						(size_t)plane * saved->plane_bytes);
+}
 
 /*
  * Open @path, a .npy or .safetensors file, and check its header and its size. Errors:

@@ -182,8 +182,8 @@ struct load {
 static int stage_batch(struct load *load, const struct batch *batch, uint32_t plane,
 		       uint64_t first, uint64_t count)
 {
-	const struct place *place = &load->file->places[load->saved->planes + plane -
-							load->file->planes];
+	const size_t index = kvscratch_saved_plane(load->saved, plane) - load->file->planes;
+	const struct place *place = &load->file->places[index];
 	const char *input;
 	int err = read_batch(batch, load->file, place, first, count);
 
@@ -340,10 +340,12 @@ static int check_fit(const struct kvscratch *pad, const struct kvscratch_saved_p
 		return set_error(-EINVAL, "expected the rows of %" PRIu32 " planes, got those of %"
 				 PRIu32, pad->nr_planes, saved->nr_planes);
 	for (uint32_t i = 0; !err && i < pad->nr_planes; i++) {
-		err = check_plane_fit(&pad->planes[i], &saved->planes[i], saved->has_geometry);
+		err = check_plane_fit(&pad->planes[i], kvscratch_saved_plane(saved, i),
+				      saved->has_geometry);
 		/* a plane that is alone may have got its name later */
 		if (!err && pad->nr_planes > 1)
-			err = check_label(pad->planes[i].label, saved->planes[i].label);
+			err = check_label(pad->planes[i].label,
+					  kvscratch_saved_plane(saved, i)->label);
 		if (err && pad->nr_planes > 1)
 			err = of_plane(err, i);
 	}

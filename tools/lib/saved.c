@@ -178,6 +178,7 @@ static int begin_pad(const struct kvscratch_file *file, struct kvscratch_saved_p
 		.len = len,
 		.max_seq_len = len,
 		.planes = &file->planes[file->nr_planes],
+		.plane_bytes = sizeof(*file->planes),
 		.has_geometry = safetensors_metadata(&file->contents, KEY_VERSION),
 	};
 	if (!saved->has_geometry)
@@ -276,7 +277,7 @@ static int open_npy(struct kvscratch_file *file)
 	err = end_pad(file, &saved);
 	if (err)
 		return err;
-	bytes = saved.len * saved.planes->row_bytes;
+	bytes = saved.len * kvscratch_saved_plane(&saved, 0)->row_bytes;
 	room = file->size - array.data_offset;
 	return bytes == room ? 0 : set_error(-EBADMSG, "expected %" PRIu64 " bytes behind the "
 					     "header, got %" PRIu64, bytes, room);
