@@ -26,7 +26,7 @@ int check_byte_order(void)
 	return set_error(-EOPNOTSUPP, "safetensors files are little-endian, this machine is not");
 }
 
-int about(const char *kind, const char *name, const char *what)
+int fail_about(const char *kind, const char *name, const char *what)
 {
 	char words[256], printable[PRINTABLE_NAME_BYTES];
 
@@ -40,7 +40,7 @@ int about(const char *kind, const char *name, const char *what)
 
 /* Progress */
 
-int advance(struct transfer *transfer, uint64_t bytes)
+int advance_transfer(struct transfer *transfer, uint64_t bytes)
 {
 	transfer->done += bytes;
 	if (!transfer->progress ||
@@ -54,7 +54,7 @@ int begin_transfer(struct transfer *transfer, uint64_t total)
 {
 	transfer->done = 0;
 	transfer->total = total;
-	return advance(transfer, 0);
+	return advance_transfer(transfer, 0);
 }
 
 /* Strings */
@@ -88,7 +88,7 @@ static bool is_plain(unsigned char byte)
 	       (byte >= '0' && byte <= '9') || (byte && strchr("._-", byte));
 }
 
-void escape(char *text, const void *bytes, size_t count)
+void escape_bytes(char *text, const void *bytes, size_t count)
 {
 	const unsigned char *byte = bytes;
 
@@ -127,7 +127,7 @@ static size_t unescape_byte(unsigned char *byte, const char *text)
 	return 3;
 }
 
-int unescape(void *bytes, size_t most, const char *text)
+int unescape_bytes(void *bytes, size_t most, const char *text)
 {
 	unsigned char *to = bytes, byte;
 	size_t count = 0;

@@ -37,7 +37,7 @@ bool ends_in(const char *text, const char *end);
 int check_byte_order(void);
 
 /* Put in front of an error what it is about, a tensor or a pad; returns -EBADMSG. */
-int about(const char *kind, const char *name, const char *what);
+int fail_about(const char *kind, const char *name, const char *what);
 
 /**
  * struct transfer - how far a save or a load is
@@ -55,7 +55,7 @@ struct transfer {
 
 /* Both return 0, or -ECANCELED, with words. */
 int begin_transfer(struct transfer *transfer, uint64_t total);
-int advance(struct transfer *transfer, uint64_t bytes);
+int advance_transfer(struct transfer *transfer, uint64_t bytes);
 
 /**
  * struct strings - strings that live as long as what is made of them
@@ -79,10 +79,10 @@ void free_strings(struct strings *strings);
  * are a percent sign and two hexadecimal digits.
  */
 #define ESCAPED_BYTES(bytes) (3 * (bytes) + 1)
-void escape(char *text, const void *bytes, size_t count);
+void escape_bytes(char *text, const void *bytes, size_t count);
 
 /* How many bytes @text stands for, or -1 if it is none or they are more than @most */
-int unescape(void *bytes, size_t most, const char *text);
+int unescape_bytes(void *bytes, size_t most, const char *text);
 
 /**
  * struct place - where the rows of a plane are in a file
@@ -129,6 +129,6 @@ struct kvscratch_file {
 };
 
 /* All of it, or a negative errno, with words */
-int read_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64_t offset);
+int read_file_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64_t offset);
 
 #endif

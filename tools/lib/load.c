@@ -104,13 +104,13 @@ static int read_batch(const struct batch *batch, const struct kvscratch_file *fi
 {
 	const uint64_t row_bytes = batch->plane->row_bytes;
 	const uint64_t scales_bytes = batch->plane->scales_row_bytes;
-	int err = read_at(file, batch->elements, count * row_bytes,
-			  place->elements + first * row_bytes);
+	int err = read_file_at(file, batch->elements, count * row_bytes,
+			       place->elements + first * row_bytes);
 
 	if (err || !scales_bytes)
 		return err;
-	return read_at(file, batch->scales, count * scales_bytes,
-		       place->scales + first * scales_bytes);
+	return read_file_at(file, batch->scales, count * scales_bytes,
+			    place->scales + first * scales_bytes);
 }
 
 /* Scales are behind the elements of their row. */
@@ -151,7 +151,7 @@ static int fail_input(const struct batch *batch, const char *name)
 	snprintf(words, sizeof(words), "expected rows of %s that were made of %s, got others",
 		 kvscratch_dtype_name(batch->plane->dtype),
 		 kvscratch_dtype_name(batch->plane->input_dtype));
-	return about("tensor", name, words);
+	return fail_about("tensor", name, words);
 }
 
 /* A signal ends nothing: who wants that has the progress function. */
@@ -195,8 +195,8 @@ static int stage_batch(struct load *load, const struct batch *batch, uint32_t pl
 	err = RESTARTED(kvscratch_stage(load->writer, plane, load->len + first, input, count));
 	if (err)
 		return err;
-	return advance(&load->transfer, count * (batch->plane->row_bytes +
-						 batch->plane->scales_row_bytes));
+	return advance_transfer(&load->transfer, count * (batch->plane->row_bytes +
+							  batch->plane->scales_row_bytes));
 }
 
 static int stage_plane(struct load *load, uint32_t plane)

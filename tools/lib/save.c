@@ -179,7 +179,7 @@ static void name_tensors(struct saving *saving, unsigned int i)
 		char suffix[ESCAPED_BYTES(KVSCRATCH_LABEL_BYTES)];
 
 		if (tells_apart(pad, label))
-			escape(suffix, label, strlen(label));
+			escape_bytes(suffix, label, strlen(label));
 		else
 			snprintf(suffix, sizeof(suffix), "%" PRIu32, plane);
 		tensors[plane] = keep_string(&saving->strings, "%s.%s", named->name, suffix);
@@ -279,7 +279,7 @@ static void add_geometry(struct saving *saving, const char *tensor,
 	add_number(saving, tensor, KEY_FRAC_BITS, plane->frac_bits);
 	if (!*plane->label)
 		return;
-	escape(label, plane->label, strlen(plane->label));
+	escape_bytes(label, plane->label, strlen(plane->label));
 	add_entry(saving, tensor, KEY_LABEL, keep_string(&saving->strings, "%s", label));
 }
 
@@ -300,7 +300,7 @@ static void add_pad(struct saving *saving, unsigned int i)
 	char tag[ESCAPED_BYTES(KVSCRATCH_TAG_BYTES)];
 
 	add_number(saving, name, KEY_MAX_SEQ_LEN, pad->info.max_seq_len);
-	escape(tag, moment->tag, tag_bytes(moment->tag));
+	escape_bytes(tag, moment->tag, tag_bytes(moment->tag));
 	if (*tag)
 		add_entry(saving, name, KEY_TAG, keep_string(&saving->strings, "%s", tag));
 	if (pad->nr_planes > 1)
@@ -373,7 +373,7 @@ static int write_tensor(struct output *output, const char *data,
 		piece = bytes - done < PIECE_BYTES ? bytes - done : PIECE_BYTES;
 		err = write_at(output, data + done, piece, offset + tensor->begin + done);
 		if (!err)
-			err = advance(transfer, piece);
+			err = advance_transfer(transfer, piece);
 	}
 	return err;
 }

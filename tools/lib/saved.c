@@ -22,7 +22,7 @@
 /* More than any header of .npy version 1 has: NumPy itself reads no longer ones */
 #define MAX_NPY_HEADER (128u << 10)
 
-int read_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64_t offset)
+int read_file_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64_t offset)
 {
 	size_t done = 0;
 
@@ -44,7 +44,7 @@ int read_at(const struct kvscratch_file *file, void *bytes, size_t count, uint64
 static int read_header(struct kvscratch_file *file, size_t bytes, uint64_t offset)
 {
 	file->header = malloc(bytes ? bytes : 1);
-	return file->header ? read_at(file, file->header, bytes, offset) : out_of_memory();
+	return file->header ? read_file_at(file, file->header, bytes, offset) : out_of_memory();
 }
 
 static int make_room_for_planes(struct kvscratch_file *file, size_t count)
@@ -76,7 +76,7 @@ static int check_shape(unsigned int ndim, const uint64_t *shape, const char *nam
 			 KVSCRATCH_MAX_SEQ_LEN, shape[0]);
 	else
 		return 0;
-	return about("tensor", name, words);
+	return fail_about("tensor", name, words);
 }
 
 /* Metadata */
@@ -114,7 +114,7 @@ static int bad_entry(const struct subject *subject, const char *key, const char 
 
 	snprintf(words, sizeof(words), "expected %s as %s in __metadata__, got \"%s\"", expected,
 		 key, printable_name(printable, got));
-	return about(subject->kind, subject->name, words);
+	return fail_about(subject->kind, subject->name, words);
 }
 
 static int parse_number(const struct subject *subject, const char *key, uint64_t least,
@@ -156,11 +156,12 @@ static int parse_bytes(const struct subject *subject, const char *key, void *byt
 
 	if (err)
 		return err;
-	count = unescape(bytes, most, text);
+	count = unescape_bytes(bytes, most, text);
 	if (count >= 0 && (may_have_nul || !memchr(bytes, '\0', count)))
 		return 0;
-	snprintf(expected, sizeof(expected), "at most %zu bytes%s, those beyond A-Za-z0-9._- as %%xx,",
-		 most, may_have_nul ? "" : " and no NUL");
+	snprintf(expected, sizeof(expected),
+		 "at most %zu bytes%s, those beyond A-Za-z0-9._- as %%xx,", most,
+		 may_have_nul ? "" : " and no NUL");
 	return bad_entry(subject, key, expected, text);
 }
 
@@ -207,8 +208,8 @@ static int end_pad(struct kvscratch_file *file, const struct kvscratch_saved_pad
 	if (!max_seq_len && !saved->has_geometry)
 		max_seq_len = 1;
 	if (lay_out_planes(&layout, planes, saved->nr_planes, max_seq_len))
-		return about(saved->nr_planes > 1 ? "pad" : "tensor", saved->name,
-			     kvscratch_error());
+		return fail_about(saved->nr_planes > 1 ? "pad" : "tensor", saved->name,
+				  kvscratch_error());
 	if (__builtin_add_overflow(file->claimed, max_seq_len * layout.row_bytes, &file->claimed))
 		file->claimed = UINT64_MAX;
 	file->pads[file->count++] = *saved;
@@ -237,7 +238,7 @@ static int read_npy_header(struct kvscratch_file *file, struct npy_array *array)
 
 	if (file->size < sizeof(prefix))
 		return set_error(-EBADMSG, "the .npy header is cut off");
-	err = read_at(file, prefix, sizeof(prefix), 0);
+	err = read_file_at(file, prefix, sizeof(prefix), 0);
 	if (err)
 		return err;
 	error = npy_header_size(prefix, sizeof(prefix), &size);
@@ -313,8 +314,8 @@ static int find_scales(const struct kvscratch_file *file, const struct safetenso
 	if (!*scales || (*scales)->dtype != KVSCRATCH_DTYPE_U8 || (*scales)->ndim != 2 ||
 	    (*scales)->shape[0] != elements->shape[0] ||
 	    (*scales)->shape[1] != elements->shape[1] / KVSCRATCH_MX_BLOCK)
-		return about("tensor", elements->name, "expected its scales as a tensor of U8 "
-			     "[rows, dim / 32] named NAME" SCALES_SUFFIX);
+		return fail_about("tensor", elements->name, "expected its scales as a tensor of U8 "
+				  "[rows, dim / 32] named NAME" SCALES_SUFFIX);
 	return 0;
 }
 
@@ -399,8 +400,8 @@ static int take_tensor(struct kvscratch_file *file, const struct safetensors_ten
 	if (err < 0)
 		return err;
 	if (err || *is_plane)
-		return about("tensor", tensor->name, "expected it to be one plane of one pad, got "
-			     "it for another as well");
+		return fail_about("tensor", tensor->name, "expected it to be one plane of one pad, "
+				  "got it for another as well");
 	*is_plane = true;
 	return check_shape(tensor->ndim, tensor->shape, tensor->name);
 }
@@ -418,8 +419,9 @@ static int find_tensor(struct kvscratch_file *file, const char *pad, const char 
 	free(name);
 	if (*tensor)
 		return take_tensor(file, *tensor);
-	snprintf(words, sizeof(words), "expected a tensor for each plane, got no \"%s\"", printable);
-	return about("pad", pad, words);
+	snprintf(words, sizeof(words), "expected a tensor for each plane, got no \"%s\"",
+		 printable);
+	return fail_about("pad", pad, words);
 }
 
 static int add_to_pad(struct kvscratch_file *file, struct kvscratch_saved_pad *saved,
@@ -430,13 +432,13 @@ static int add_to_pad(struct kvscratch_file *file, struct kvscratch_saved_pad *s
 	if (saved->nr_planes == KVSCRATCH_MAX_PLANES) {
 		snprintf(words, sizeof(words), "expected at most %u planes, got more",
 			 KVSCRATCH_MAX_PLANES);
-		return about("pad", saved->name, words);
+		return fail_about("pad", saved->name, words);
 	}
 	if (tensor->shape[0] == saved->len)
 		return add_tensor(file, saved, tensor);
 	snprintf(words, sizeof(words), "expected %" PRIu64 " rows, as the first plane has, got %"
 		 PRIu64, saved->len, tensor->shape[0]);
-	return about("tensor", tensor->name, words);
+	return fail_about("tensor", tensor->name, words);
 }
 
 /* The value of @planes names their tensors, in their order, by what follows the pad's name. */
@@ -539,7 +541,7 @@ static int check_container(const struct kvscratch_file *file)
 	char beginning[4096];
 	size_t size = file->size < sizeof(beginning) ? file->size : sizeof(beginning);
 	const char *found;
-	int err = read_at(file, beginning, size, 0);
+	int err = read_file_at(file, beginning, size, 0);
 
 	if (err)
 		return err;
@@ -571,7 +573,7 @@ static int open_contents(struct kvscratch_file *file)
 	if (file->size < sizeof(first))
 		return set_error(-EBADMSG, "expected a .npy or a safetensors file, got %" PRIu64
 				 " bytes", file->size);
-	err = read_at(file, &first, sizeof(first), 0);
+	err = read_file_at(file, &first, sizeof(first), 0);
 	if (err)
 		return err;
 	if (!memcmp(first.magic, NPY_MAGIC, NPY_MAGIC_BYTES))
