@@ -45,6 +45,13 @@ class Geometry(ctypes.Structure):
                 ("frac_bits", ctypes.c_uint32)]
 
 
+class Plane(ctypes.Structure):
+    """struct kvscratch_plane"""
+    _fields_ = [("dim", ctypes.c_uint32), ("dtype", ctypes.c_uint32),
+                ("input_dtype", ctypes.c_uint32), ("frac_bits", ctypes.c_uint32),
+                ("label", ctypes.c_char * 16), ("rest", ctypes.c_uint64 * 4)]
+
+
 class NamedPad(ctypes.Structure):
     """struct kvscratch_named_pad"""
     _fields_ = [("name", ctypes.c_char_p), ("pad", ctypes.c_void_p)]
@@ -79,6 +86,19 @@ class Pad:
                                                 ctypes.byref(geometry)))
             done(LIBRARY.kvscratch_append_rows(self.handle, rows.ctypes.data_as(ctypes.c_void_p),
                                                ctypes.c_uint64(len(rows)), rows.shape[1]))
+
+    @classmethod
+    def of_planes(cls, planes, tokens, tag=b""):
+        """@planes: (label, dim, dtype, input_dtype)"""
+        handle = ctypes.c_void_p()
+        array = (Plane * len(planes))(*(Plane(dim, dtype, input_dtype, 0, label)
+                                        for label, dim, dtype, input_dtype in planes))
+        done(LIBRARY.kvscratch_new_planes_sized(
+            ctypes.byref(handle), ctypes.c_uint64(len(tokens) + 2), array, len(planes),
+            ctypes.c_size_t(ctypes.sizeof(Plane)), tag, ctypes.c_size_t(len(tag))))
+        done(LIBRARY.kvscratch_append_tokens(handle, b"".join(tokens),
+                                             ctypes.c_uint64(len(tokens)), len(tokens[0])))
+        return cls(handle=handle)
 
     def bytes(self, row_bytes):
         """The committed rows, as kvscratch_copy_rows() gives them."""
@@ -235,6 +255,35 @@ def safetensors_that_go_round():
     again = load(DIRECTORY / "theirs.safetensors")
     expect(isinstance(again, Pad), f"{again}")
     expect(again.bytes(row_bytes) == pad.bytes(row_bytes), "other rows")
+
+
+@test
+def planes_that_go_round():
+    """A tensor for each plane, by its label; in another order they make the same pad."""
+    keys, values = some_rows("<f4", 3, 2 * BLOCK), some_rows("<f2", 3, 5)
+    ids = some_rows("<i4", 3, 1)
+    pad = Pad.of_planes([(b"k 0", 2 * BLOCK, MXINT8, F32), (b"v0", 5, DTYPES["f16"][0], 0),
+                         (b"", 1, DTYPES["i32"][0], 0)],
+                        [b"".join(plane[row].tobytes() for plane in (keys, values, ids))
+                         for row in range(3)], b"model \xff")
+    save(DIRECTORY / "ours.safetensors", cache=pad)
+    metadata, tensors = read_safetensors(DIRECTORY / "ours.safetensors")
+    expect(set(tensors) == {"cache.k%200", "cache.k%200.scales", "cache.v0", "cache.2"},
+           f"{set(tensors)}")
+    expect(np.array_equal(tensors["cache.v0"], values) and np.array_equal(tensors["cache.2"], ids),
+           "other rows")
+    expect(metadata["cache.planes"] == "k%200 v0 2" and metadata["cache.k%200.label"] == "k%200" and
+           metadata["cache.tag"] == "model%20%ff", f"{metadata}")
+    names = {np.dtype(numpy): name for _, name, numpy in DTYPES.values()}
+    write_safetensors(DIRECTORY / "theirs.safetensors", metadata,
+                      {name: (names[tensors[name].dtype], tensors[name])
+                       for name in sorted(tensors, reverse=True)})
+    again = load(DIRECTORY / "theirs.safetensors", "cache")
+    expect(isinstance(again, Pad), f"{again}")
+    row_bytes = 2 * BLOCK + 2 + 2 * 5 + 4
+    expect(again.bytes(row_bytes) == pad.bytes(row_bytes), "other rows")
+    expect(LIBRARY.kvscratch_find_plane(again.handle, b"k 0") == 0 and
+           LIBRARY.kvscratch_find_plane(again.handle, b"") == 2, "other labels")
 
 
 @test

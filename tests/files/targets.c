@@ -222,6 +222,21 @@ static void check_saved(const char *path, struct kvscratch *const *pads,
 	kvscratch_close_file(file);
 }
 
+/*
+ * Save them, or find that they cannot be together in one file: who names tensors otherwise than
+ * we do has planes and pads of which we would give two the same name.
+ */
+static bool save(const char *path, const struct kvscratch_named_pad *named, unsigned int count)
+{
+	bool planes = false;
+	int err = kvscratch_save(path, named, count, NULL, NULL);
+
+	for (unsigned int i = 0; i < count; i++)
+		planes = planes || kvscratch_nr_planes(named[i].pad) > 1;
+	CHECK(!err || (err == -EINVAL && count > 1 && planes));
+	return !err;
+}
+
 static void save_and_compare(const struct kvscratch_file *file, const char *path)
 {
 	unsigned int count;
@@ -236,8 +251,7 @@ static void save_and_compare(const struct kvscratch_file *file, const char *path
 		named[i] = (struct kvscratch_named_pad){ saved[i].name, pads[i] };
 		loaded = loaded && pads[i];
 	}
-	if (loaded) {
-		CHECK(!kvscratch_save(path, named, count, NULL, NULL));
+	if (loaded && save(path, named, count)) {
 		check_saved(path, pads, saved, count);
 		CHECK(!unlink(path));
 	}
