@@ -1787,6 +1787,8 @@ TEST_F(planes, a_writer_does_not_wait)
 	ASSERT_EQ(0, kvscratch_takeover(&second, self->pad));
 	EXPECT_EQ(-EBADF, kvscratch_wait(self->writer, 0, -1));
 	EXPECT_EQ(-EBADF, kvscratch_wait(second, 0, -1));
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_seen(second, 0));
 	ASSERT_EQ(0, stage_token(second, 0, 1));
 	ASSERT_EQ(0, kvscratch_commit(second, 1));
 	/* on the handle that it was opened from it works */

@@ -857,5 +857,8 @@ int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 
 int kvscratch_seen(struct kvscratch *pad, uint64_t state)
 {
-	return pad->backend->seen(pad, state);
+	/* which is woken for writing only */
+	int err = pad->is_writer ? check_access(pad, O_RDONLY) : 0;
+
+	return err ? err : pad->backend->seen(pad, state);
 }

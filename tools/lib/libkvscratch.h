@@ -517,7 +517,7 @@ int kvscratch_wait(struct kvscratch *pad, uint64_t state, int timeout_ms);
 
 /*
  * Tell poll() on kvscratch_fd() that @state was seen: it reports POLLIN while the pad has
- * another one. EOPNOTSUPP for a memfd, which is always ready.
+ * another one. EOPNOTSUPP for a memfd, which is always ready; EBADF of a pad's writer.
  */
 int kvscratch_seen(struct kvscratch *pad, uint64_t state);
 
