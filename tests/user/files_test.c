@@ -1634,7 +1634,7 @@ static const struct kvscratch_plane all_planes[] = {
 	{ .label = "k0", .dim = 64, .dtype = MXINT8, .input_dtype = F32 },
 	{ .label = "tokens", .dim = 1, .dtype = KVSCRATCH_DTYPE_I32 },
 	{ .dim = 3, .dtype = F64 },
-	{ .label = "1", .dim = 5, .dtype = U8 },
+	{ .label = "2", .dim = 5, .dtype = U8 },
 	{ .label = "a b%\n\xff/\"\\", .dim = 7, .dtype = KVSCRATCH_DTYPE_BF16 },
 	{ .label = "twice", .dim = 2, .dtype = I8, .input_dtype = F32, .frac_bits = 5 },
 	{ .label = "twice", .dim = 2, .dtype = KVSCRATCH_DTYPE_I64, .frac_bits = 40 },
@@ -1794,6 +1794,18 @@ TEST_F(files, the_bytes_of_planes)
 	kvscratch_close(pad);
 }
 
+static bool is_of_version(const char *path, char version)
+{
+	static const char begins[] = "{\"__metadata__\":{\"kvscratch\":\"";
+	char file[sizeof(begins) + 8] = { 0 };
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	bool is = pread(fd, file, sizeof(file), 8) == sizeof(file) &&
+		  !strncmp(file, begins, strlen(begins)) && file[strlen(begins)] == version;
+
+	close(fd);
+	return is;
+}
+
 /* Its tensor has the name of the pad, labelled or not. */
 TEST_F(files, a_plane_that_is_alone)
 {
@@ -1803,6 +1815,7 @@ TEST_F(files, a_plane_that_is_alone)
 		struct kvscratch *pad = new_planes(&plane, 1, i ? some_tag : NULL, 4), *back;
 
 		ASSERT_DONE(save_one(pad, "pad", at("a.safetensors")));
+		EXPECT_TRUE(is_of_version(at("a.safetensors"), '2'));
 		ASSERT_DONE(load_from(&back, at("a.safetensors"), "pad", 0));
 		EXPECT_TRUE(same_pads(pad, back));
 		kvscratch_close(back);
