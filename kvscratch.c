@@ -43,6 +43,10 @@
  * a pad is replaced while it lives, so whoever has a handle uses the pad, its
  * chunks included, without a further reference and without a lock.
  *
+ * What a fork shares lives as long as one pad uses it: chunks count the arrays and
+ * tables that they are in, single pages the tables. Whoever shares something holds a
+ * count of its own, so a count of 1 is that of who looks, and stays 1.
+ *
  * The pages of a view carry ordinary references, which fault handling takes: a
  * page that somebody pinned outlives the pad.
  */
@@ -60,6 +64,11 @@
  * gets -EAGAIN or sleeps, interruptibly, on pad->turn_wait, and starts over. A
  * takeover takes the lock only: it clears the turn, and the operation finds that
  * when it has the lock again, and touches nothing more.
+ *
+ * A fork holds the lock of its source while it takes a reference on each chunk that
+ * holds shared rows, and its own, which nobody else has, never. A truncate refuses to
+ * drop rows of chunks that have other users; the boundary is therefore copied, and
+ * its pages counted, without the lock.
  *
  * read, poll, INFO, mmap, page faults and fdinfo take no lock: no reader ever
  * waits for a writer. pad->lock nests in nothing and nothing but the locks of
@@ -271,17 +280,33 @@ static u32 kvs_pages(u64 bytes)
 	return DIV_ROUND_UP_ULL(bytes, PAGE_SIZE);
 }
 
-/* What a chunk takes from the limits */
-static u64 kvs_chunk_charge(u64 nr_pages, bool huge)
+/* What a chunk takes from the limits: its table, and the pages that are freed with it */
+static u64 kvs_chunk_charge(u64 nr_entries, u64 nr_pages)
 {
-	return sizeof(struct kvs_chunk) + nr_pages * PAGE_SIZE +
-	       (huge ? 0 : nr_pages * sizeof(struct page *));
+	return sizeof(struct kvs_chunk) + nr_entries * sizeof(void *) +
+	       nr_pages * PAGE_SIZE;
 }
 
 /* Whether a chunk of so many bytes is to be one page that a view maps by one entry */
 static bool kvs_chunk_is_huge(u64 bytes)
 {
 	return PMD_SIZE == KVSCRATCH_CHUNK_BYTES && kvs_layout_is_large(bytes);
+}
+
+/* What a chunk of @bytes of capacity takes if memory is as it should be */
+static u64 kvs_chunk_estimate(u64 bytes)
+{
+	return kvs_chunk_is_huge(bytes) ? kvs_chunk_charge(0, KVS_CHUNK_PAGES) :
+					  kvs_chunk_charge(kvs_pages(bytes), kvs_pages(bytes));
+}
+
+/* How many tables a single page is in. Nobody else uses the word: it has no PG_private. */
+static atomic_long_t *kvs_page_users(const void *address)
+{
+	struct page *page = virt_to_page(address);
+
+	BUILD_BUG_ON(sizeof(page->private) != sizeof(atomic_long_t));
+	return (atomic_long_t *)&page->private;
 }
 
 static struct kvs_chunk *kvs_chunk_huge(void)
@@ -298,54 +323,159 @@ static struct kvs_chunk *kvs_chunk_huge(void)
 	}
 	/* stale; fault handling asks it whether the file ends within the page */
 	page_folio(page)->index = 0;
+	refcount_set(&chunk->refs, 1);
 	chunk->huge = page_address(page);
 	return chunk;
 }
 
-static void kvs_chunk_free(struct kvs_chunk *chunk)
+/*
+ * The last user of what is in it gives back its memory and charge. Pairs with the acquire in
+ * kvs_rows_are_shared(): whoever finds itself alone may overwrite what others have read.
+ * litmus: fork-put
+ */
+static void kvs_chunk_put(struct kvs_chunk *chunk)
 {
-	u32 i;
+	u32 freed = 0, i;
 
-	if (chunk->huge)
+	if (!refcount_dec_and_test(&chunk->refs))
+		return;
+	if (chunk->huge) {
 		put_page(virt_to_page(chunk->huge));
-	for (i = 0; i < chunk->nr_pages; i++)
-		__free_page(chunk->pages[i]);
+		freed = KVS_CHUNK_PAGES;
+	}
+	for (i = chunk->nr_base; i < chunk->nr_pages; i++) {
+		if (!atomic_long_dec_and_test(kvs_page_users(chunk->pages[i])))
+			continue;
+		free_page((unsigned long)chunk->pages[i]);
+		freed++;
+	}
+	/* which is huge, and has none itself */
+	if (chunk->base)
+		kvs_chunk_put(chunk->base);
+	kvs_unreserve(kvs_chunk_charge(chunk->nr_pages, freed));
 	kvfree(chunk);
 }
 
+/* A table without entries, with room for @nr_pages */
 static struct kvs_chunk *kvs_chunk_table(u32 nr_pages)
 {
 	struct kvs_chunk *chunk = kvs_zalloc(struct_size(chunk, pages, nr_pages));
 
-	if (!chunk)
-		return NULL;
-	while (chunk->nr_pages < nr_pages) {
-		struct page *page = fatal_signal_pending(current) ? NULL :
-				    alloc_page(KVS_GFP | __GFP_ZERO);
-
-		if (!page) {
-			kvs_chunk_free(chunk);
-			return NULL;
-		}
-		page_folio(page)->index = 0;
-		chunk->pages[chunk->nr_pages++] = page;
-	}
+	if (chunk)
+		refcount_set(&chunk->refs, 1);
 	return chunk;
 }
 
-/* One for @bytes of capacity; @refusals counts what order 9 refused this pad. */
-static struct kvs_chunk *kvs_chunk_alloc(u64 bytes, unsigned int *refusals)
+static void *kvs_chunk_page(const struct kvs_chunk *chunk, u32 i)
 {
+	return chunk->huge ? chunk->huge + i * PAGE_SIZE : chunk->pages[i];
+}
+
+/* The first @nr_pages of @from, on which the caller has a reference, for an empty table */
+static void kvs_chunk_share(struct kvs_chunk *chunk, struct kvs_chunk *from, u32 nr_pages)
+{
+	u32 i;
+
+	chunk->base = from->huge ? from : from->base;
+	chunk->nr_base = from->huge ? nr_pages : min(nr_pages, from->nr_base);
+	if (chunk->nr_base)
+		refcount_inc(&chunk->base->refs);
+	else
+		chunk->base = NULL;
+	for (i = 0; i < nr_pages; i++) {
+		chunk->pages[i] = kvs_chunk_page(from, i);
+		if (i >= chunk->nr_base)
+			atomic_long_inc(kvs_page_users(chunk->pages[i]));
+	}
+	chunk->nr_pages = nr_pages;
+}
+
+/* Whether pages from @first up to @end of a chunk have other users */
+static bool kvs_chunk_is_shared(const struct kvs_chunk *chunk, u32 first, u32 end)
+{
+	u32 i;
+
+	if (refcount_read(&chunk->refs) > 1)
+		return true;
+	if (first < chunk->nr_base && refcount_read(&chunk->base->refs) > 1)
+		return true;
+	for (i = max(first, chunk->nr_base); i < min(end, chunk->nr_pages); i++)
+		if (atomic_long_read(kvs_page_users(chunk->pages[i])) > 1)
+			return true;
+	return false;
+}
+
+/**
+ * struct kvs_supply - what a pad that is made has got so far
+ * @refusals: how often order 9 refused
+ * @bytes: what its chunks have taken from the limits
+ */
+struct kvs_supply {
+	unsigned int refusals;
+	u64 bytes;
+};
+
+/* New pages behind those of a table, up to @nr_pages, or NULL, and the table is gone. */
+static struct kvs_chunk *kvs_chunk_fill(struct kvs_chunk *chunk, u32 nr_pages,
+					struct kvs_supply *supply)
+{
+	u32 nr_shared = chunk->nr_pages;
+
+	while (chunk->nr_pages < nr_pages) {
+		void *page = fatal_signal_pending(current) ? NULL :
+			     (void *)__get_free_page(KVS_GFP | __GFP_ZERO);
+
+		if (!page)
+			break;
+		virt_to_folio(page)->index = 0;
+		atomic_long_set(kvs_page_users(page), 1);
+		chunk->pages[chunk->nr_pages++] = page;
+	}
+	supply->bytes += kvs_chunk_charge(chunk->nr_pages, chunk->nr_pages - nr_shared);
+	if (chunk->nr_pages == nr_pages)
+		return chunk;
+	kvs_chunk_put(chunk);
+	return NULL;
+}
+
+/* One for @bytes of capacity */
+static struct kvs_chunk *kvs_chunk_alloc(u64 bytes, struct kvs_supply *supply)
+{
+	struct kvs_chunk *chunk;
+
 	if (!kvs_leaves_enough(bytes))
 		return NULL;
-	if (kvs_chunk_is_huge(bytes) && *refusals < KVS_MAX_REFUSALS) {
-		struct kvs_chunk *chunk = kvs_chunk_huge();
-
-		if (chunk)
+	if (kvs_chunk_is_huge(bytes) && supply->refusals < KVS_MAX_REFUSALS) {
+		chunk = kvs_chunk_huge();
+		if (chunk) {
+			supply->bytes += kvs_chunk_charge(0, KVS_CHUNK_PAGES);
 			return chunk;
-		++*refusals;
+		}
+		supply->refusals++;
 	}
-	return kvs_chunk_table(kvs_pages(bytes));
+	chunk = kvs_chunk_table(kvs_pages(bytes));
+	return chunk ? kvs_chunk_fill(chunk, kvs_pages(bytes), supply) : NULL;
+}
+
+/*
+ * One for @bytes of capacity, of which the first @shared are those of @from: all whole pages
+ * of them are @from's, and what is left is copied.
+ */
+static struct kvs_chunk *kvs_chunk_fork(struct kvs_chunk *from, u32 shared, u64 bytes,
+					struct kvs_supply *supply)
+{
+	struct kvs_chunk *chunk = NULL;
+	u32 whole = shared / PAGE_SIZE;
+
+	if (kvs_leaves_enough(bytes - shared))
+		chunk = kvs_chunk_table(kvs_pages(bytes));
+	if (!chunk)
+		return NULL;
+	kvs_chunk_share(chunk, from, whole);
+	chunk = kvs_chunk_fill(chunk, kvs_pages(bytes), supply);
+	if (chunk && offset_in_page(shared))
+		memcpy(chunk->pages[whole], kvs_chunk_page(from, whole), offset_in_page(shared));
+	return chunk;
 }
 
 /*
@@ -366,29 +496,22 @@ static void kvs_array_init(struct kvs_array *array, u64 offset, u64 max_seq_len,
 	array->nr_chunks = DIV_ROUND_UP_ULL(array->bytes, KVSCRATCH_CHUNK_BYTES);
 }
 
-/* What it takes from the limits if memory is as it should be */
-static u64 kvs_array_estimate(const struct kvs_array *array)
+/* What its chunks take if memory is as it should be, and @shared bytes are there already */
+static u64 kvs_array_estimate(const struct kvs_array *array, u64 shared)
 {
-	u64 full = kvs_chunk_charge(KVS_CHUNK_PAGES, kvs_chunk_is_huge(KVSCRATCH_CHUNK_BYTES));
-	u64 last = kvs_array_chunk_bytes(array, array->nr_chunks - 1);
-	bool huge = kvs_chunk_is_huge(last);
+	u64 first_own = DIV_ROUND_UP_ULL(shared, KVSCRATCH_CHUNK_BYTES);
+	u64 bytes = 0;
 
-	return array->nr_chunks * sizeof(struct kvs_chunk *) + (array->nr_chunks - 1) * full +
-	       kvs_chunk_charge(huge ? KVS_CHUNK_PAGES : kvs_pages(last), huge);
-}
+	if (shared % KVSCRATCH_CHUNK_BYTES) {
+		u32 nr_pages = kvs_pages(kvs_array_chunk_bytes(array, first_own - 1));
 
-/* What it has taken */
-static u64 kvs_array_charge(const struct kvs_array *array)
-{
-	u64 bytes = array->nr_chunks * sizeof(struct kvs_chunk *);
-	u64 i;
-
-	for (i = 0; i < array->nr_chunks; i++) {
-		const struct kvs_chunk *chunk = array->chunks[i];
-
-		bytes += kvs_chunk_charge(chunk->huge ? KVS_CHUNK_PAGES : chunk->nr_pages,
-					  chunk->huge);
+		bytes += kvs_chunk_charge(nr_pages, nr_pages -
+					  shared % KVSCRATCH_CHUNK_BYTES / PAGE_SIZE);
 	}
+	if (first_own < array->nr_chunks)
+		bytes += (array->nr_chunks - first_own - 1) *
+			 kvs_chunk_estimate(KVSCRATCH_CHUNK_BYTES) +
+			 kvs_chunk_estimate(kvs_array_chunk_bytes(array, array->nr_chunks - 1));
 	return bytes;
 }
 
@@ -397,29 +520,70 @@ static void kvs_array_free(struct kvs_array *array)
 	u64 i;
 
 	for (i = 0; array->chunks && i < array->nr_chunks && array->chunks[i]; i++) {
-		kvs_chunk_free(array->chunks[i]);
+		kvs_chunk_put(array->chunks[i]);
 		cond_resched();
 	}
 	kvfree(array->chunks);
 }
 
-/* What there is of it after a failure kvs_array_free() frees. */
-static int kvs_array_alloc(struct kvs_array *array, unsigned int *refusals)
+/* Under the lock of @from's pad: all chunks with any of the first @shared bytes */
+static void kvs_array_share(struct kvs_array *array, const struct kvs_array *from, u64 shared)
+{
+	u64 nr_chunks = DIV_ROUND_UP_ULL(shared, KVSCRATCH_CHUNK_BYTES);
+	u64 i;
+
+	for (i = 0; i < nr_chunks; i++) {
+		refcount_inc(&from->chunks[i]->refs);
+		array->chunks[i] = from->chunks[i];
+	}
+}
+
+/* In the place of a chunk that is shared to its @shared byte only one that goes on by itself */
+static int kvs_array_split(struct kvs_array *array, u64 shared, struct kvs_supply *supply)
+{
+	u64 i = shared / KVSCRATCH_CHUNK_BYTES;
+	struct kvs_chunk *chunk;
+
+	if (!(shared % KVSCRATCH_CHUNK_BYTES))
+		return 0;
+	chunk = kvs_chunk_fork(array->chunks[i], shared % KVSCRATCH_CHUNK_BYTES,
+			       kvs_array_chunk_bytes(array, i), supply);
+	if (!chunk)
+		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	kvs_chunk_put(array->chunks[i]);
+	array->chunks[i] = chunk;
+	return 0;
+}
+
+/* New chunks behind the first @shared bytes */
+static int kvs_array_fill(struct kvs_array *array, u64 shared, struct kvs_supply *supply)
 {
 	u64 i;
 
-	array->chunks = kvs_zalloc(array_size(array->nr_chunks, sizeof(*array->chunks)));
-	if (!array->chunks)
-		return -ENOMEM;
-	for (i = 0; i < array->nr_chunks; i++) {
+	for (i = DIV_ROUND_UP_ULL(shared, KVSCRATCH_CHUNK_BYTES); i < array->nr_chunks; i++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
-		array->chunks[i] = kvs_chunk_alloc(kvs_array_chunk_bytes(array, i), refusals);
+		array->chunks[i] = kvs_chunk_alloc(kvs_array_chunk_bytes(array, i), supply);
 		if (!array->chunks[i])
 			return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
 		cond_resched();
 	}
 	return 0;
+}
+
+/* Whether bytes from @at to @end lie in memory that has other users */
+static bool kvs_array_is_shared(const struct kvs_array *array, u64 at, u64 end)
+{
+	while (at < end) {
+		u64 begin = round_down(at, KVSCRATCH_CHUNK_BYTES);
+		u64 next = min(end, begin + KVSCRATCH_CHUNK_BYTES);
+
+		if (kvs_chunk_is_shared(array->chunks[begin / KVSCRATCH_CHUNK_BYTES],
+					(at - begin) / PAGE_SIZE, kvs_pages(next - begin)))
+			return true;
+		at = next;
+	}
+	return false;
 }
 
 /**
@@ -437,9 +601,12 @@ struct page *kvs_array_page(const struct kvs_array *array, u64 index)
 	if (index / KVS_CHUNK_PAGES >= array->nr_chunks)
 		return NULL;
 	chunk = array->chunks[array_index_nospec(index / KVS_CHUNK_PAGES, array->nr_chunks)];
-	if (chunk->huge)
-		return virt_to_page(chunk->huge) + i;
-	return i < chunk->nr_pages ? chunk->pages[array_index_nospec(i, chunk->nr_pages)] : NULL;
+	if (!chunk->huge) {
+		if (i >= chunk->nr_pages)
+			return NULL;
+		i = array_index_nospec(i, chunk->nr_pages);
+	}
+	return virt_to_page(kvs_chunk_page(chunk, i));
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_array_page);
 
@@ -465,7 +632,7 @@ static __always_inline void *kvs_locate(const struct kvs_array *array, u64 at, s
 	if (WARN_ON_ONCE(offset >> PAGE_SHIFT >= chunk->nr_pages))
 		return NULL;
 	*bytes = min_t(size_t, *bytes, PAGE_SIZE - offset_in_page(offset));
-	return page_address(chunk->pages[offset >> PAGE_SHIFT]) + offset_in_page(offset);
+	return chunk->pages[offset >> PAGE_SHIFT] + offset_in_page(offset);
 }
 
 /*
@@ -517,15 +684,41 @@ static bool kvs_pad_converts(const struct kvs_pad *pad)
 	return false;
 }
 
-/* Besides chunks: the status page, the planes, and a buffer where one converts */
+/*
+ * What is a pad's alone: the status page, the planes, the pointers to chunks, and a buffer
+ * where a plane converts
+ */
 static u64 kvs_pad_fixed_charge(const struct kvs_pad *pad)
 {
-	return PAGE_SIZE + PAGE_ALIGN(pad->nr_planes * sizeof(*pad->planes)) +
-	       (kvs_pad_converts(pad) ? KVS_STAGING_BYTES : 0);
+	u64 bytes = PAGE_SIZE + PAGE_ALIGN(pad->nr_planes * sizeof(*pad->planes)) +
+		    (kvs_pad_converts(pad) ? KVS_STAGING_BYTES : 0);
+	u32 i;
+
+	for (i = 0; i < pad->nr_arrays; i++)
+		bytes += pad->arrays[i]->nr_chunks * sizeof(struct kvs_chunk *);
+	return bytes;
+}
+
+/* Bytes of an array that its pad was forked with */
+static u64 kvs_shared_bytes(const struct kvs_pad *pad, const struct kvs_array *array)
+{
+	return (u64)pad->parent_rows * array->row_bytes;
+}
+
+static u64 kvs_pad_estimate(const struct kvs_pad *pad)
+{
+	u64 bytes = kvs_pad_fixed_charge(pad);
+	u32 i;
+
+	for (i = 0; i < pad->nr_arrays; i++)
+		bytes += kvs_array_estimate(pad->arrays[i],
+					    kvs_shared_bytes(pad, pad->arrays[i]));
+	return bytes;
 }
 
 static void kvs_status_init(struct kvs_pad *pad)
 {
+	pad->status->state.word = kvs_state(0, pad->len);
 	pad->status->magic = KVSCRATCH_STATUS_MAGIC;
 	pad->status->version = KVSCRATCH_STATUS_VERSION;
 	pad->status->max_seq_len = pad->max_seq_len;
@@ -559,9 +752,11 @@ static void kvs_pad_free(struct kvs_pad *pad)
 		kvs_array_free(pad->arrays[i]);
 	free_page((unsigned long)pad->status);
 	kvfree(pad->staging);
+	/* chunks give back what is theirs */
+	if (pad->allocated_bytes)
+		kvs_unreserve(kvs_pad_fixed_charge(pad));
 	kvfree(pad->arrays);
 	kvfree(pad->planes);
-	kvs_unreserve(pad->allocated_bytes);
 	kfree(pad);
 }
 
@@ -600,60 +795,119 @@ err_free:
 	return NULL;
 }
 
-/*
- * Take all memory of the rows. The limits are asked before the first chunk, for what a pad
- * takes when order 9 refuses nothing; the little that tables take more is asked for at
- * the end.
- */
-static int kvs_pad_populate(struct kvs_pad *pad)
+/* Under the lock of the pad that is forked */
+static int kvs_check_fork(const struct kvs_pad *source, u64 generation, u32 rows)
 {
-	const u64 max_per_pad = READ_ONCE(max_bytes_per_pad);
-	const u64 max_total = READ_ONCE(max_bytes_total);
-	unsigned int refusals = 0;
-	u64 taken;
+	if (generation != source->generation)
+		return -ECANCELED;
+	return rows > source->len ? -EINVAL : 0;
+}
+
+/*
+ * Take over the first rows of @source. What has a reference when the lock is dropped no
+ * truncate touches: the boundary may take its time.
+ */
+static int kvs_pad_share(struct kvs_pad *pad, struct kvs_pad *source, u64 generation,
+			 struct kvs_supply *supply)
+{
+	u32 rows = pad->parent_rows;
 	u32 i;
 	int err;
 
-	pad->allocated_bytes = kvs_pad_fixed_charge(pad);
-	for (i = 0; i < pad->nr_arrays; i++)
-		pad->allocated_bytes += kvs_array_estimate(pad->arrays[i]);
-	err = kvs_reserve(pad->allocated_bytes, max_per_pad, max_total);
-	if (err) {
-		pad->allocated_bytes = 0;
-		return err;
-	}
-	if (!kvs_leaves_enough(pad->allocated_bytes))
-		return -ENOMEM;
-	taken = kvs_pad_fixed_charge(pad);
-	for (i = 0; i < pad->nr_arrays; i++) {
-		err = kvs_array_alloc(pad->arrays[i], &refusals);
-		if (err)
-			return err;
-		taken += kvs_array_charge(pad->arrays[i]);
-	}
-	if (taken > max_per_pad)
-		return -EDQUOT;
-	if (taken > pad->allocated_bytes)
-		err = kvs_reserve(taken - pad->allocated_bytes, U64_MAX, max_total);
-	else
-		kvs_unreserve(pad->allocated_bytes - taken);
+	mutex_lock(&source->lock);
+	err = kvs_check_fork(source, generation, rows);
 	if (!err)
-		pad->allocated_bytes = taken;
+		source->floor = max(source->floor, rows);
+	for (i = 0; !err && i < pad->nr_planes; i++) {
+		struct kvs_plane *plane = &pad->planes[i], *from = &source->planes[i];
+
+		kvs_array_share(&plane->data, &from->data, kvs_shared_bytes(pad, &plane->data));
+		kvs_array_share(&plane->scales, &from->scales,
+				kvs_shared_bytes(pad, &plane->scales));
+	}
+	mutex_unlock(&source->lock);
+	for (i = 0; !err && i < pad->nr_arrays; i++) {
+		u64 shared = kvs_shared_bytes(pad, pad->arrays[i]);
+
+		err = kvs_array_split(pad->arrays[i], shared, supply);
+		pad->shared_bytes += round_down(shared, PAGE_SIZE);
+		cond_resched();
+	}
 	return err;
 }
 
-/**
- * kvs_pad_create() - make a new, zero-filled pad
- * @create: max_seq_len, nr_planes and tag count
- * @planes: nr_planes of them, by the caller; receive their layout
- *
- * The only place that allocates for a pad.
- *
- * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -EDQUOT, -ENOMEM,
- * -EINTR when a fatal signal ended the allocation.
+static int kvs_pad_alloc_chunks(struct kvs_pad *pad)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_arrays; i++) {
+		struct kvs_array *array = pad->arrays[i];
+
+		array->chunks = kvs_zalloc(array_size(array->nr_chunks, sizeof(*array->chunks)));
+		if (!array->chunks)
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+/* Chunks that are shared with @source, if any, and new ones for the rest */
+static int kvs_pad_fill(struct kvs_pad *pad, struct kvs_pad *source, u64 generation,
+			struct kvs_supply *supply)
+{
+	int err = kvs_pad_alloc_chunks(pad);
+	u32 i;
+
+	if (!err && source)
+		err = kvs_pad_share(pad, source, generation, supply);
+	for (i = 0; !err && i < pad->nr_arrays; i++)
+		err = kvs_array_fill(pad->arrays[i], kvs_shared_bytes(pad, pad->arrays[i]),
+				     supply);
+	return err;
+}
+
+/*
+ * Take all memory of the rows. The limits are asked before the first chunk, for what a pad
+ * takes when order 9 refuses nothing; the little that tables take more is added at the end.
  */
-struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
-			       struct kvscratch_plane *planes)
+static int kvs_pad_populate(struct kvs_pad *pad, struct kvs_pad *source, u64 generation)
+{
+	const u64 max_per_pad = READ_ONCE(max_bytes_per_pad);
+	const u64 max_total = READ_ONCE(max_bytes_total);
+	const u64 estimate = kvs_pad_estimate(pad);
+	struct kvs_supply supply = {};
+	int err;
+
+	err = kvs_reserve(estimate, max_per_pad, max_total);
+	if (err)
+		return err;
+	err = kvs_leaves_enough(estimate) ? kvs_pad_fill(pad, source, generation, &supply) :
+					    -ENOMEM;
+	pad->allocated_bytes = kvs_pad_fixed_charge(pad) + supply.bytes;
+	/* also after a failure: what there is gives back what it took */
+	atomic64_add(pad->allocated_bytes - estimate, &kvs_reserved_bytes);
+	if (!err && pad->allocated_bytes > estimate &&
+	    (pad->allocated_bytes > max_per_pad || kvs_reserved() > max_total))
+		err = -EDQUOT;
+	return err;
+}
+
+/* Nobody else sees it yet. */
+static void kvs_pad_begin(struct kvs_pad *pad)
+{
+	struct kvs_plane *plane;
+
+	pad->id = atomic64_inc_return(&kvs_last_id);
+	pad->len = pad->parent_rows;
+	pad->floor = pad->parent_rows;
+	kvs_for_each_plane(plane, pad)
+		plane->touched = pad->parent_rows;
+	kvs_status_init(pad);
+}
+
+/* The only place that allocates for a pad; with @source, one that is forked from it */
+static struct kvs_pad *kvs_pad_make(const struct kvscratch_create *create,
+				    struct kvscratch_plane *planes, struct kvs_pad *source,
+				    const struct kvscratch_fork *fork)
 {
 	struct kvs_layout layout;
 	struct kvs_pad *pad;
@@ -667,16 +921,71 @@ struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
 	if (!pad)
 		return ERR_PTR(-ENOMEM);
 	pad->layout = layout;
-	err = kvs_pad_populate(pad);
+	pad->parent_id = source ? source->id : 0;
+	pad->parent_rows = source ? fork->rows : 0;
+	err = kvs_pad_populate(pad, source, source ? fork->generation : 0);
 	if (err) {
 		kvs_pad_free(pad);
 		return ERR_PTR(err);
 	}
-	pad->id = atomic64_inc_return(&kvs_last_id);
-	kvs_status_init(pad);
+	kvs_pad_begin(pad);
 	return pad;
 }
+
+/**
+ * kvs_pad_create() - make a new, zero-filled pad
+ * @create: max_seq_len, nr_planes and tag count
+ * @planes: nr_planes of them, by the caller; receive their layout
+ *
+ * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -EDQUOT, -ENOMEM,
+ * -EINTR when a fatal signal ended the allocation.
+ */
+struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
+			       struct kvscratch_plane *planes)
+{
+	return kvs_pad_make(create, planes, NULL, NULL);
+}
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_create);
+
+/**
+ * kvs_pad_fork() - make a pad that shares the first rows of another one
+ * @source: the other one; the caller holds a reference
+ * @fork: all but size and source_fd
+ *
+ * Return: the pad with one reference, or an ERR_PTR: -EINVAL, -ECANCELED when the generation
+ * of @source is another one, -EDQUOT, -ENOMEM, -EINTR after a fatal signal.
+ */
+struct kvs_pad *kvs_pad_fork(struct kvs_pad *source, const struct kvscratch_fork *fork)
+{
+	struct kvscratch_create create = {
+		.max_seq_len = fork->max_seq_len,
+		.nr_planes = source->nr_planes,
+	};
+	struct kvscratch_plane *planes;
+	struct kvs_pad *pad;
+	u32 i;
+	int err;
+
+	if (fork->flags || fork->reserved || !fork->max_seq_len ||
+	    fork->max_seq_len > KVSCRATCH_MAX_SEQ_LEN || fork->rows > fork->max_seq_len)
+		return ERR_PTR(-EINVAL);
+	/* and once more when it counts: what can be told is told before memory is asked for */
+	mutex_lock(&source->lock);
+	err = kvs_check_fork(source, fork->generation, fork->rows);
+	mutex_unlock(&source->lock);
+	if (err)
+		return ERR_PTR(err);
+	planes = kvs_zalloc(array_size(source->nr_planes, sizeof(*planes)));
+	if (!planes)
+		return ERR_PTR(-ENOMEM);
+	for (i = 0; i < source->nr_planes; i++)
+		planes[i] = source->planes[i].geometry;
+	memcpy(create.tag, source->tag, sizeof(create.tag));
+	pad = kvs_pad_make(&create, planes, source, fork);
+	kvfree(planes);
+	return pad;
+}
+EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_fork);
 
 /**
  * kvs_pad_get() - take another reference
@@ -728,17 +1037,24 @@ static const struct kvs_array *kvs_find_array(const struct kvs_pad *pad, u64 off
  * kvs_pad_page() - a page of the mapping
  * @pad: the pad
  * @index: which, counted from the beginning of the mapping
+ * @is_piece: receives whether it is of a compound page that is not mapped whole there
  *
  * Return: the page, or NULL where there is a hole.
  */
-struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index)
+struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index, bool *is_piece)
 {
 	const struct kvs_array *array;
+	struct page *page;
 
+	*is_piece = false;
 	if (index == pad->layout.status_offset >> PAGE_SHIFT)
 		return virt_to_page(pad->status);
 	array = kvs_find_array(pad, index << PAGE_SHIFT);
-	return kvs_array_page(array, index - (array->offset >> PAGE_SHIFT));
+	index -= array->offset >> PAGE_SHIFT;
+	page = kvs_array_page(array, index);
+	if (page && PageCompound(page))
+		*is_piece = !array->chunks[index / KVS_CHUNK_PAGES]->huge;
+	return page;
 }
 EXPORT_SYMBOL_FOR_KUNIT(kvs_pad_page);
 
@@ -1398,6 +1714,25 @@ static int kvs_scrub(struct kvs_pad *pad, struct kvs_op *op)
 	return 0;
 }
 
+/* Whether other pads use memory of rows from @row to @end */
+static bool kvs_rows_are_shared(const struct kvs_pad *pad, u64 row, u64 end)
+{
+	u32 i;
+
+	for (i = 0; i < pad->nr_arrays; i++) {
+		const struct kvs_array *array = pad->arrays[i];
+
+		if (kvs_array_is_shared(array, row * array->row_bytes, end * array->row_bytes))
+			return true;
+	}
+	/*
+	 * What former users read of it they read before it is overwritten: pairs with the last
+	 * release of kvs_chunk_put(). litmus: fork-put
+	 */
+	smp_acquire__after_ctrl_dep();
+	return false;
+}
+
 static int kvs_check_truncate(const struct kvs_pad *pad,
 			      const struct kvscratch_truncate *truncate)
 {
@@ -1405,7 +1740,10 @@ static int kvs_check_truncate(const struct kvs_pad *pad,
 	    (truncate->expected_generation != pad->generation ||
 	     truncate->expected_len != pad->len))
 		return -ECANCELED;
-	return truncate->len > pad->len ? -EINVAL : 0;
+	if (truncate->len > pad->len)
+		return -EINVAL;
+	return truncate->len < pad->floor &&
+	       kvs_rows_are_shared(pad, truncate->len, pad->floor) ? -ETXTBSY : 0;
 }
 
 /**
@@ -1414,9 +1752,9 @@ static int kvs_check_truncate(const struct kvs_pad *pad,
  * @truncate: flags and what belongs to them, and len
  * @nowait: do not wait for other operations
  *
- * Return: 0, an errno of kvs_begin(), -ECANCELED, -EINVAL when there are fewer rows; the
- * rows are dropped, and the scrub is owed, when it is -EINTR, -ESTALE or -EBUSY of
- * kvs_pause().
+ * Return: 0, an errno of kvs_begin(), -ECANCELED, -EINVAL when there are fewer rows,
+ * -ETXTBSY when a fork shares some of them; the rows are dropped, and the scrub is owed,
+ * when it is -EINTR, -ESTALE or -EBUSY of kvs_pause().
  */
 int kvs_pad_truncate(struct kvs_handle *handle, const struct kvscratch_truncate *truncate,
 		     bool nowait)
@@ -1432,6 +1770,7 @@ int kvs_pad_truncate(struct kvs_handle *handle, const struct kvscratch_truncate 
 	err = kvs_check_truncate(pad, truncate);
 	changed = !err;
 	if (changed) {
+		pad->floor = min_t(u32, pad->floor, truncate->len);
 		kvs_publish_truncate(pad, truncate->len);
 		kvs_drop_staged(pad);
 		if (truncate->flags & KVSCRATCH_TRUNCATE_ZERO)
@@ -1743,7 +2082,9 @@ void kvs_pad_info(struct kvs_pad *pad, struct kvscratch_pad_info *info)
 	info->mapping_bytes = pad->layout.status_offset + PAGE_SIZE;
 	info->status_offset = pad->layout.status_offset;
 	info->allocated_bytes = pad->allocated_bytes;
-	info->shared_bytes = 0;
+	info->shared_bytes = pad->shared_bytes;
+	info->parent_id = pad->parent_id;
+	info->parent_rows = pad->parent_rows;
 	info->saturated = READ_ONCE(pad->saturated);
 	info->nr_planes = pad->nr_planes;
 	info->row_bytes = pad->layout.row_bytes;
@@ -1771,6 +2112,9 @@ void kvs_pad_show(struct kvs_pad *pad, struct seq_file *m)
 	seq_printf(m, "kvscratch-dim:\t%u\n", first->dim);
 	seq_printf(m, "kvscratch-dtype:\t%s\n", kvs_dtype_names[first->dtype]);
 	seq_printf(m, "kvscratch-bytes:\t%llu\n", info.allocated_bytes);
+	seq_printf(m, "kvscratch-shared-bytes:\t%llu\n", info.shared_bytes);
+	seq_printf(m, "kvscratch-parent:\t%llu\n", info.parent_id);
+	seq_printf(m, "kvscratch-parent-rows:\t%llu\n", info.parent_rows);
 	seq_printf(m, "kvscratch-saturated:\t%llu\n", info.saturated);
 	seq_printf(m, "kvscratch-epoch:\t%u\n", info.epoch);
 	seq_printf(m, "kvscratch-writer:\t%u\n", !!(info.flags & KVSCRATCH_PAD_WRITER));
@@ -1793,17 +2137,22 @@ static bool kvs_page_has_room(struct page *page)
  * @vmf: of a VMA whose private data is the pad
  *
  * Where a view is aligned as the chunk is, the core maps all of a huge chunk by one entry:
- * it lies at a multiple of its size in the mapping.
+ * it lies at a multiple of its size in the mapping. Of a table some pages may be those of a
+ * huge chunk of another pad, which goes on with what is not for this one.
  *
- * Return: 0, or VM_FAULT_SIGBUS where there is no page, or too many references to it.
+ * Return: 0, VM_FAULT_SIGBUS where there is no page, or too many references to it, or what
+ * kvs_fault_piece() says.
  */
 vm_fault_t kvs_fault(struct vm_fault *vmf)
 {
 	const struct kvs_pad *pad = vmf->vma->vm_private_data;
-	struct page *page = kvs_pad_page(pad, vmf->pgoff);
+	bool is_piece;
+	struct page *page = kvs_pad_page(pad, vmf->pgoff, &is_piece);
 
 	if (!page || !kvs_page_has_room(page))
 		return VM_FAULT_SIGBUS;
+	if (is_piece)
+		return kvs_fault_piece(vmf, page);
 	get_page(page);
 	vmf->page = page;
 	return 0;
@@ -2024,19 +2373,12 @@ static struct kvs_pad *kvs_create_from_user(const struct kvscratch_create *creat
 	return pad;
 }
 
-static long kvs_ioctl_create(struct file *node, void *arg)
+/* A descriptor of the first handle on a new pad, if it is none of an errno */
+static long kvs_install_pad(struct kvs_pad *pad)
 {
-	struct kvscratch_create *create = arg;
-	struct kvs_pad *pad;
 	struct file *file;
-	int fd, err;
+	int fd;
 
-	if (create->flags || !create->nr_planes || create->nr_planes > KVSCRATCH_MAX_PLANES)
-		return -EINVAL;
-	err = kvs_check_plane_bytes(create->plane_bytes);
-	if (err)
-		return err;
-	pad = kvs_create_from_user(create);
 	if (IS_ERR(pad))
 		return PTR_ERR(pad);
 	fd = get_unused_fd_flags(O_CLOEXEC);
@@ -2050,6 +2392,43 @@ static long kvs_ioctl_create(struct file *node, void *arg)
 	if (fd >= 0)
 		put_unused_fd(fd);
 	return PTR_ERR(file);
+}
+
+static long kvs_ioctl_create(struct file *node, void *arg)
+{
+	struct kvscratch_create *create = arg;
+	int err;
+
+	if (create->flags || !create->nr_planes || create->nr_planes > KVSCRATCH_MAX_PLANES)
+		return -EINVAL;
+	err = kvs_check_plane_bytes(create->plane_bytes);
+	if (err)
+		return err;
+	return kvs_install_pad(kvs_create_from_user(create));
+}
+
+/* What is handed out sealed may be forked by who can read it: a fork changes nothing there. */
+static bool kvs_may_fork(const struct file *file, const struct kvs_pad *pad)
+{
+	return file->f_mode & (READ_ONCE(pad->sealed) ? FMODE_READ | FMODE_WRITE : FMODE_WRITE);
+}
+
+static long kvs_ioctl_fork(struct file *node, void *arg)
+{
+	const struct kvscratch_fork *fork = arg;
+	struct file *file = fget(fork->source_fd);
+	struct kvs_handle *handle;
+	long ret = -EBADF;
+
+	if (!file)
+		return ret;
+	if (file->f_op == &kvs_pad_fops) {
+		handle = file->private_data;
+		ret = kvs_may_fork(file, handle->pad) ?
+		      kvs_install_pad(kvs_pad_fork(handle->pad, fork)) : -EACCES;
+	}
+	fput(file);
+	return ret;
 }
 
 static int kvs_check_open(const struct kvscratch_open *open)
@@ -2220,6 +2599,7 @@ struct kvs_ioctl {
 union kvs_ioctl_arg {
 	u32 size;
 	struct kvscratch_create create;
+	struct kvscratch_fork fork;
 	struct kvscratch_open open;
 	struct kvscratch_stage stage;
 	struct kvscratch_commit commit;
@@ -2239,6 +2619,11 @@ union kvs_ioctl_arg {
 static const struct kvs_ioctl kvs_ioctls[] = {
 	[_IOC_NR(KVSCRATCH_IOC_CREATE)] = {
 		KVS_IOCTL(KVSCRATCH_IOC_CREATE, create, tag),
+		.node = true,
+		.rights = FMODE_WRITE,
+	},
+	[_IOC_NR(KVSCRATCH_IOC_FORK)] = {
+		KVS_IOCTL(KVSCRATCH_IOC_FORK, fork, max_seq_len),
 		.node = true,
 		.rights = FMODE_WRITE,
 	},

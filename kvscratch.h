@@ -27,14 +27,24 @@ struct seq_file;
 
 /**
  * struct kvs_chunk - the memory of KVSCRATCH_CHUNK_BYTES of an array, or of its end
+ * @refs: one per array it is in, and per table that has pages of its @huge
  * @huge: address of the one compound page that is all of it, or NULL
+ * @base: the huge chunk that the first @nr_base of @pages are of, or NULL
+ * @nr_base: how many; below @nr_pages
  * @nr_pages: entries of @pages, where there is no @huge
- * @pages: single pages
+ * @pages: addresses of pages of @base, and then of single pages, each of which counts the
+ *	tables that it is in
+ *
+ * Constant but for @refs. Addresses, for what a page is found by may be in its flags, which
+ * fault handling changes.
  */
 struct kvs_chunk {
-	void *huge;
+	refcount_t refs;
+	u32 nr_base;
 	u32 nr_pages;
-	struct page *pages[];
+	void *huge;
+	struct kvs_chunk *base;
+	void *pages[];
 };
 
 /**
@@ -134,7 +144,10 @@ struct kvs_handle {
  * @nr_arrays: entries of @arrays
  * @arrays: elements and scales of all planes, in mapping order
  * @status: the status page, written only, but for its words
- * @allocated_bytes: what the pad has taken from the module's limits
+ * @allocated_bytes: what the pad took from the module's limits when it was made
+ * @shared_bytes: what it took over from the pad that it was forked from
+ * @parent_id: that pad, or 0
+ * @parent_rows: rows that it was forked with
  * @tag: user space's
  * @inode: of all its handles; its mapping is what views are of
  * @refs: one per handle
@@ -150,6 +163,7 @@ struct kvs_handle {
  * @len: protected by @lock: committed rows
  * @touched: protected by @lock: end of the rows of all planes that appends touched since
  *	the latest scrub began
+ * @floor: protected by @lock: no other pad shares rows from here on; at most @len
  * @generation: protected by @lock: truncates so far
  * @truncs: those of the latest generations, by generation % KVS_TRUNCS; read without
  *	@lock, see kvs_moment() and kvs_trunc_len()
@@ -167,6 +181,9 @@ struct kvs_pad {
 	struct kvs_array **arrays;
 	struct kvscratch_status *status;
 	u64 allocated_bytes;
+	u64 shared_bytes;
+	u64 parent_id;
+	u32 parent_rows;
 	u8 tag[KVSCRATCH_TAG_BYTES];
 	struct inode *inode;
 	refcount_t refs;
@@ -182,6 +199,7 @@ struct kvs_pad {
 	bool scrub_owed;
 	u32 len;
 	u32 touched;
+	u32 floor;
 	u64 generation;
 	struct kvs_trunc truncs[KVS_TRUNCS];
 	void *staging;
@@ -212,11 +230,12 @@ void kvs_unreserve(u64 bytes);
 u64 kvs_reserved(void);
 
 struct page *kvs_array_page(const struct kvs_array *array, u64 index);
-struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index);
+struct page *kvs_pad_page(const struct kvs_pad *pad, u64 index, bool *is_piece);
 vm_fault_t kvs_fault(struct vm_fault *vmf);
 
 struct kvs_pad *kvs_pad_create(const struct kvscratch_create *create,
 			       struct kvscratch_plane *planes);
+struct kvs_pad *kvs_pad_fork(struct kvs_pad *source, const struct kvscratch_fork *fork);
 struct kvs_pad *kvs_pad_get(struct kvs_pad *pad);
 void kvs_pad_put(struct kvs_pad *pad);
 ssize_t kvs_pad_append(struct kvs_handle *handle, struct iov_iter *from, bool nowait);
@@ -275,6 +294,32 @@ static inline void kvs_file_set_nonotify(struct file *file)
 	file->f_mode |= FMODE_NONOTIFY;
 #endif
 }
+
+/*
+ * Give fault handling @page, the only one of its compound page that is to be mapped there:
+ * it would take all of them where no page table stands, and from 6.16 on also where one does.
+ */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 15, 0)
+static inline vm_fault_t kvs_fault_piece(struct vm_fault *vmf, struct page *page)
+{
+	return vmf_insert_page_mkwrite(vmf, page, false);
+}
+#else
+static inline int kvs_leave_entry(pte_t *pte, unsigned long address, void *data)
+{
+	return 0;
+}
+
+static inline vm_fault_t kvs_fault_piece(struct vm_fault *vmf, struct page *page)
+{
+	if (pmd_none(READ_ONCE(*vmf->pmd)) &&
+	    apply_to_page_range(vmf->vma->vm_mm, vmf->address, PAGE_SIZE, kvs_leave_entry, NULL))
+		return VM_FAULT_OOM;
+	get_page(page);
+	vmf->page = page;
+	return 0;
+}
+#endif
 
 /* As copy_from_user(), without its look at the kernel address: see kvs_locate() */
 static inline unsigned long kvs_copy_from_user(void *to, const void __user *from, size_t bytes)

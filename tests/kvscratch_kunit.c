@@ -56,6 +56,13 @@ static void *start_of(const struct kvs_array *array)
 	return array_at(array, 0, &bytes);
 }
 
+static struct page *pad_page(const struct kvs_pad *pad, u64 index)
+{
+	bool is_piece;
+
+	return kvs_pad_page(pad, index, &is_piece);
+}
+
 static void *data_of(const struct kvs_pad *pad)
 {
 	return start_of(&pad->planes[0].data);
@@ -207,10 +214,10 @@ static void model_as_tensor(struct kunit *test)
 {
 	struct fixture *f = test->priv;
 
-	KUNIT_EXPECT_PTR_EQ(test, page_address(kvs_pad_page(f->pad, 0)), data_of(f->pad));
-	KUNIT_EXPECT_PTR_EQ(test, page_address(kvs_pad_page(f->pad, 1)), (void *)f->pad->status);
-	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(f->pad, 2), (struct page *)NULL);
-	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(f->pad, U64_MAX >> PAGE_SHIFT),
+	KUNIT_EXPECT_PTR_EQ(test, page_address(pad_page(f->pad, 0)), data_of(f->pad));
+	KUNIT_EXPECT_PTR_EQ(test, page_address(pad_page(f->pad, 1)), (void *)f->pad->status);
+	KUNIT_EXPECT_PTR_EQ(test, pad_page(f->pad, 2), (struct page *)NULL);
+	KUNIT_EXPECT_PTR_EQ(test, pad_page(f->pad, U64_MAX >> PAGE_SHIFT),
 			    (struct page *)NULL);
 }
 
@@ -780,16 +787,89 @@ static void mapping_has_its_pages(struct kunit *test)
 		end = array->bytes;
 		for (at = 0; at < end; at += PAGE_SIZE)
 			KUNIT_ASSERT_PTR_EQ(test, kvs_array_page(array, at >> PAGE_SHIFT),
-					    kvs_pad_page(pad, (array->offset + at) >> PAGE_SHIFT));
+					    pad_page(pad, (array->offset + at) >> PAGE_SHIFT));
 	}
 	/* the last one has a table of one page in its second chunk, and owns the rest of it */
 	at = pad->planes[3].data.offset + CHUNK;
-	KUNIT_EXPECT_NOT_NULL(test, kvs_pad_page(pad, at >> PAGE_SHIFT));
+	KUNIT_EXPECT_NOT_NULL(test, pad_page(pad, at >> PAGE_SHIFT));
 	for (end = at + CHUNK; (at += PAGE_SIZE) < end;)
-		KUNIT_EXPECT_NULL(test, kvs_pad_page(pad, at >> PAGE_SHIFT));
-	KUNIT_EXPECT_PTR_EQ(test, kvs_pad_page(pad, pad->layout.status_offset >> PAGE_SHIFT),
+		KUNIT_EXPECT_NULL(test, pad_page(pad, at >> PAGE_SHIFT));
+	KUNIT_EXPECT_PTR_EQ(test, pad_page(pad, pad->layout.status_offset >> PAGE_SHIFT),
 			    virt_to_page(pad->status));
 	kvs_pad_put(pad);
+}
+
+static struct kvs_pad *fork_of(struct kvs_pad *source, u64 rows, u64 max_seq_len)
+{
+	const struct kvscratch_fork fork = { .rows = rows, .max_seq_len = max_seq_len };
+
+	return kvs_pad_fork(source, &fork);
+}
+
+/* Which pages of @array are those of @of: all below @shared bytes, and no other */
+static void expect_shared(struct kunit *test, const struct kvs_array *array,
+			  const struct kvs_array *of, u64 shared)
+{
+	u64 at;
+
+	for (at = 0; at < array->bytes; at += PAGE_SIZE) {
+		const struct page *page = kvs_array_page(array, at >> PAGE_SHIFT);
+
+		KUNIT_ASSERT_NOT_NULL(test, page);
+		KUNIT_ASSERT_EQ(test, page == kvs_array_page(of, at >> PAGE_SHIFT),
+				at + PAGE_SIZE <= shared);
+	}
+}
+
+/* Of pages, tables and huge chunks alike; which of them must not be mapped as a whole */
+static void forks_share_pages(struct kunit *test)
+{
+	struct kvscratch_plane planes[] = {
+		{ .dim = PAGE_SIZE, .dtype = KVSCRATCH_DTYPE_U8 },
+		{ .dim = 34, .dtype = KVSCRATCH_DTYPE_U8 },
+	};
+	const u64 chunk_rows = CHUNK / PAGE_SIZE, rows = chunk_rows + 300;
+	struct kvscratch_create create = {
+		.max_seq_len = 2 * chunk_rows,
+		.nr_planes = ARRAY_SIZE(planes),
+	};
+	u64 before = kvs_reserved(), token_bytes = PAGE_SIZE + 34, row;
+	struct kvs_pad *source = kvs_pad_create(&create, planes), *child, *grandchild;
+	void *token = kunit_kzalloc(test, token_bytes, GFP_KERNEL);
+	bool is_piece;
+
+	KUNIT_ASSERT_FALSE(test, IS_ERR(source));
+	for (row = 0; row < rows; row++) {
+		fill_rows(token, row, 1, token_bytes);
+		KUNIT_ASSERT_EQ(test, append(source, token, token_bytes), token_bytes);
+	}
+	child = fork_of(source, rows - 1, 2 * chunk_rows);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(child));
+	grandchild = fork_of(child, rows - 100, rows);
+	KUNIT_ASSERT_FALSE(test, IS_ERR(grandchild));
+	expect_shared(test, &child->planes[0].data, &source->planes[0].data,
+		      (rows - 1) * PAGE_SIZE);
+	expect_shared(test, &child->planes[1].data, &source->planes[1].data, (rows - 1) * 34);
+	expect_shared(test, &grandchild->planes[0].data, &source->planes[0].data,
+		      (rows - 100) * PAGE_SIZE);
+	expect_shared(test, &grandchild->planes[1].data, &child->planes[1].data,
+		      (rows - 100) * 34);
+	/* a chunk that is shared as a whole is mapped so */
+	kvs_pad_page(child, chunk_rows - 1, &is_piece);
+	KUNIT_EXPECT_FALSE(test, is_piece);
+	kvs_pad_page(grandchild, chunk_rows + 199, &is_piece);
+	KUNIT_EXPECT_EQ(test, is_piece, !!source->planes[0].data.chunks[1]->huge);
+	kvs_pad_page(grandchild, chunk_rows + 200, &is_piece);
+	KUNIT_EXPECT_FALSE(test, is_piece);
+	kvs_pad_put(child);
+	kvs_pad_put(source);
+	for (row = 0; row < rows - 100; row++) {
+		struct page *page = kvs_array_page(&grandchild->planes[0].data, row);
+
+		KUNIT_ASSERT_TRUE(test, rows_are(page_address(page), row, 1, PAGE_SIZE));
+	}
+	kvs_pad_put(grandchild);
+	KUNIT_EXPECT_EQ(test, kvs_reserved(), before);
 }
 
 /* What a page of a view was given, and how many references its head has then */
@@ -829,13 +909,13 @@ static void faults_leave_room_for_references(struct kunit *test)
 	indices[1] = pad->planes[1].data.offset >> PAGE_SHIFT;
 	indices[2] = pad->layout.status_offset >> PAGE_SHIFT;
 	for (i = 0; i < ARRAY_SIZE(indices); i++) {
-		struct page *head = compound_head(kvs_pad_page(pad, indices[i]));
+		struct page *head = compound_head(pad_page(pad, indices[i]));
 		int before = page_ref_count(head);
 		struct page *page;
 
 		page_ref_add(head, INT_MAX / 2 - before);
 		KUNIT_EXPECT_EQ(test, fault_at(pad, indices[i], &page), 0);
-		KUNIT_EXPECT_PTR_EQ(test, page, kvs_pad_page(pad, indices[i]));
+		KUNIT_EXPECT_PTR_EQ(test, page, pad_page(pad, indices[i]));
 		KUNIT_EXPECT_EQ(test, page_ref_count(head), INT_MAX / 2 + 1);
 		KUNIT_EXPECT_EQ(test, fault_at(pad, indices[i], &page), VM_FAULT_SIGBUS);
 		KUNIT_EXPECT_NULL(test, page);
@@ -1178,6 +1258,7 @@ static struct kunit_case kvs_bounds_cases[] = {
 	KUNIT_CASE(layout_of_many_planes),
 	KUNIT_CASE(create_refuses),
 	KUNIT_CASE(mapping_has_its_pages),
+	KUNIT_CASE(forks_share_pages),
 	KUNIT_CASE(faults_leave_room_for_references),
 	KUNIT_CASE(limits_do_not_overflow),
 	KUNIT_CASE(create_respects_the_total),

@@ -228,6 +228,8 @@ struct pad {
 	struct kvscratch_pad_info info;
 	struct plane planes[MODEL_PLANES];
 	struct file *writer;
+	/* rows below it may be shared with a pad that was forked, or is a fork */
+	uint64_t floor;
 	/* rows are there that the model cannot know */
 	bool opaque;
 	/* no byte beyond the committed rows may be set */
@@ -571,7 +573,9 @@ static void *put(uint64_t place, const void *bytes, size_t size)
 		mprotect(read_only, IMAGE_BYTES, PROT_READ);
 		return read_only;
 	case UNALIGNED:
-		size -= !!size;
+		/* all of it: what lay there before is not what the model knows */
+		if (size == ARENA_BYTES)
+			size--;
 		at = arena + 1;
 		break;
 	case IN_A_VIEW:
@@ -733,6 +737,103 @@ static void do_create(const uint64_t *arg)
 	handle->file = new_file(pad);
 }
 
+/* Of a FORK through a node that may make pads; what it takes of the limits decides the rest */
+static int expected_branch(const struct handle *source, const struct kvscratch_fork *fork)
+{
+	const struct pad *pad = pad_of(source);
+
+	if (!pad)
+		return EBADF;
+	if (!writable(source->fd) &&
+	    !(pad->info.flags & KVSCRATCH_PAD_SEALED && readable(source->fd)))
+		return EACCES;
+	if (fork->flags || fork->reserved || !fork->max_seq_len ||
+	    fork->max_seq_len > KVSCRATCH_MAX_SEQ_LEN || fork->rows > fork->max_seq_len)
+		return EINVAL;
+	if (fork->generation != pad->info.generation)
+		return ECANCELED;
+	return fork->rows > pad->info.len ? EINVAL : 0;
+}
+
+/* The model of a fork, whose own rows are zero */
+static void new_branch(struct pad *pad, struct pad *from, const struct kvscratch_fork *fork, int fd)
+{
+	struct kvscratch_plane planes[MODEL_PLANES] = { 0 };
+	struct kvscratch_create create = {
+		.max_seq_len = fork->max_seq_len,
+		.nr_planes = from->info.nr_planes,
+	};
+	unsigned long count = stop_counting();
+
+	*pad = (struct pad) {
+		.floor = fork->rows,
+		.opaque = from->opaque || !alone,
+		.zero_beyond = true,
+	};
+	memcpy(pad->shadow, from->shadow, fork->rows * from->info.row_bytes);
+	if (from->floor < fork->rows)
+		from->floor = fork->rows;
+	if (device_pad_info(fd, &pad->info))
+		broken("a fork without INFO");
+	describe_planes(pad, fd);
+	go_on_counting(count);
+	if (pad->info.len != fork->rows || pad->info.parent_rows != fork->rows ||
+	    pad->info.parent_id != from->info.id)
+		broken("a fork has other rows, or is of another pad");
+	if (pad->info.generation || pad->info.epoch || pad->info.flags)
+		broken("a fork has a generation or a writer");
+	for (uint32_t i = 0; i < from->info.nr_planes; i++)
+		planes[i] = from->planes[i].geometry;
+	memcpy(create.tag, from->info.tag, sizeof(create.tag));
+	check_new_pad(pad, &create, planes);
+}
+
+static void do_branch(const uint64_t *arg)
+{
+	struct handle *to = handle_at(arg[0]), *node = handle_at(arg[1]);
+	struct handle *source = handle_at(arg[2]);
+	struct kvscratch_fork fork = {
+		.size = arg[3],
+		.flags = arg[4],
+		.source_fd = source->fd,
+		.reserved = arg[5],
+		.rows = arg[6],
+		.generation = arg[7],
+		.max_seq_len = arg[8],
+	};
+	bool plain = arg[3] == sizeof(fork) && arg[10] % NR_PLACES == IN_ARENA &&
+		     !node->file && node->fd >= 0 && writable(node->fd);
+	struct pad *from = pad_of(source);
+	int fd = call_ioctl(node, KVSCRATCH_IOC_FORK, &fork, sizeof(fork), arg[9], arg[10]);
+	int error = errno;
+
+	if (plain && alone) {
+		int expected = expected_branch(source, &fork);
+
+		if (expected || (fd < 0 && error != EDQUOT && error != ENOMEM))
+			expect_errno("FORK", expected, fd, error);
+	}
+	check_handle(source);
+	if (fd < 0)
+		return;
+	if (!from) {
+		broken("FORK of what is no pad");
+		close(fd);
+		return;
+	}
+	release(to);
+	to->fd = fd;
+	if (nr_pads == NR_PADS) {
+		/* who has rows in common with one that is gone may drop them */
+		if (from->floor < fork.rows)
+			from->floor = fork.rows;
+		release(to);
+		return;
+	}
+	new_branch(&pads[nr_pads], from, &fork, fd);
+	to->file = new_file(&pads[nr_pads++]);
+}
+
 static int expected_open(const struct handle *from, const struct kvscratch_open *open)
 {
 	const uint32_t both = KVSCRATCH_ACCESS_READ | KVSCRATCH_ACCESS_WRITE;
@@ -833,6 +934,8 @@ static void truncated(struct pad *pad, const struct kvscratch_truncate *truncate
 		pad->zero_beyond = true;
 	else if (truncate->len < pad->info.len)
 		pad->zero_beyond = false;
+	if (truncate->len < pad->floor)
+		pad->floor = truncate->len;
 	pad->info.len = truncate->len;
 	pad->info.trunc_len = truncate->len;
 	pad->info.generation++;
@@ -859,6 +962,9 @@ static void do_truncate(const uint64_t *arg)
 	int err = call_ioctl(handle, KVSCRATCH_IOC_TRUNCATE, &truncate, sizeof(truncate), arg[6],
 			     arg[7]);
 
+	/* whether a fork is still there views decide as well */
+	if (pad && !expected && err < 0 && errno == ETXTBSY && truncate.len < pad->floor)
+		expected = ETXTBSY;
 	if (pad && plain)
 		expect_errno("TRUNCATE", expected, err, errno);
 	if (!err && pad && alone)
@@ -1079,8 +1185,7 @@ static void do_seen(const uint64_t *arg)
 
 static bool is_ours(unsigned int cmd)
 {
-	return cmd == KVSCRATCH_IOC_CREATE ||
-	       (cmd >= KVSCRATCH_IOC_OPEN && cmd <= KVSCRATCH_IOC_PLANES);
+	return cmd >= KVSCRATCH_IOC_CREATE && cmd <= KVSCRATCH_IOC_PLANES;
 }
 
 /* A number that is no ioctl of the module */
@@ -1465,6 +1570,7 @@ static const struct call_type {
 	{ "fdinfo", do_fdinfo, "h", 0 },
 	{ "setfl", do_setfl, "hf", 0 },
 	{ "fork", do_fork, "n", 0 },
+	{ "branch", do_branch, "hHhz00nNn0q", sizeof(struct kvscratch_fork) },
 };
 
 struct call {
@@ -1719,7 +1825,10 @@ static struct call random_call(void)
 {
 	/* most calls are of no use on a handle without a pad */
 	const unsigned int type = one_in(3) ? below(9) : below(ARRAY_LEN(call_types));
-	struct call call = { .type = &call_types[type] };
+	/* the last one is as good as the first ones */
+	struct call call = {
+		.type = &call_types[one_in(12) ? ARRAY_LEN(call_types) - 1 : type],
+	};
 
 	for (unsigned int i = 0; call.type->args[i]; i++)
 		call.arg[i] = sample(call.type->args[i], call.type->size);

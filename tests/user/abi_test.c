@@ -34,6 +34,14 @@ OFFSET(kvscratch_create, planes, 16);
 OFFSET(kvscratch_create, nr_planes, 24);
 OFFSET(kvscratch_create, plane_bytes, 28);
 OFFSET(kvscratch_create, tag, 32);
+SIZE(kvscratch_fork, 40);
+OFFSET(kvscratch_fork, size, 0);
+OFFSET(kvscratch_fork, flags, 4);
+OFFSET(kvscratch_fork, source_fd, 8);
+OFFSET(kvscratch_fork, reserved, 12);
+OFFSET(kvscratch_fork, rows, 16);
+OFFSET(kvscratch_fork, generation, 24);
+OFFSET(kvscratch_fork, max_seq_len, 32);
 SIZE(kvscratch_open, 16);
 OFFSET(kvscratch_open, size, 0);
 OFFSET(kvscratch_open, flags, 4);
@@ -65,7 +73,7 @@ OFFSET(kvscratch_seen, size, 0);
 OFFSET(kvscratch_seen, flags, 4);
 OFFSET(kvscratch_seen, generation, 8);
 OFFSET(kvscratch_seen, len, 16);
-SIZE(kvscratch_pad_info, 168);
+SIZE(kvscratch_pad_info, 184);
 OFFSET(kvscratch_pad_info, size, 0);
 OFFSET(kvscratch_pad_info, flags, 4);
 OFFSET(kvscratch_pad_info, id, 8);
@@ -77,12 +85,14 @@ OFFSET(kvscratch_pad_info, mapping_bytes, 48);
 OFFSET(kvscratch_pad_info, status_offset, 56);
 OFFSET(kvscratch_pad_info, allocated_bytes, 64);
 OFFSET(kvscratch_pad_info, shared_bytes, 72);
-OFFSET(kvscratch_pad_info, saturated, 80);
-OFFSET(kvscratch_pad_info, epoch, 88);
-OFFSET(kvscratch_pad_info, nr_planes, 92);
-OFFSET(kvscratch_pad_info, row_bytes, 96);
-OFFSET(kvscratch_pad_info, input_row_bytes, 100);
-OFFSET(kvscratch_pad_info, tag, 104);
+OFFSET(kvscratch_pad_info, parent_id, 80);
+OFFSET(kvscratch_pad_info, parent_rows, 88);
+OFFSET(kvscratch_pad_info, saturated, 96);
+OFFSET(kvscratch_pad_info, epoch, 104);
+OFFSET(kvscratch_pad_info, nr_planes, 108);
+OFFSET(kvscratch_pad_info, row_bytes, 112);
+OFFSET(kvscratch_pad_info, input_row_bytes, 116);
+OFFSET(kvscratch_pad_info, tag, 120);
 SIZE(kvscratch_planes, 24);
 OFFSET(kvscratch_planes, size, 0);
 OFFSET(kvscratch_planes, first, 4);
@@ -103,6 +113,7 @@ OFFSET(kvscratch_status, writer, 128);
 OFFSET(kvscratch_status, generation, 136);
 
 _Static_assert(KVSCRATCH_IOC_CREATE == 0xd500, "CREATE");
+_Static_assert(KVSCRATCH_IOC_FORK == 0xd501, "FORK");
 _Static_assert(KVSCRATCH_IOC_OPEN == 0xd502, "OPEN");
 _Static_assert(KVSCRATCH_IOC_STAGE == 0xd503, "STAGE");
 _Static_assert(KVSCRATCH_IOC_COMMIT == 0xd504, "COMMIT");
@@ -125,6 +136,7 @@ union arg {
 	uint32_t words[26];
 	uint32_t size;
 	struct kvscratch_create create;
+	struct kvscratch_fork fork;
 	struct kvscratch_open open;
 	struct kvscratch_stage stage;
 	struct kvscratch_commit commit;
@@ -153,6 +165,9 @@ static struct kvscratch_create valid_create(const struct kvscratch_plane *planes
 
 static char row[ROW_BYTES];
 
+/* What a valid FORK is of: the pad of the fixture, in its first generation */
+static int forked_pad;
+
 /* An argument with which each call does something, and what comes of it does no harm */
 static union arg valid_arg(unsigned int cmd)
 {
@@ -164,6 +179,13 @@ static union arg valid_arg(unsigned int cmd)
 	case KVSCRATCH_IOC_CREATE:
 		plane = valid_plane();
 		arg.create = valid_create(&plane);
+		break;
+	case KVSCRATCH_IOC_FORK:
+		arg.fork = (struct kvscratch_fork) {
+			.size = sizeof(arg.fork),
+			.source_fd = forked_pad,
+			.max_seq_len = ROWS,
+		};
 		break;
 	case KVSCRATCH_IOC_OPEN:
 		arg.open = (struct kvscratch_open) {
@@ -216,7 +238,7 @@ static int valid_call(int fd, unsigned int cmd)
 
 	if (ret < 0)
 		return -errno;
-	if (cmd == KVSCRATCH_IOC_CREATE || cmd == KVSCRATCH_IOC_OPEN)
+	if (cmd == KVSCRATCH_IOC_CREATE || cmd == KVSCRATCH_IOC_FORK || cmd == KVSCRATCH_IOC_OPEN)
 		close(ret);
 	else if (ret)
 		return -EPROTO;
@@ -253,6 +275,7 @@ FIXTURE_SETUP(abi)
 	ASSERT_LE(0, self->read_node);
 	self->pad = device_create(ROWS, DIM, KVSCRATCH_DTYPE_F32);
 	ASSERT_LE(0, self->pad);
+	forked_pad = self->pad;
 	self->reader = device_open_reader(self->pad);
 	ASSERT_LE(0, self->reader);
 	self->appender = device_reopen(self->pad, O_WRONLY);
@@ -281,6 +304,7 @@ TEST_F(abi, valid_arguments_are_valid)
 
 	ASSERT_LE(0, writer);
 	EXPECT_EQ(0, valid_call(self->node, KVSCRATCH_IOC_CREATE));
+	EXPECT_EQ(0, valid_call(self->node, KVSCRATCH_IOC_FORK));
 	for (size_t i = 0; i < ARRAY_SIZE(pad_calls); i++) {
 		EXPECT_EQ(0, valid_call(writer, pad_calls[i]))
 			TH_LOG("call %u", _IOC_NR(pad_calls[i]));
@@ -557,7 +581,7 @@ TEST_F(abi, inputs_may_be_longer)
 {
 	static const unsigned int calls[] = {
 		KVSCRATCH_IOC_OPEN, KVSCRATCH_IOC_STAGE, KVSCRATCH_IOC_COMMIT,
-		KVSCRATCH_IOC_TRUNCATE, KVSCRATCH_IOC_SEEN, KVSCRATCH_IOC_CREATE,
+		KVSCRATCH_IOC_TRUNCATE, KVSCRATCH_IOC_SEEN, KVSCRATCH_IOC_CREATE, KVSCRATCH_IOC_FORK,
 		/* last, for what it does lasts */
 		KVSCRATCH_IOC_SEAL,
 	};
@@ -567,7 +591,9 @@ TEST_F(abi, inputs_may_be_longer)
 	for (size_t i = 0; i < ARRAY_SIZE(calls); i++) {
 		union arg arg = valid_arg(calls[i]);
 		const uint32_t known = arg.size;
-		int fd = calls[i] == KVSCRATCH_IOC_CREATE ? self->node : writer;
+		bool makes_a_pad = calls[i] == KVSCRATCH_IOC_CREATE ||
+				   calls[i] == KVSCRATCH_IOC_FORK;
+		int fd = makes_a_pad ? self->node : writer;
 		int ret;
 
 		arg.size = known + 8;
@@ -588,7 +614,7 @@ TEST_F(abi, inputs_may_be_longer)
 		ret = ioctl(fd, calls[i], &arg);
 		EXPECT_LE(0, ret)
 			TH_LOG("call %u", _IOC_NR(calls[i]));
-		if (calls[i] == KVSCRATCH_IOC_OPEN || calls[i] == KVSCRATCH_IOC_CREATE)
+		if (calls[i] == KVSCRATCH_IOC_OPEN || makes_a_pad)
 			close(ret);
 		if (calls[i] == KVSCRATCH_IOC_TRUNCATE) {
 			close(writer);
@@ -646,7 +672,7 @@ TEST_F(abi, arrays_of_create_may_be_longer)
 /* What stands in an output does not matter, and nothing of it stays. */
 TEST_F(abi, info_is_output_only)
 {
-	static const uint32_t sizes[] = { 168, 169, 176, 4095, 4096 };
+	static const uint32_t sizes[] = { 184, 185, 192, 4095, 4096 };
 	struct kvscratch_pad_info expected;
 
 	ASSERT_EQ(0, append_rows(self->pad, ROW_BYTES, 0, 7));
@@ -777,8 +803,6 @@ TEST_F(abi, planes_e2big)
 TEST_F(abi, enotty)
 {
 	static const unsigned int unknown[] = {
-		/* kept for a call to come */
-		_IO(KVSCRATCH_IOC_MAGIC, 1),
 		_IO(KVSCRATCH_IOC_MAGIC, 10),
 		_IO(KVSCRATCH_IOC_MAGIC, 255),
 		_IO(KVSCRATCH_IOC_MAGIC + 1, 8),
@@ -802,6 +826,8 @@ TEST_F(abi, enotty)
 	}
 	EXPECT_EQ(-ENOTTY, valid_call(self->pad, KVSCRATCH_IOC_CREATE));
 	EXPECT_ERRNO(ENOTTY, ioctl(self->reader, KVSCRATCH_IOC_CREATE, NULL));
+	EXPECT_EQ(-ENOTTY, valid_call(self->pad, KVSCRATCH_IOC_FORK));
+	EXPECT_ERRNO(ENOTTY, ioctl(self->reader, KVSCRATCH_IOC_FORK, NULL));
 }
 
 TEST_F(abi, a_node_handle_is_no_pad)
@@ -820,6 +846,10 @@ TEST_F(abi, ebadf_and_eacces_by_access_mode)
 	EXPECT_ERRNO(EBADF, pread(self->appender, row, sizeof(row), 0));
 	EXPECT_ERRNO(EACCES, mmap(NULL, 4096, PROT_READ, MAP_SHARED, self->appender, 0));
 	EXPECT_EQ(-EACCES, valid_call(self->read_node, KVSCRATCH_IOC_CREATE));
+	EXPECT_EQ(-EACCES, valid_call(self->read_node, KVSCRATCH_IOC_FORK));
+	EXPECT_EQ(-EACCES, device_fork_on(self->node, self->reader, 0, 0, ROWS));
+	EXPECT_EQ(-EBADF, device_fork_on(self->node, self->node, 0, 0, ROWS));
+	EXPECT_EQ(-EBADF, device_fork_on(self->node, -1, 0, 0, ROWS));
 	EXPECT_EQ(-EACCES, valid_call(self->reader, KVSCRATCH_IOC_TRUNCATE));
 	EXPECT_EQ(-EACCES, valid_call(self->reader, KVSCRATCH_IOC_SEAL));
 	EXPECT_EQ(-EACCES, valid_call(self->reader, KVSCRATCH_IOC_OPEN));
@@ -924,6 +954,27 @@ TEST_F(abi, ecanceled)
 	EXPECT_EQ(0, ioctl(self->pad, KVSCRATCH_IOC_TRUNCATE, &truncate));
 	EXPECT_EQ(1, len_of(self->pad));
 	EXPECT_EQ(2, generation_of(self->pad));
+
+	EXPECT_EQ(-ECANCELED, device_fork_on(self->node, self->pad, 1, 1, ROWS));
+	EXPECT_EQ(-ECANCELED, device_fork_on(self->node, self->pad, 1, 2 | 1ull << 32, ROWS));
+}
+
+TEST_F(abi, etxtbsy)
+{
+	int pad = new_pad(ROWS, 4096), forked;
+
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, append_rows(pad, 4096, 0, 2));
+	forked = device_fork_on(self->node, pad, 2, 0, ROWS);
+	ASSERT_LE(0, forked);
+	EXPECT_EQ(-ETXTBSY, device_truncate(pad, 1, 0));
+	EXPECT_EQ(-ETXTBSY, device_truncate(forked, 1, KVSCRATCH_TRUNCATE_ZERO));
+	EXPECT_EQ(2, len_of(pad));
+	EXPECT_EQ(0, generation_of(pad));
+	EXPECT_EQ(0, device_truncate(pad, 2, 0));
+	close(forked);
+	EXPECT_EQ(0, device_truncate(pad, 1, 0));
+	close(pad);
 }
 
 TEST_F(abi, enospc)
@@ -985,6 +1036,7 @@ TEST_F(abi, edquot)
 	create.max_seq_len = KVSCRATCH_MAX_SEQ_LEN;
 	plane.dim = KVSCRATCH_MAX_ROW_BYTES / 4;
 	EXPECT_EQ(-EDQUOT, try_create(self->node, &create));
+	EXPECT_EQ(-EDQUOT, device_fork_on(self->node, self->pad, 0, 0, KVSCRATCH_MAX_SEQ_LEN));
 }
 
 #define MIN_AVAILABLE "/sys/module/kvscratch/parameters/min_available_bytes"
@@ -995,6 +1047,7 @@ TEST_F(abi, enomem)
 
 	write_number(MIN_AVAILABLE, INT64_MAX);
 	EXPECT_EQ(-ENOMEM, valid_call(self->node, KVSCRATCH_IOC_CREATE));
+	EXPECT_EQ(-ENOMEM, valid_call(self->node, KVSCRATCH_IOC_FORK));
 	write_number(MIN_AVAILABLE, saved);
 	EXPECT_EQ(0, valid_call(self->node, KVSCRATCH_IOC_CREATE));
 }
@@ -1012,6 +1065,7 @@ TEST_F(abi, emfile)
 	limit.rlim_cur = next;
 	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &limit));
 	EXPECT_EQ(-EMFILE, valid_call(self->node, KVSCRATCH_IOC_CREATE));
+	EXPECT_EQ(-EMFILE, valid_call(self->node, KVSCRATCH_IOC_FORK));
 	EXPECT_EQ(-EMFILE, valid_call(self->pad, KVSCRATCH_IOC_OPEN));
 	/* which has not taken the role from anybody */
 	EXPECT_EQ(-EMFILE, device_open_writer(self->pad, KVSCRATCH_OPEN_TAKEOVER));
@@ -1033,6 +1087,7 @@ TEST_F(abi, enfile)
 		CHILD_CHECK(say(child.line));
 		CHILD_CHECK(hear(child.line));
 		CHILD_CHECK(valid_call(self->node, KVSCRATCH_IOC_CREATE) == -ENFILE);
+		CHILD_CHECK(valid_call(self->node, KVSCRATCH_IOC_FORK) == -ENFILE);
 		CHILD_CHECK(valid_call(self->pad, KVSCRATCH_IOC_OPEN) == -ENFILE);
 		CHILD_CHECK(device_open_writer(self->pad, KVSCRATCH_OPEN_TAKEOVER) == -ENFILE);
 		_exit(0);
@@ -1060,10 +1115,12 @@ TEST_F(abi, efault)
 	ASSERT_LE(0, writer);
 	last_word = (uint32_t *)(page + 4092);
 	/* the size can be read, the rest cannot */
-	*last_word = 168;
+	*last_word = sizeof(struct kvscratch_pad_info);
 	EXPECT_ERRNO(EFAULT, ioctl(self->node, KVSCRATCH_IOC_CREATE, NULL));
 	EXPECT_ERRNO(EFAULT, ioctl(self->node, KVSCRATCH_IOC_CREATE, self->bad));
 	EXPECT_ERRNO(EFAULT, ioctl(self->node, KVSCRATCH_IOC_CREATE, last_word));
+	EXPECT_ERRNO(EFAULT, ioctl(self->node, KVSCRATCH_IOC_FORK, NULL));
+	EXPECT_ERRNO(EFAULT, ioctl(self->node, KVSCRATCH_IOC_FORK, last_word));
 	for (size_t i = 0; i < ARRAY_SIZE(pad_calls); i++) {
 		EXPECT_ERRNO(EFAULT, ioctl(writer, pad_calls[i], NULL));
 		EXPECT_ERRNO(EFAULT, ioctl(writer, pad_calls[i], self->bad));
@@ -1296,14 +1353,14 @@ TEST_F(abi, values_before_limits_before_memory)
  */
 
 enum obstacle {
-	WRONG_KIND, BAD_POINTER, SHORT_STRUCT, UNKNOWN_TAIL, NO_RIGHTS, BAD_VALUE, SEALED, STALE,
-	OTHER_WRITER, NO_ROLE, TURN, UNEXPECTED, BEYOND_THE_PAD, NO_ROOM, BAD_SOURCE, NOT_FINITE,
-	NO_QUOTA, NO_MEMORY, NR_OBSTACLES
+	WRONG_KIND, BAD_POINTER, SHORT_STRUCT, UNKNOWN_TAIL, NO_RIGHTS, NO_PAD, NO_RIGHTS_THERE,
+	BAD_VALUE, SEALED, STALE, OTHER_WRITER, NO_ROLE, TURN, UNEXPECTED, BEYOND_THE_PAD, SHARED,
+	NO_ROOM, BAD_SOURCE, NOT_FINITE, NO_QUOTA, NO_MEMORY, NR_OBSTACLES
 };
 
 static const int obstacle_errno[] = {
-	ENOTTY, EFAULT, EINVAL, E2BIG, EACCES, EINVAL, EROFS, ESTALE, EBUSY, ENOLCK, EAGAIN,
-	ECANCELED, EINVAL, ENOSPC, EFAULT, EDOM, EDQUOT, ENOMEM,
+	ENOTTY, EFAULT, EINVAL, E2BIG, EACCES, EBADF, EACCES, EINVAL, EROFS, ESTALE, EBUSY,
+	ENOLCK, EAGAIN, ECANCELED, EINVAL, ETXTBSY, ENOSPC, EFAULT, EDOM, EDQUOT, ENOMEM,
 };
 
 #define BIT(obstacle) (1u << (obstacle))
@@ -1321,6 +1378,9 @@ static const struct {
 		 BIT(TURN) | BIT(NO_ROOM) | BIT(BAD_SOURCE) | BIT(NOT_FINITE) },
 	{ KVSCRATCH_IOC_CREATE, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(BAD_SOURCE) |
 				BIT(NO_QUOTA) | BIT(NO_MEMORY) },
+	{ KVSCRATCH_IOC_FORK, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(NO_PAD) | BIT(NO_RIGHTS_THERE) |
+			      BIT(BAD_VALUE) | BIT(UNEXPECTED) | BIT(BEYOND_THE_PAD) |
+			      BIT(NO_QUOTA) | BIT(NO_MEMORY) },
 	{ KVSCRATCH_IOC_OPEN, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(SEALED) |
 			      BIT(OTHER_WRITER) | BIT(TURN) },
 	{ KVSCRATCH_IOC_STAGE, ANY_STRUCT | BIT(BAD_VALUE) | BIT(SEALED) | BIT(STALE) |
@@ -1330,7 +1390,7 @@ static const struct {
 				BIT(NO_ROLE) | BIT(TURN) | BIT(BEYOND_THE_PAD) },
 	{ KVSCRATCH_IOC_TRUNCATE, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(SEALED) |
 				  BIT(STALE) | BIT(OTHER_WRITER) | BIT(TURN) | BIT(UNEXPECTED) |
-				  BIT(BEYOND_THE_PAD) },
+				  BIT(BEYOND_THE_PAD) | BIT(SHARED) },
 	{ KVSCRATCH_IOC_SEAL, ANY_STRUCT | BIT(NO_RIGHTS) | BIT(BAD_VALUE) | BIT(STALE) |
 			      BIT(OTHER_WRITER) | BIT(TURN) },
 	{ KVSCRATCH_IOC_SEEN, ANY_STRUCT | BIT(BAD_VALUE) },
@@ -1345,9 +1405,9 @@ static uint32_t excluded_by(enum obstacle obstacle)
 	switch (obstacle) {
 	case WRONG_KIND:
 		return BIT(SEALED) | ANY_ROLE | BIT(TURN) | BIT(UNEXPECTED) | BIT(BEYOND_THE_PAD) |
-		       BIT(NO_ROOM);
+		       BIT(SHARED) | BIT(NO_ROOM);
 	case BAD_POINTER:
-		return BIT(SHORT_STRUCT) | BIT(UNKNOWN_TAIL) | BIT(BAD_VALUE) | BIT(UNEXPECTED) |
+		return BIT(NO_PAD) | BIT(NO_RIGHTS_THERE) | BIT(SHORT_STRUCT) | BIT(UNKNOWN_TAIL) | BIT(BAD_VALUE) | BIT(UNEXPECTED) |
 		       BIT(BEYOND_THE_PAD) | BIT(NO_ROOM) | BIT(BAD_SOURCE) | BIT(NOT_FINITE);
 	case SHORT_STRUCT:
 		return BIT(UNKNOWN_TAIL);
@@ -1355,6 +1415,8 @@ static uint32_t excluded_by(enum obstacle obstacle)
 		return BIT(STALE);
 	case SEALED:
 		return BIT(TURN);
+	case NO_PAD:
+		return BIT(NO_RIGHTS_THERE);
 	case STALE:
 	case OTHER_WRITER:
 		return ANY_ROLE;
@@ -1371,9 +1433,10 @@ static uint32_t excluded_by(enum obstacle obstacle)
 static float numbers[(ROWS + 1) * WIDE_DIM];
 static float no_numbers[(ROWS + 1) * WIDE_DIM];
 
-/* A pad, and what is open of it */
+/* A pad, and what is open of it, or of a fork of it */
 struct scene {
 	int pad;
+	int forked;
 	int writer;
 	/* by which the call comes */
 	int fd;
@@ -1384,7 +1447,8 @@ static int handle_for(const FIXTURE_DATA(abi) *self, const struct scene *scene, 
 		      uint32_t obstacles)
 {
 	const int access = obstacles & BIT(NO_RIGHTS) ? O_RDONLY : O_RDWR;
-	bool node = (cmd == KVSCRATCH_IOC_CREATE) != !!(obstacles & BIT(WRONG_KIND));
+	bool of_nodes = cmd == KVSCRATCH_IOC_CREATE || cmd == KVSCRATCH_IOC_FORK;
+	bool node = of_nodes != !!(obstacles & BIT(WRONG_KIND));
 	bool of_the_writer = cmd == KVSCRATCH_IOC_STAGE || cmd == KVSCRATCH_IOC_COMMIT;
 
 	if (node)
@@ -1404,8 +1468,13 @@ static void set_scene(const FIXTURE_DATA(abi) *self, struct scene *scene, unsign
 	};
 	bool of_the_writer = cmd == KVSCRATCH_IOC_STAGE || cmd == KVSCRATCH_IOC_COMMIT;
 
-	*scene = (struct scene) { .writer = -1, .fd = -1 };
+	*scene = (struct scene) { .writer = -1, .fd = -1, .forked = -1 };
 	scene->pad = device_create_planes(ROWS, &plane, 1);
+	if (obstacles & BIT(SHARED)) {
+		if (device_append(scene->pad, numbers, WIDE_BYTES))
+			abort();
+		scene->forked = device_fork(scene->pad, 1, 0, ROWS);
+	}
 	if (obstacles & BIT(STALE))
 		scene->fd = device_open_writer(scene->pad, 0);
 	if (of_the_writer || obstacles & ANY_ROLE)
@@ -1428,6 +1497,7 @@ static void clear_scene(struct scene *scene)
 		kill_stall(&scene->stall);
 	close(scene->fd);
 	close(scene->writer);
+	close(scene->forked);
 	close(scene->pad);
 }
 
@@ -1448,6 +1518,10 @@ static union arg obstructed_arg(const FIXTURE_DATA(abi) *self, unsigned int cmd,
 	case KVSCRATCH_IOC_CREATE:
 		if (obstacles & BIT(BAD_SOURCE))
 			arg.create.planes = (uintptr_t)self->bad;
+		break;
+	case KVSCRATCH_IOC_FORK:
+		arg.fork.rows = obstacles & BIT(BEYOND_THE_PAD) ? 5 : 0;
+		arg.fork.generation = obstacles & BIT(UNEXPECTED) ? 1 : 0;
 		break;
 	case KVSCRATCH_IOC_OPEN:
 		arg.open.flags |= KVSCRATCH_OPEN_WRITER;
@@ -1482,6 +1556,14 @@ static union arg obstructed_arg(const FIXTURE_DATA(abi) *self, unsigned int cmd,
 	return arg;
 }
 
+/* What a FORK is of */
+static int source_for(const FIXTURE_DATA(abi) *self, const struct scene *scene, uint32_t obstacles)
+{
+	if (obstacles & BIT(NO_PAD))
+		return self->node;
+	return obstacles & BIT(NO_RIGHTS_THERE) ? self->reader : scene->pad;
+}
+
 /* 0 or the errno */
 static int obstructed_call(const FIXTURE_DATA(abi) *self, unsigned int cmd, uint32_t obstacles)
 {
@@ -1490,6 +1572,8 @@ static int obstructed_call(const FIXTURE_DATA(abi) *self, unsigned int cmd, uint
 	int ret, err;
 
 	set_scene(self, &scene, cmd, obstacles);
+	if (cmd == KVSCRATCH_IOC_FORK)
+		arg.fork.source_fd = source_for(self, &scene, obstacles);
 	if (cmd == WRITE) {
 		const void *from = obstacles & BIT(BAD_SOURCE) ? self->bad :
 				   obstacles & BIT(NOT_FINITE) ? (void *)no_numbers : numbers;
@@ -1643,6 +1727,9 @@ TEST_F(abi, fdinfo)
 	EXPECT_NE(NULL, strstr(text, "\nkvscratch-epoch:\t0\n"));
 	EXPECT_NE(NULL, strstr(text, "\nkvscratch-writer:\t0\n"));
 	EXPECT_NE(NULL, strstr(text, "\nkvscratch-sealed:\t0\n"));
+	EXPECT_NE(NULL, strstr(text, "\nkvscratch-shared-bytes:\t0\n"));
+	EXPECT_NE(NULL, strstr(text, "\nkvscratch-parent:\t0\n"));
+	EXPECT_NE(NULL, strstr(text, "\nkvscratch-parent-rows:\t0\n"));
 }
 
 TEST_HARNESS_MAIN

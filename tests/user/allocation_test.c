@@ -357,6 +357,45 @@ TEST_F_TIMEOUT(faults, in_create_of_planes, TEST_SECONDS)
 		  sweep(_metadata, self, sweep_create_planes, after_create_planes));
 }
 
+/* A chunk that is shared, the table of one that is shared in part, and a page of its own */
+#define FORK_ROWS (KVSCRATCH_CHUNK_BYTES / FAULT_ROW_BYTES + 40)
+
+static int sweep_fork(FIXTURE_DATA(faults) *self)
+{
+	return keep_handle(self, device_fork_on(self->node, self->pad, FORK_ROWS, 0,
+						FORK_ROWS + 4));
+}
+
+/* Room for another one would be missing if one left anything behind. */
+static int after_fork(FIXTURE_DATA(faults) *self, int err)
+{
+	err = err ? sweep_fork(self) : 0;
+	if (err)
+		return err;
+	if (len_of(self->handle) != FORK_ROWS)
+		err = -EIO;
+	close(self->handle);
+	return err;
+}
+
+TEST_F_TIMEOUT(faults, in_fork, TEST_SECONDS)
+{
+	struct kvscratch_pad_info info;
+
+	NEED_FAULT_INJECTION();
+	for (uint32_t row = 0; row < FORK_ROWS; row += 69)
+		ASSERT_EQ(0, append_rows(self->pad, FAULT_ROW_BYTES, row, 69));
+	set_limits(1 << 30, 1 << 30);
+	ASSERT_EQ(0, sweep_fork(self));
+	ASSERT_EQ(0, device_pad_info(self->handle, &info));
+	close(self->handle);
+	set_limits(1 << 30, charged_bytes(FAULT_ROWS, FAULT_ROW_BYTES) + info.allocated_bytes);
+	/* the pad, its planes and arrays, pointers, a table, pages, inode, handle, file */
+	EXPECT_LE(14, sweep(_metadata, self, sweep_fork, after_fork));
+	/* nobody shares a row of it now */
+	EXPECT_EQ(0, device_truncate(self->pad, 0, 0));
+}
+
 static int sweep_map(FIXTURE_DATA(faults) *self)
 {
 	return device_map(self->pad, &self->view);
@@ -894,6 +933,35 @@ TEST_F_TIMEOUT(faults, calls_of_a_writer_reach_no_allocation, TEST_SECONDS)
 	close(writer);
 	close(self->handle);
 	munmap(rows, bytes);
+}
+
+/* Into the copy of a page, the rest of a table, and the next chunk */
+TEST_F_TIMEOUT(faults, appends_to_a_fork_reach_no_allocation, TEST_SECONDS)
+{
+	const uint32_t row_bytes = 1000, shared = 100, rows = 2 * KVSCRATCH_CHUNK_BYTES / 1000;
+	uint8_t *source = mmap(NULL, 4096 * row_bytes, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	int pad;
+
+	NEED_FAULT_INJECTION();
+	ASSERT_NE(MAP_FAILED, (void *)source);
+	ASSERT_EQ(0, mlock(source, 4096 * row_bytes));
+	set_limits(1 << 30, 1 << 30);
+	pad = new_pad(rows, row_bytes);
+	ASSERT_LE(0, pad);
+	ASSERT_EQ(0, append_rows(pad, row_bytes, 0, shared));
+	self->handle = device_fork_on(self->node, pad, shared, 0, rows);
+	ASSERT_LE(0, self->handle);
+	EXPECT_NO_ALLOCATION(0, device_append(self->handle, source, row_bytes));
+	EXPECT_NO_ALLOCATION(0, device_append(pad, source, row_bytes));
+	EXPECT_NO_ALLOCATION(0, device_append(self->handle, source,
+					      (rows - shared - 1) * row_bytes));
+	EXPECT_EQ(rows, len_of(self->handle));
+	EXPECT_NO_ALLOCATION(-ETXTBSY, device_truncate(self->handle, 0, 0));
+	close(pad);
+	EXPECT_NO_ALLOCATION(0, device_truncate(self->handle, 0, KVSCRATCH_TRUNCATE_ZERO));
+	close(self->handle);
+	munmap(source, 4096 * row_bytes);
 }
 
 TEST_F_TIMEOUT(faults, converting_appends_reach_no_allocation, TEST_SECONDS)

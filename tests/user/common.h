@@ -77,9 +77,15 @@ static inline bool is_fragmented(void)
 	return getenv("KVSCRATCH_FRAGMENTED");
 }
 
+/* Whether a page table entry can map a chunk: not of larger pages, nor without THP (PREEMPT_RT) */
+static inline bool one_entry_maps_a_chunk(void)
+{
+	return page_bytes() == 4096 && !access("/sys/kernel/mm/transparent_hugepage", F_OK);
+}
+
 /*
  * What a pad of one plane takes from the module's limits where memory is not fragmented: data,
- * a pointer and a struct of two words for each chunk, a pointer for each single page, a page
+ * a pointer and a struct of four words for each chunk, a pointer for each single page, a page
  * for the planes and the status page. The kernel's pointers have 8 bytes.
  */
 static inline uint64_t charged_bytes(uint64_t max_seq_len, uint32_t row_bytes)
@@ -93,7 +99,7 @@ static inline uint64_t charged_bytes(uint64_t max_seq_len, uint32_t row_bytes)
 		uint64_t pages = (chunk + page - 1) / page;
 
 		/* a huge page is there as a whole; where page tables map more, there is none */
-		charged += 8 + 16;
+		charged += 8 + 32;
 		charged += page == 4096 && chunk > KVSCRATCH_CHUNK_BYTES / 2 ?
 			   KVSCRATCH_CHUNK_BYTES : pages * (page + 8);
 		bytes -= chunk;

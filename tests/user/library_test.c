@@ -2638,7 +2638,7 @@ _Static_assert(sizeof(struct kvscratch_info) == 128, "a struct of the library");
 _Static_assert(offsetof(struct kvscratch_info, arrays) == 80, "a struct of the library");
 _Static_assert(offsetof(struct kvscratch_info, input_dtype) == 112, "a struct of the library");
 _Static_assert(sizeof(struct kvscratch_plane) == 64, "a struct of the library");
-_Static_assert(sizeof(struct kvscratch_pad_info) == 168, "a struct of the library");
+_Static_assert(sizeof(struct kvscratch_pad_info) == 184, "a struct of the library");
 _Static_assert(sizeof(struct kvscratch_tensor) == 2 * sizeof(void *) + 24 ||
 	       sizeof(void *) == 4, "a struct of the library");
 

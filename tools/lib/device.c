@@ -60,6 +60,31 @@ int device_create_planes(uint64_t max_seq_len, const struct kvscratch_plane *pla
 	return fd;
 }
 
+int device_fork_on(int node, int fd, uint64_t rows, uint64_t generation, uint64_t max_seq_len)
+{
+	struct kvscratch_fork fork = {
+		.size = sizeof(fork),
+		.source_fd = fd,
+		.rows = rows,
+		.generation = generation,
+		.max_seq_len = max_seq_len,
+	};
+
+	return device_ioctl(node, KVSCRATCH_IOC_FORK, &fork);
+}
+
+int device_fork(int fd, uint64_t rows, uint64_t generation, uint64_t max_seq_len)
+{
+	int node = device_open(O_WRONLY);
+	int forked;
+
+	if (node < 0)
+		return node;
+	forked = device_fork_on(node, fd, rows, generation, max_seq_len);
+	close(node);
+	return forked;
+}
+
 int device_create(uint64_t max_seq_len, uint32_t dim, uint32_t dtype)
 {
 	return device_create_scaled(max_seq_len, dim, dtype, 0, 0);

@@ -41,6 +41,15 @@ int device_create(uint64_t max_seq_len, uint32_t dim, uint32_t dtype);
 int device_create_scaled(uint64_t max_seq_len, uint32_t dim, uint32_t dtype, uint32_t input_dtype,
 			 uint32_t frac_bits);
 
+/*
+ * Make a pad of @max_seq_len rows that begins with the first @rows of that of @fd, which has
+ * to be in @generation; returns a handle for read and write.
+ */
+int device_fork_on(int node, int fd, uint64_t rows, uint64_t generation, uint64_t max_seq_len);
+
+/* The same through a node that is opened for it */
+int device_fork(int fd, uint64_t rows, uint64_t generation, uint64_t max_seq_len);
+
 /* Open another handle on the pad of @fd, for read, write or both: @access as of open() */
 int device_reopen(int fd, int access);
 

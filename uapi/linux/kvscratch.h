@@ -20,8 +20,8 @@
  * The len of a pad is the number of its committed rows, one for all planes.
  *
  * A *node handle* is an open file of /dev/kvscratch and makes pads. A *handle*
- * is an open file of a pad, as KVSCRATCH_IOC_CREATE and KVSCRATCH_IOC_OPEN
- * return it. A *view* is a mapping of a handle. The pad is freed when its last
+ * is an open file of a pad, as KVSCRATCH_IOC_CREATE, KVSCRATCH_IOC_FORK and
+ * KVSCRATCH_IOC_OPEN return it. A *view* is a mapping of a handle. The pad is freed when its last
  * handle and its last view are gone.
  *
  * write(), writev() and io_uring writes append whole tokens, all of them or
@@ -56,6 +56,16 @@
  */
 
 /**
+ * DOC: Forks
+ *
+ * KVSCRATCH_IOC_FORK makes a pad that begins with the first rows of another one.
+ * Both have them in the same memory, which lives as long as either does, and
+ * go on by themselves: what one appends the other never sees. While another
+ * pad shares memory with rows that a truncate would drop it is ETXTBSY; make a
+ * fork of the rows to keep instead.
+ */
+
+/**
  * DOC: General ioctl format
  *
  * Every argument struct begins with its size as the caller knows it. A struct
@@ -70,38 +80,41 @@
  * Each errno has one meaning for every call:
  *
  * - EBADF: the handle is not open for read or for write as read(), write() or
- *   mmap() need
+ *   mmap() need; what FORK is to be of is no handle
  * - EBUSY: another handle is the pad's writer
  * - ESTALE: the handle was the pad's writer, and was taken over
  * - ENOLCK: STAGE or COMMIT on a handle that is not the pad's writer
  * - EROFS: the pad is sealed
+ * - ETXTBSY: another pad shares memory with rows that would be dropped
  * - EAGAIN: O_NONBLOCK, RWF_NOWAIT or io_uring, and another operation is at
  *   work; polling for EPOLLOUT sleeps until it is not
  * - ECANCELED: generation or len is not the expected one; nothing was done
  * - EINVAL: a wrong value: size below the first version of the struct, an
- *   unknown flag or dtype, a reserved field that is not zero, dim, max_seq_len or
- *   the number of planes zero or above the format's bounds, dtype, input_dtype
- *   and frac_bits that do not go together, a dim that is no multiple of the
- *   block of MXINT8, a label without its NUL, a write that is not a whole number
- *   of tokens or so long that the kernel may have cut it (see
- *   KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a plane that
- *   there is not, a row to stage that is committed already or leaves a gap, rows
- *   to keep that are not whole, a commit of rows that are not staged, a
- *   position outside the pad, an operation that pads do not have (splice,
- *   sendfile, SEEK_DATA)
+ *   unknown flag or dtype, a reserved field that is not zero, dim, max_seq_len
+ *   or the number of planes zero or above the format's bounds, dtype,
+ *   input_dtype and frac_bits that do not go together, a dim that is no
+ *   multiple of the block of MXINT8, a label without its NUL, a write that is
+ *   not a whole number of tokens or so long that the kernel may have cut it
+ *   (see KVSCRATCH_MAX_WRITE), a truncate to more rows than there are, a plane
+ *   that there is not, a fork of more rows than there are or than it has room
+ *   for, a row to stage that is committed already or leaves a gap, rows to
+ *   keep that are not whole, a commit of rows that are not staged, a position
+ *   outside the pad, an operation that pads do not have (splice, sendfile,
+ *   SEEK_DATA)
  * - E2BIG: size is above a page, or a field that this kernel is too old to know is
  *   not zero
  * - EDQUOT: the pad is larger than the module's limits allow
  * - ENOMEM: no memory, less left than the module keeps free, or the memory
- *   cgroup is full: open, CREATE, OPEN, page tables of a view, and what Linux
+ *   cgroup is full: open, CREATE, FORK, OPEN, page tables of a view, and what Linux
  *   itself allocates before a call reaches the pad: its copy of more than 8
  *   segments of a writev() or readv(), the bookkeeping of io_uring
- * - EMFILE, ENFILE: CREATE and OPEN, no descriptor or open file is left
+ * - EMFILE, ENFILE: CREATE, FORK and OPEN, no descriptor or open file is left
  * - ENOSPC: the rows do not fit; nothing was committed
  * - EFAULT: bad user memory; nothing was committed
  * - EDOM: a NaN or an infinity that would have to become an integer; nothing
  *   was committed
- * - EACCES: CREATE, TRUNCATE or SEAL on a handle that is not open for write,
+ * - EACCES: CREATE, FORK, TRUNCATE or SEAL on a handle that is not open for
+ *   write, FORK of a pad that is not sealed by a handle on it that is not,
  *   OPEN with more rights than the handle has, mmap of a handle that is not
  *   open for read
  * - EPERM: the mapping would be writable, executable or private
@@ -114,7 +127,7 @@
  *
  * When several apply, the order is: kind of handle, struct, rights, values by
  * themselves, seal, role, turn (EAGAIN), expectation, values against the pad,
- * room, source (EFAULT, EDOM), limits, memory.
+ * shared memory (ETXTBSY), room, source (EFAULT, EDOM), limits, memory.
  */
 
 #define KVSCRATCH_IOC_MAGIC	0xD5
@@ -254,6 +267,40 @@ struct kvscratch_create {
 
 #define KVSCRATCH_IOC_CREATE	_IO(KVSCRATCH_IOC_MAGIC, 0)
 
+/**
+ * struct kvscratch_fork - ioctl(KVSCRATCH_IOC_FORK)
+ * @size: sizeof(struct kvscratch_fork)
+ * @flags: must be 0
+ * @source_fd: a handle on the pad to fork, open for write, or for read where it is sealed
+ * @reserved: must be 0
+ * @rows: how many committed rows of it the new pad begins with
+ * @generation: that of the pad, in full
+ * @max_seq_len: capacity of the new pad in rows, at least @rows and 1
+ *
+ * On a node handle that is open for write: make a pad with the planes and the tag of
+ * another one and the first @rows of its rows, committed, in generation 0. All of
+ * their pages are shared but for the last of each array, which is copied if it has
+ * other bytes too; memory for the other rows is allocated and charged as for
+ * KVSCRATCH_IOC_CREATE. It waits for no operation on the other pad: rows are
+ * taken as they were committed, also beside a writer.
+ *
+ * Return: a close-on-exec descriptor, open for read and write.
+ *
+ * Errors: EINVAL, E2BIG, EFAULT, EBADF, EACCES, ECANCELED, EDQUOT, ENOMEM, EMFILE,
+ * ENFILE, EINTR.
+ */
+struct kvscratch_fork {
+	__u32 size;
+	__u32 flags;
+	__s32 source_fd;
+	__u32 reserved;
+	__aligned_u64 rows;
+	__aligned_u64 generation;
+	__aligned_u64 max_seq_len;
+};
+
+#define KVSCRATCH_IOC_FORK	_IO(KVSCRATCH_IOC_MAGIC, 1)
+
 #define KVSCRATCH_ACCESS_READ	0x1U
 #define KVSCRATCH_ACCESS_WRITE	0x2U
 
@@ -361,8 +408,12 @@ struct kvscratch_commit {
  * takeover ends such a call the rows are dropped, and the next one finishes its
  * scrub.
  *
+ * Rows that a fork and the pad share cannot be dropped while both are there, nor can others
+ * below the highest row that was ever forked and is still there whose memory, up to
+ * KVSCRATCH_CHUNK_BYTES of a plane, has shared rows too.
+ *
  * Errors: EINVAL, E2BIG, EFAULT, EACCES, EROFS, EBUSY, ESTALE, EAGAIN,
- * ECANCELED, EINTR.
+ * ECANCELED, ETXTBSY, EINTR.
  */
 struct kvscratch_truncate {
 	__u32 size;
@@ -430,8 +481,10 @@ struct kvscratch_seen {
  * @trunc_len: out: rows that the latest truncate kept, 0 before the first
  * @mapping_bytes: out: length of a mapping of everything
  * @status_offset: out: mapping offset of &struct kvscratch_status
- * @allocated_bytes: out: what CREATE took from the module's limits
- * @shared_bytes: out: 0
+ * @allocated_bytes: out: what CREATE or FORK took from the module's limits
+ * @shared_bytes: out: memory that FORK took over from the other pad, else 0
+ * @parent_id: out: @id of the pad that was forked, else 0
+ * @parent_rows: out: rows that FORK began with, else 0
  * @saturated: out: elements that were clamped by appends and STAGE so far, those that
  *	were dropped since included
  * @epoch: out: how often a handle became the pad's writer
@@ -457,6 +510,8 @@ struct kvscratch_pad_info {
 	__aligned_u64 status_offset;
 	__aligned_u64 allocated_bytes;
 	__aligned_u64 shared_bytes;
+	__aligned_u64 parent_id;
+	__aligned_u64 parent_rows;
 	__aligned_u64 saturated;
 	__u32 epoch;
 	__u32 nr_planes;
