@@ -299,19 +299,20 @@ static void look_for_leaks(void)
  * It counts when the module made one of them, or called the function that did.
  * Others are races of the kernel's own, which it has: they are told, and fail
  * nothing. Traces of those may show the module too, as what was interrupted or
- * woke somebody up.
+ * woke somebody up. So is the word of a work item, which may be queued while it runs.
  *
  * Returns whether the line needs no other judgement.
  */
 static bool judge_race(const char *line)
 {
 	static char title[256];
-	static bool ours;
+	static bool ours, of_work;
 	static int frames;
 
 	if (!strncmp(line, KCSAN_TITLE, strlen(KCSAN_TITLE))) {
 		snprintf(title, sizeof(title), "%s", line);
 		ours = false;
+		of_work = false;
 		return true;
 	}
 	if (line[0] == ' ')
@@ -320,8 +321,10 @@ static bool judge_race(const char *line)
 		frames = 0;
 	if (frames && frames <= 2 && strstr(line, " [kvscratch"))
 		ours = true;
+	if (frames == 1 && strstr(line, " queue_work_on+"))
+		of_work = true;
 	if (title[0] && line[0] == '=') {
-		verdict("%s %s\n", ours ? "kernel" : "aside", title);
+		verdict("%s %s\n", ours && !of_work ? "kernel" : "aside", title);
 		title[0] = '\0';
 	}
 	return false;

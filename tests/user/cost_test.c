@@ -129,8 +129,7 @@ static bool still_reads(struct child *child)
 /* Whether one entry maps a chunk: 32-bit callers get no addresses that are aligned for it. */
 static bool has_huge_entries(void)
 {
-	return sizeof(long) == 8 && page_bytes() == 4096 &&
-	       !access("/sys/kernel/mm/transparent_hugepage", F_OK);
+	return sizeof(long) == 8 && one_entry_maps_a_chunk();
 }
 
 /* Map a pad at an address that chunks are not aligned for, so that each page has its entry. */

@@ -1575,7 +1575,7 @@ TEST_F_TIMEOUT(planes, are_mapped_by_huge_entries, TEST_SECONDS)
 {
 	uint8_t *map;
 
-	if (page_bytes() != 4096 || is_fragmented())
+	if (!one_entry_maps_a_chunk() || is_fragmented())
 		SKIP(return, "no page table entry maps a chunk");
 	stamp_planes(_metadata, self, SHAPE_ROWS);
 	map = map_everything(self, CONGRUENT);
@@ -1633,7 +1633,7 @@ TEST_F_TIMEOUT(planes, populated_by_plane_take_no_faults, TEST_SECONDS)
 		munmap(map, self->info.mapping_bytes);
 	}
 	/* not populated: one for each chunk that is huge */
-	if (page_bytes() != 4096 || is_fragmented())
+	if (!one_entry_maps_a_chunk() || is_fragmented())
 		return;
 	map = map_everything(self, CONGRUENT);
 	before = page_faults();
