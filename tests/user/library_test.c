@@ -1745,6 +1745,161 @@ TEST_F(planes, a_sealed_pad_is_final)
 	EXPECT_FALSE(kvscratch_view_has_writer(self->view));
 }
 
+/* Rows of the pads below are made of their number, and of @branch from @own on. */
+static bool rows_of_branch(struct kvscratch *pad, uint32_t own, uint32_t branch)
+{
+	const struct kvscratch_view *view = kvscratch_view(pad);
+	const int64_t len = kvscratch_len(pad);
+	bool right = view && len >= 0;
+
+	for (uint32_t row = 0; right && row < len; row++)
+		for (uint32_t plane = 0; right && plane < NR_PLANES; plane++)
+			right = plane_row_is(view, plane, row, row < own ? row : row + branch);
+	return right;
+}
+
+static int append_to_branch(struct kvscratch *pad, uint32_t branch)
+{
+	uint8_t token[INPUT_BYTES];
+
+	make_token(kvscratch_len(pad) + branch, token);
+	return kvscratch_append_tokens(pad, token, 1, INPUT_BYTES);
+}
+
+TEST_F(planes, a_fork_goes_on_by_itself)
+{
+	struct kvscratch_pad_info info, of_source;
+	struct kvscratch *child, *grandchild;
+
+	for (uint32_t row = 0; row < 8; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 6));
+	/* what is staged is not forked; while a writer is at work it is */
+	ASSERT_EQ(0, kvscratch_fork(&child, self->pad, 5, 20)) TH_LOG("%s", kvscratch_error());
+	ASSERT_EQ(0, kvscratch_pad_info(self->pad, &of_source));
+	ASSERT_EQ(0, kvscratch_pad_info(child, &info));
+	EXPECT_EQ(5, info.len);
+	EXPECT_EQ(0, info.generation);
+	EXPECT_EQ(20, info.max_seq_len);
+	EXPECT_EQ(5, info.parent_rows);
+	EXPECT_EQ(of_source.id, info.parent_id);
+	EXPECT_EQ(0, of_source.parent_id);
+	EXPECT_EQ(0, memcmp(info.tag, of_source.tag, sizeof(info.tag)));
+	EXPECT_EQ(O_RDWR, kvscratch_access(child));
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		EXPECT_STREQ(four_planes[plane].label, kvscratch_plane(child, plane)->label);
+	ASSERT_EQ(0, append_to_branch(child, 100));
+	ASSERT_EQ(0, append_to_branch(child, 100));
+	ASSERT_EQ(0, kvscratch_fork(&grandchild, child, 6, 6));
+	EXPECT_EQ(-ENOSPC, append_to_branch(grandchild, 100));
+	EXPECT_TRUE(rows_of_branch(self->pad, 12, 0));
+	EXPECT_TRUE(rows_of_branch(child, 5, 100));
+	kvscratch_close(child);
+	EXPECT_TRUE(rows_of_branch(grandchild, 5, 100));
+	kvscratch_close(grandchild);
+}
+
+TEST_F(planes, a_fork_that_cannot_be)
+{
+	struct kvscratch *child, *reader;
+
+	ASSERT_EQ(0, stage_token(self->writer, 0, 0));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 1));
+	EXPECT_ERROR(EINVAL, "expected at most 1, the committed rows, got 2",
+		     kvscratch_fork(&child, self->pad, 2, 12));
+	EXPECT_ERROR(EINVAL, "max_seq_len: expected at least 1, the rows of the fork, got 0",
+		     kvscratch_fork(&child, self->pad, 1, 0));
+	EXPECT_EQ(-EINVAL, kvscratch_fork(&child, self->pad, 0, 0));
+	ASSERT_EQ(0, kvscratch_open(&reader, self->pad, O_RDONLY));
+	EXPECT_ERROR(EBADF, "expected a handle open for write, or a sealed pad, got a handle for "
+		     "read only", kvscratch_fork(&child, reader, 1, 12));
+	ASSERT_EQ(0, kvscratch_seal(self->writer));
+	ASSERT_EQ(0, kvscratch_fork(&child, reader, 1, 12)) TH_LOG("%s", kvscratch_error());
+	EXPECT_TRUE(rows_of_branch(child, 1, 0));
+	kvscratch_close(child);
+	kvscratch_close(reader);
+}
+
+/* What is shown of it stays, whatever becomes of the pad. */
+TEST_F(planes, a_snapshot_stays)
+{
+	struct kvscratch *snapshot, *empty;
+
+	ASSERT_EQ(0, kvscratch_snapshot(&empty, self->pad));
+	EXPECT_EQ(0, kvscratch_len(empty));
+	kvscratch_close(empty);
+	for (uint32_t row = 0; row < 3; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 3));
+	ASSERT_EQ(0, kvscratch_snapshot(&snapshot, self->pad)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(-EROFS, append_to_branch(snapshot, 0));
+	EXPECT_TRUE(kvscratch_view_is_sealed(kvscratch_view(snapshot)));
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	kvscratch_close(self->pad);
+	self->pad = NULL;
+	EXPECT_EQ(3, kvscratch_len(snapshot));
+	EXPECT_TRUE(rows_of_branch(snapshot, 3, 0));
+	kvscratch_close(snapshot);
+}
+
+TEST_F(planes, a_rewind_replaces_what_others_share)
+{
+	struct kvscratch *child, *pad;
+	int replaced;
+
+	kvscratch_close(self->writer);
+	self->writer = NULL;
+	ASSERT_EQ(0, kvscratch_open(&pad, self->pad, O_RDWR));
+	for (uint32_t row = 0; row < 8; row++)
+		ASSERT_EQ(0, append_to_branch(pad, 0));
+	/* nobody shares anything */
+	EXPECT_EQ(0, kvscratch_rewind(&pad, 7));
+	EXPECT_EQ(1, kvscratch_view(pad)->status->generation);
+	EXPECT_ERROR(EINVAL, "expected at most 7, the committed rows, got 8",
+		     kvscratch_rewind(&pad, 8));
+	ASSERT_EQ(0, kvscratch_snapshot(&child, pad));
+	/* rows as small as these are copied, unless there is more than a page of them */
+	replaced = kvscratch_rewind(&pad, 4);
+	ASSERT_LE(0, replaced) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(4, kvscratch_len(pad));
+	ASSERT_EQ(0, append_to_branch(pad, 50));
+	EXPECT_TRUE(rows_of_branch(pad, 4, 50));
+	EXPECT_EQ(7, kvscratch_len(child));
+	EXPECT_TRUE(rows_of_branch(child, 7, 0));
+	kvscratch_close(child);
+	kvscratch_close(pad);
+}
+
+/* The module shares pages, and says so where they cannot be dropped; a memfd copies them. */
+TEST(a_rewind_of_shared_pages)
+{
+	uint8_t rows[3][4096];
+	struct kvscratch *pad, *old, *child;
+
+	memset(rows, 1, sizeof(rows));
+	ASSERT_EQ(0, kvscratch_new(&pad, 16, 4096, KVSCRATCH_DTYPE_U8));
+	ASSERT_EQ(0, kvscratch_append_rows(pad, rows, 3, 4096));
+	ASSERT_EQ(0, kvscratch_fork(&child, pad, 3, 16));
+	ASSERT_EQ(0, kvscratch_open(&old, pad, O_RDWR));
+	if (kvscratch_backend(pad) == KVSCRATCH_BACKEND_KERNEL) {
+		EXPECT_ERROR(ETXTBSY, "cannot truncate: another pad shares rows that would be "
+			     "dropped; fork those that are to stay", kvscratch_truncate(pad, 1, 0));
+		EXPECT_EQ(1, kvscratch_rewind(&pad, 1)) TH_LOG("%s", kvscratch_error());
+		EXPECT_EQ(3, kvscratch_len(old));
+	} else {
+		EXPECT_EQ(0, kvscratch_rewind(&pad, 1)) TH_LOG("%s", kvscratch_error());
+		EXPECT_EQ(1, kvscratch_len(old));
+	}
+	EXPECT_EQ(1, kvscratch_len(pad));
+	EXPECT_EQ(16, kvscratch_capacity(pad));
+	ASSERT_EQ(0, kvscratch_append_rows(pad, rows, 2, 4096));
+	EXPECT_EQ(3, kvscratch_len(child));
+	kvscratch_close(child);
+	kvscratch_close(old);
+	kvscratch_close(pad);
+}
+
 TEST_F(planes, a_truncate_with_an_expectation)
 {
 	struct kvscratch_pad_info info;

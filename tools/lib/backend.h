@@ -70,6 +70,8 @@ struct kvscratch {
  * @planes: all of it, laid out
  * @nr_planes: how many
  * @layout: what follows from that
+ * @rows: of a fork, those that it begins with
+ * @parent_id: of a fork, the pad it is of
  * @tag: the caller's
  */
 struct new_pad {
@@ -77,12 +79,15 @@ struct new_pad {
 	struct kvscratch_plane *planes;
 	uint32_t nr_planes;
 	struct kvs_layout layout;
+	uint64_t rows;
+	uint64_t parent_id;
 	uint8_t tag[KVSCRATCH_TAG_BYTES];
 };
 
 /**
  * struct backend - where pads live
  * @create: make a pad; returns a handle that may do everything
+ * @fork: the same with the first rows of @source, if its generation is that one
  * @reopen: open another handle on the pad of @fd; @access is one that @fd has
  * @adopt: look at pad->fd, which somebody opened with pad->access: whether it
  *	is one of ours (ENOTTY), and its planes and pad->info
@@ -103,6 +108,7 @@ struct new_pad {
 struct backend {
 	enum kvscratch_backend id;
 	int (*create)(int *fd, struct new_pad *made);
+	int (*fork)(int *fd, struct kvscratch *source, struct new_pad *made, uint64_t generation);
 	int (*reopen)(int *fd, int src_fd, int access);
 	int (*adopt)(struct kvscratch *pad);
 	void (*release)(struct kvscratch *pad);
@@ -171,6 +177,13 @@ int wait_is_over(const struct kvscratch_view *view, uint64_t state);
 
 /* As of kvscratch_view(), but NULL where nobody mapped it yet */
 const struct kvscratch_view *mapped_view(const struct kvscratch *pad);
+
+/* Copies, to be freed, of what planes are made of, each @plane_bytes behind the one before; or NULL */
+struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count,
+				    size_t plane_bytes);
+
+/* -ECANCELED, with words, of a fork of what was truncated meanwhile */
+int fail_fork(void);
 
 /* What a plane is made of, without what somebody else's layout said of it */
 void copy_inputs(struct kvscratch_plane *to, const struct kvscratch_plane *from);

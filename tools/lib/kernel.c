@@ -72,6 +72,20 @@ static int kernel_create(int *fd, struct new_pad *made)
 	return fail_create(made, *fd, kvscratch_strerror(*fd));
 }
 
+static int kernel_fork(int *fd, struct kvscratch *source, struct new_pad *made,
+		       uint64_t generation)
+{
+	int node = open_device(O_WRONLY);
+
+	if (node < 0)
+		return node;
+	*fd = device_fork_on(node, source->fd, made->rows, generation, made->max_seq_len);
+	close(node);
+	if (*fd == -ECANCELED)
+		return fail_fork();
+	return *fd < 0 ? fail_create(made, *fd, kvscratch_strerror(*fd)) : 0;
+}
+
 static int kernel_reopen(int *fd, int src_fd, int access)
 {
 	*fd = device_reopen(src_fd, access);
@@ -269,6 +283,7 @@ static int kernel_wait(struct kvscratch *pad, uint64_t state, int timeout_ms)
 const struct backend kernel_backend = {
 	.id = KVSCRATCH_BACKEND_KERNEL,
 	.create = kernel_create,
+	.fork = kernel_fork,
 	.reopen = kernel_reopen,
 	.adopt = kernel_adopt,
 	.release = kernel_release,

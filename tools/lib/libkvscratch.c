@@ -97,6 +97,11 @@ int fail_expectation(const struct kvscratch_truncate *truncate, uint64_t generat
 			 (uint64_t)truncate->expected_len, generation, len);
 }
 
+int fail_fork(void)
+{
+	return set_error(-ECANCELED, "the pad was truncated while it was forked: look at it again");
+}
+
 int fail_create(const struct new_pad *made, int err, const char *why)
 {
 	const struct kvscratch_plane *plane = made->planes;
@@ -227,8 +232,8 @@ int kvscratch_new_geometry(struct kvscratch **pad, const struct kvscratch_geomet
  * Elements may be longer than ours: what is only output does not matter, and there is no other
  * input yet.
  */
-static struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count,
-					   size_t plane_bytes)
+struct kvscratch_plane *copy_planes(const struct kvscratch_plane *planes, uint32_t count,
+				    size_t plane_bytes)
 {
 	struct kvscratch_plane *copies = calloc(count, sizeof(*copies));
 

@@ -257,6 +257,27 @@ int kvscratch_clear(struct kvscratch *pad, uint32_t flags);
 int kvscratch_seal(struct kvscratch *pad);
 
 /*
+ * Make @child a pad of its own, with the planes and the tag of @pad, room for @max_seq_len rows, and
+ * the first @rows committed rows of @pad, which has to be open for write, or for read if it is
+ * sealed (EBADF). What either appends or drops later the other does not see. The module shares the
+ * memory of those rows, whoever goes first; while it does, a truncate that would drop some of
+ * them is ETXTBSY. A memfd is copied. ECANCELED when @pad was truncated meanwhile.
+ */
+int kvscratch_fork(struct kvscratch **child, struct kvscratch *pad, uint64_t rows,
+		   uint64_t max_seq_len);
+
+/* A sealed fork of all rows that are committed now, without room for others */
+int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad);
+
+/*
+ * Go on behind the first @len rows: truncate *@pad or, where another pad shares what that would
+ * drop, close it and make *@pad a fork of them, of the same capacity and open for read and
+ * write. Returns 0, or 1 when it is another pad now, of which those who have the old one do
+ * not learn.
+ */
+int kvscratch_rewind(struct kvscratch **pad, uint64_t len);
+
+/*
  * The writer
  *
  * A pad may have one handle that is its only writer. It is an object of its own, which writes

@@ -109,7 +109,10 @@ static size_t table_bytes(uint32_t nr_planes)
 static int write_table(int fd, const struct new_pad *made, uint64_t at)
 {
 	for (uint32_t i = 0; i < made->nr_planes; i++) {
-		const struct memfd_plane plane = { .geometry = made->planes[i] };
+		const struct memfd_plane plane = {
+			.geometry = made->planes[i],
+			.touched = made->rows,
+		};
 		int err = write_at(fd, &plane, sizeof(plane), at + i * sizeof(plane));
 
 		if (err)
@@ -127,10 +130,13 @@ static int write_pages(int fd, const struct new_pad *made)
 		.max_seq_len = made->max_seq_len,
 		.nr_planes = made->nr_planes,
 		.row_bytes = made->layout.row_bytes,
+		.state = { .word = made->rows },
 	};
 	struct memfd_page page = {
 		.max_seq_len = made->max_seq_len,
 		.nr_planes = made->nr_planes,
+		.parent_id = made->parent_id,
+		.parent_rows = made->rows,
 		.magic = MEMFD_MAGIC,
 		.version = MEMFD_VERSION,
 	};
@@ -171,6 +177,59 @@ static int memfd_create_pad(int *fd, struct new_pad *made)
 	close(*fd);
 	return fail_create(made, err, err == -EDQUOT ? "more than half of the machine's memory" :
 						       kvscratch_strerror(err));
+}
+
+/* Forks, which are copies */
+
+static int copy_array(int fd, const char *from, uint64_t bytes, uint64_t to)
+{
+	int err = 0;
+
+	for (uint64_t at = 0; !err && at < bytes; at += ALLOCATION_PIECE)
+		err = write_at(fd, from + at, bytes - at < ALLOCATION_PIECE ? bytes - at :
+									      ALLOCATION_PIECE,
+			       to + at);
+	return err;
+}
+
+static int copy_planes_of(int fd, const struct kvscratch_view *view, const struct new_pad *made)
+{
+	int err = 0;
+
+	for (uint32_t i = 0; !err && i < made->nr_planes; i++) {
+		const struct kvscratch_plane *to = &made->planes[i];
+
+		err = copy_array(fd, kvscratch_view_plane_row(view, i, 0),
+				 made->rows * to->row_bytes, to->offset);
+		if (!err && to->scales_row_bytes)
+			err = copy_array(fd, (const char *)kvscratch_view_plane_scales(view, i),
+					 made->rows * to->scales_row_bytes, to->scales_offset);
+	}
+	return err ? cannot("copy the rows of the pad", err) : 0;
+}
+
+/* Nobody else has the new one yet: what is copied beside a truncate is gone with it. */
+static int memfd_fork(int *fd, struct kvscratch *source, struct new_pad *made, uint64_t generation)
+{
+	const struct kvscratch_view *view = kvscratch_view(source);
+	uint64_t state;
+	int err;
+
+	if (!view)
+		return -errno;
+	state = kvscratch_view_state(view);
+	if (kvscratch_state_generation(state) != (uint32_t)generation ||
+	    kvscratch_state_len(state) < made->rows)
+		return fail_fork();
+	err = memfd_create_pad(fd, made);
+	if (err)
+		return err;
+	err = copy_planes_of(*fd, view, made);
+	if (!err && kvscratch_view_valid_rows(view, state) < made->rows)
+		err = fail_fork();
+	if (err)
+		close(*fd);
+	return err;
 }
 
 /* Handles */
@@ -394,6 +453,8 @@ static int memfd_info(struct kvscratch *pad, struct kvscratch_pad_info *info)
 		.nr_planes = pad->nr_planes,
 		.row_bytes = pad->info.row_bytes,
 		.input_row_bytes = pad->info.input_row_bytes,
+		.parent_id = pad->memfd.page->parent_id,
+		.parent_rows = pad->memfd.page->parent_rows,
 	};
 	memcpy(info->tag, pad->memfd.page->tag, sizeof(info->tag));
 	load_moment(pad, info);
@@ -949,6 +1010,7 @@ static int memfd_seen(struct kvscratch *pad, uint64_t state)
 const struct backend memfd_backend = {
 	.id = KVSCRATCH_BACKEND_MEMFD,
 	.create = memfd_create_pad,
+	.fork = memfd_fork,
 	.reopen = memfd_reopen,
 	.adopt = memfd_adopt,
 	.release = memfd_release,

@@ -32,6 +32,8 @@ struct memfd_plane {
  * @generation_high: upper half of the full generation, whose lower half is in the state
  * @changes: grows with each change of state or seal: what waiters sleep on
  * @scrub_owed: whoever zeroed rows died at it
+ * @parent_id: of a fork, as in struct kvscratch_pad_info
+ * @parent_rows: likewise
  * @reserved: 0
  * @magic: MEMFD_MAGIC, where it was in every version
  * @version: MEMFD_VERSION, likewise
@@ -44,7 +46,9 @@ struct memfd_page {
 	__u32 generation_high;
 	__u32 changes;
 	__u32 scrub_owed;
-	__u32 reserved[24];
+	__aligned_u64 parent_id;
+	__aligned_u64 parent_rows;
+	__u32 reserved[20];
 	__u32 magic;
 	__u32 version;
 };

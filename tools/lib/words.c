@@ -63,6 +63,8 @@ const char *kvscratch_strerror(int err)
 		return "the handle is not the pad's writer";
 	case ECANCELED:
 		return "the pad has changed";
+	case ETXTBSY:
+		return "another pad shares rows that would be dropped; fork those that are to stay";
 	case EDQUOT:
 		return "larger than the module's limits allow";
 	case EFBIG:
