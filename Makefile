@@ -182,7 +182,7 @@ torture:
 bench:
 	tests/qemu/packages module qemu bench
 	$(MAKE) --no-print-directory $(BENCH:%=build/%)
-	tests/qemu/run --kernel debian-6.1 --virtual-time --out build/bench.out $(BENCH:%=--file build/%) -- \
+	tests/qemu/run --kernel debian-6.1 --virtual-time --mem 2G --out build/bench.out $(BENCH:%=--file build/%) -- \
 		sh -c 'bench --json /out/bench.json && scale_bench >/out/scale_bench.txt'
 	mv build/bench.out/bench.json build/bench.out/scale_bench.txt build
 	cat build/scale_bench.txt

@@ -378,6 +378,7 @@ int main(int argc, char **argv)
 	}
 	measure_appends();
 	measure_tokens();
+	measure_forks();
 	measure_views();
 	measure_decode();
 	measure_lookups();

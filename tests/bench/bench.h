@@ -166,6 +166,7 @@ extern const struct peer path_peers[];
 extern const unsigned int nr_path_peers;
 
 void measure_tokens(void);
+void measure_forks(void);
 void measure_views(void);
 void measure_decode(void);
 void measure_lookups(void);
