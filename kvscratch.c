@@ -533,8 +533,10 @@ static void kvs_array_share(struct kvs_array *array, const struct kvs_array *fro
 	u64 i;
 
 	for (i = 0; i < nr_chunks; i++) {
-		refcount_inc(&from->chunks[i]->refs);
-		array->chunks[i] = from->chunks[i];
+		struct kvs_chunk *chunk = from->chunks[i];
+
+		refcount_inc(&chunk->refs);
+		array->chunks[i] = chunk;
 	}
 }
 

@@ -161,10 +161,8 @@ static inline bool all_zero(const void *at, size_t bytes)
 {
 	const uint8_t *byte = at;
 
-	for (size_t i = 0; i < bytes; i++)
-		if (byte[i])
-			return false;
-	return true;
+	/* each byte is the one before it */
+	return !bytes || (!byte[0] && !memcmp(byte, byte + 1, bytes - 1));
 }
 
 /* Append rows with seeds first .. first + count - 1; 0 or -errno */

@@ -79,16 +79,38 @@ static bool truncate_to(struct branch *branch, uint32_t len, uint32_t flags)
 	return true;
 }
 
+/* Both ends of a row are enough: none is longer than a page, and what is shared is pages. */
+#define END_BYTES 24
+
+/* Compare @bytes bytes with those of token @seed from @from on. */
+static bool bytes_are(const uint8_t *at, size_t bytes, uint32_t seed, size_t from)
+{
+	for (size_t i = 0; i < bytes; i++) {
+		if (i == END_BYTES && bytes > 2 * END_BYTES)
+			i = bytes - END_BYTES;
+		if (at[i] != row_byte(seed, from + i))
+			return false;
+	}
+	return true;
+}
+
 /* Whether rows from @first on are the model's, as read() gives them; says where not */
 static bool reads_right(const struct branch *branch, uint32_t first)
 {
+	static const uint16_t parts[] = { 1152, 34, 1024, 64 + 2, 4 };
 	uint8_t token[TOKEN_BYTES];
 
 	if (len_of(branch->fd) != branch->len)
 		return false;
 	for (uint32_t row = first; row < branch->len; row++) {
+		size_t at = 0;
+
 		if (pread64(branch->fd, token, sizeof(token), (uint64_t)row * sizeof(token)) !=
-		    sizeof(token) || !row_is(token, sizeof(token), branch->seeds[row])) {
+		    sizeof(token))
+			return false;
+		for (size_t i = 0; i < NR_PLANES; at += parts[i++]) {
+			if (bytes_are(token + at, parts[i], branch->seeds[row], at))
+				continue;
 			printf("# row %u of %u is not the model's\n", row, branch->len);
 			return false;
 		}
@@ -126,15 +148,6 @@ static bool map_all(const struct branch *branch, struct full_view *view)
 static void unmap_all(struct full_view *view)
 {
 	munmap(view->at, view->bytes);
-}
-
-/* Compare bytes @at of a plane's array with those of token @seed from @from on. */
-static bool bytes_are(const uint8_t *at, size_t bytes, uint32_t seed, size_t from)
-{
-	for (size_t i = 0; i < bytes; i++)
-		if (at[i] != row_byte(seed, from + i))
-			return false;
-	return true;
 }
 
 /* Whether a view has the model's rows from @first on, and behind them only zeros */
