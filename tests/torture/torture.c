@@ -75,6 +75,7 @@ enum place {
 	IN_TAKEOVER,
 	IN_TRUNCATE,
 	IN_CREATE,
+	IN_FORK,
 	IN_OPEN,
 	IN_PASS,
 	IN_MMAP,
@@ -96,6 +97,7 @@ static const char *const place_names[NR_PLACES] = {
 	[IN_TAKEOVER] = "TAKEOVER",
 	[IN_TRUNCATE] = "TRUNCATE",
 	[IN_CREATE] = "CREATE",
+	[IN_FORK] = "FORK",
 	[IN_OPEN] = "OPEN",
 	[IN_PASS] = "passing a handle",
 	[IN_MMAP] = "mmap",
@@ -115,6 +117,7 @@ enum count {
 	ZERO_TRUNCATES,
 	ZERO_CHECKS,
 	CREATES,
+	FORKS,
 	OPENS,
 	PASSES,
 	MAPS,
@@ -588,14 +591,19 @@ static void take_role(struct pad *pad)
 /* As whoever is allowed to: the director has no role, and nobody has when it truncates. */
 static int truncate_as_allowed(struct pad *pad, uint32_t kept, uint32_t flags)
 {
-	int err = device_truncate(pad->role >= 0 ? pad->role : pad->fd, kept, flags);
+	for (;;) {
+		int err = device_truncate(pad->role >= 0 ? pad->role : pad->fd, kept, flags);
 
-	while (pad->fenced && (err == -ESTALE || err == -EBUSY)) {
-		take_role(pad);
-		enter(IN_TRUNCATE);
-		err = device_truncate(pad->role, kept, flags);
+		if (err == -ETXTBSY) {
+			/* a stray has a fork, for a while */
+			step_aside();
+		} else if (pad->fenced && (err == -ESTALE || err == -EBUSY)) {
+			take_role(pad);
+			enter(IN_TRUNCATE);
+		} else {
+			return err;
+		}
 	}
-	return err;
 }
 
 static void truncate_pad(struct pad *pad, uint32_t kept, bool zero)
@@ -992,14 +1000,65 @@ static void make_another(void)
 	device_unmap(&view);
 }
 
+/* Rows below @len of a fork, of which @state was that of the pad */
+static void scan_branch(const struct pad *branch, struct scan scan, uint32_t len)
+{
+	if (kvscratch_state_len(kvscratch_view_state(&branch->view)) != len)
+		complain(NO_COMMITTED_ROW_IS_LOST, "a fork of %u rows has others", len);
+	while (scan.row < len)
+		if (!scan_row(&scan, view_row(branch, scan.row)))
+			complain_about(&scan);
+}
+
+/* A fork of the pad as it is now, forks of that, and only the last one stays: all are right. */
+static void branch_off(const struct pad *pad)
+{
+	struct pad branch = *pad;
+	struct kvscratch_pad_info info;
+	uint32_t len, links = 1 + below(3);
+	struct scan scan;
+
+	MUST(device_pad_info(pad->fd, &info));
+	scan = scan_of(pad, (uint64_t)(uint32_t)info.generation << 32 | info.len);
+	/* batches may end early there, as at a truncate: a fork may be of any row */
+	branch.cut = 1;
+	scan.pad = &branch;
+	len = info.len;
+	for (uint32_t link = 0; link < links; link++) {
+		int from = link ? branch.fd : pad->fd;
+
+		enter(IN_FORK);
+		branch.fd = device_fork(from, len, link ? 0 : info.generation,
+					len + 1 + below(pad->shape->rows));
+		leave(FORKS);
+		if (link)
+			close(from);
+		/* truncated meanwhile */
+		if (!link && branch.fd == -ECANCELED)
+			return;
+		MUST(branch.fd);
+		map_pad(&branch);
+		scan_branch(&branch, scan, len);
+		device_unmap(&branch.view);
+		len = below(len + 1);
+	}
+	close(branch.fd);
+}
+
 static void act_as_stray(struct pad *pad)
 {
 	for (;;) {
 		STORE(me->steps, me->steps + 1);
-		if (one_in(3))
+		switch (below(3)) {
+		case 0:
 			make_another();
-		else
+			break;
+		case 1:
+			branch_off(pad);
+			break;
+		default:
 			change_handle(pad);
+		}
 	}
 }
 
@@ -1610,13 +1669,13 @@ static void finish(void)
 	ksft_print_msg("torture: seed %llu: %lu kills, %lu of them in a write that faults; "
 		       "%lu pads, %lu appends of %lu rows, %lu rows verified, %lu stages, %lu commits, %lu takeovers, "
 		       "%lu truncates, %lu with ZERO, "
-		       "%lu times all found zero, %lu pads created, %lu opened, %lu passed, "
+		       "%lu times all found zero, %lu pads created, %lu forked, %lu opened, %lu passed, "
 		       "%lu mapped, %lu reads, %lu polls; %lld KiB charged, %lld after the first pad\n",
 		       (unsigned long long)seed, kills,
 		       kills_in[IN_FAULTING_WRITE], pads, total(APPENDS), total(ROWS_APPENDED),
 		       total(ROWS_VERIFIED), total(STAGES), total(COMMITS), total(TAKEOVERS),
 		       total(TRUNCATES) + total(ZERO_TRUNCATES),
-		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(OPENS),
+		       total(ZERO_TRUNCATES), total(ZERO_CHECKS), total(CREATES), total(FORKS), total(OPENS),
 		       total(PASSES), total(MAPS), total(READS), total(POLLS), cgroup_bytes() >> 10,
 		       cgroup_before >> 10);
 	for (uint32_t check = 0; check < NR_CHECKS; check++)
