@@ -125,6 +125,7 @@ enum {
 	TAKES_PAD = TAKES_FD | TAKES_NAME,
 	TAKES_ARGUMENT = 4,
 	TAKES_COMMAND = 8,
+	TAKES_TWO_ARGUMENTS = 32 | TAKES_ARGUMENT,
 	/* --fd says where the command finds the handle, --name which pad it is of */
 	TAKES_BOTH = 16 | TAKES_PAD | TAKES_COMMAND,
 };
@@ -211,9 +212,9 @@ GEOMETRY_HELP,
 "Print one line: Scratchpad(len=3, capacity=10, dim=4)\n"
 "for scaled integers another: mxint8, from f32, 0 saturated\n"
 "for several planes one each: plane k0: 64 f32\n"
-"the tag, the epoch of the writers and whether there is one, and whether the pad is\n"
-"sealed, each unless there is nothing to tell; then the backend and which promises\n"
-"it keeps, and a line for each that it does not keep.\n"
+"the tag, the epoch of the writers and whether there is one, whether the pad is sealed,\n"
+"and of which pad it is a fork, each unless there is nothing to tell; then the backend\n"
+"and which promises it keeps, and a line for each that it does not keep.\n"
 "\n"
 "  --json  more of it, as one JSON object\n",
 		.run = run_info,
@@ -434,6 +435,26 @@ GEOMETRY_HELP,
 			HELP, END
 		},
 	}, {
+		.name = "fork",
+		.summary = "begin a pad with the rows of another",
+		.help =
+"Usage: kvscratchctl fork [OPTION]... SRC[@ROWS] HOLDER[/PAD]\n"
+"Make a pad that begins with the first ROWS rows of the one that is held as SRC, all\n"
+"committed ones without ROWS, and have HOLDER keep it under the name PAD (\"pad\"). A\n"
+"holder that there is not is started, as with hold --write. The rows are in the same\n"
+"memory, in memfds a copy of it; what either pad appends later the other never sees.\n"
+"SRC has to be held by one that was started with --write, or be sealed.\n"
+"\n"
+"  --max-seq-len N  rows that fit the new pad (as many as fit SRC)\n"
+"  --replace        in the place of the pad of that name, as with put\n",
+		.run = run_fork,
+		.takes = TAKES_TWO_ARGUMENTS,
+		.options = {
+			OPTION("max-seq-len", required_argument, OPT_MAX_SEQ_LEN),
+			OPTION("replace", no_argument, OPT_REPLACE),
+			HELP, END
+		},
+	}, {
 		.name = "drop",
 		.summary = "forget held pads",
 		.help =
@@ -447,13 +468,19 @@ GEOMETRY_HELP,
 		.name = "ls",
 		.summary = "list held pads",
 		.help =
-"Usage: kvscratchctl ls [--json]\n"
+"Usage: kvscratchctl ls [--json | --tree]\n"
 "Print a line for each pad that is held for this user:\n"
 "story/k0: Scratchpad(len=3, capacity=10, dim=4)\n"
 "\n"
-"  --json  an array of objects\n",
+"  --json  an array of objects\n"
+"  --tree  forks below the pad that they are of, with how many bytes are its own and\n"
+"          how many it shares with that pad\n",
 		.run = run_ls,
-		.options = { OPTION("json", no_argument, OPT_JSON), HELP, END },
+		.options = {
+			OPTION("json", no_argument, OPT_JSON),
+			OPTION("tree", no_argument, OPT_TREE),
+			HELP, END
+		},
 	}, {
 		.name = "metrics",
 		.summary = "describe held pads to Prometheus",
@@ -572,6 +599,13 @@ static int split_command(const struct verb *verb, struct arguments *args, int ar
 	return argc;
 }
 
+static int max_arguments(const struct verb *verb)
+{
+	if ((verb->takes & TAKES_TWO_ARGUMENTS) == TAKES_TWO_ARGUMENTS)
+		return 2;
+	return !!(verb->takes & TAKES_ARGUMENT);
+}
+
 static int run_verb(const struct verb *verb, struct arguments *args, int argc, char **argv)
 {
 	struct option options[MAX_OPTIONS + ARRAY_SIZE(pad_options)] = { 0 };
@@ -599,11 +633,12 @@ static int run_verb(const struct verb *verb, struct arguments *args, int argc, c
 		err = check_pad_options(verb, args);
 	if (err)
 		return err;
-	if (argc - optind > !!(verb->takes & TAKES_ARGUMENT))
+	if (argc - optind > max_arguments(verb))
 		return fail(EXIT_INPUT, "unexpected argument \"%s\"",
-			    argv[optind + !!(verb->takes & TAKES_ARGUMENT)]);
+			    argv[optind + max_arguments(verb)]);
 	args->argument = argv[optind];
-	if (args->argument && !*args->argument)
+	args->second = args->argument ? argv[optind + 1] : NULL;
+	if ((args->argument && !*args->argument) || (args->second && !*args->second))
 		return fail(EXIT_INPUT, "expected an argument that is not empty, see --help");
 	if (args->command && !*args->command)
 		return fail(EXIT_INPUT, "expected COMMAND behind --");

@@ -115,6 +115,8 @@ result $? "hold two" ''
 offers 'kvscratchctl drop ' empty story story/pad
 offers 'kvscratchctl drop st' story story/pad
 offers 'kvscratchctl put --replace st' story story/pad
+offers 'kvscratchctl fork --max-seq-len 9 st' story story/pad
+offers 'kvscratchctl fork story e' empty
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story

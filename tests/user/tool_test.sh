@@ -62,13 +62,13 @@ npy() {
 # Help and wrong usage need no device.
 usage()
 {
-	for verb in create attach info append dump save load truncate clear seal takeover watch hold put drop ls metrics; do
+	for verb in create attach info append dump save load truncate clear seal takeover watch hold put fork drop ls metrics; do
 		run kvscratchctl $verb --help
 		case $output in "Usage: kvscratchctl "*"$verb"*) ;; *) status=1 ;; esac
 		result $status "$verb has help"
 	done
 	run kvscratchctl --help
-	case $output in *create*attach*info*append*dump*save*load*truncate*clear*seal*takeover*watch*hold*put*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
+	case $output in *create*attach*info*append*dump*save*load*truncate*clear*seal*takeover*watch*hold*put*fork*drop*ls*metrics*"Exit status"*) ;; *) status=1 ;; esac
 	result $status "help lists every verb"
 	run kvscratchctl
 	expect "a verb is needed" 1 "kvscratchctl: expected a verb, see kvscratchctl --help"
@@ -131,8 +131,8 @@ life()
 	expect "append a file" 0 ""
 	run display
 	expect "the Display line" 0 "Scratchpad(len=3, capacity=10, dim=4)"
-	run sh -c 'kvscratchctl info --json | sed "s/, .backend.*//"'
-	expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "row_bytes": 16, "input_row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "saturated": 0, "tag": "", "epoch": 0, "writer": false, "sealed": false, "planes": [{"label": "", "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "offset": 0, "row_bytes": 16, "scales_offset": 0, "scales_row_bytes": 0, "input_row_bytes": 16}]'
+	run sh -c 'kvscratchctl info --json | sed "s/, .backend.*//; s/\"id\": [1-9][0-9]*, \"allocated_bytes\": [1-9][0-9]*/\"id\": .../"'
+	expect "info as JSON" 0 '{"len": 3, "max_seq_len": 10, "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "row_bytes": 16, "input_row_bytes": 16, "generation": 0, "trunc_len": 0, "data_bytes": 160, "status_offset": 4096, "saturated": 0, "tag": "", "epoch": 0, "writer": false, "sealed": false, "id": ..., "parent_id": 0, "parent_rows": 0, "shared_bytes": 0, "planes": [{"label": "", "dim": 4, "dtype": "f32", "input_dtype": "f32", "frac_bits": 0, "offset": 0, "row_bytes": 16, "scales_offset": 0, "scales_row_bytes": 0, "input_row_bytes": 16}]'
 	run sh -c 'kvscratchctl info --json | grep -o "\"backend\": \"[a-z]*\", \"promises\": {\"whole-appends\": true,"'
 	expect "the backend in JSON" 0 "\"backend\": \"$backend\", \"promises\": {\"whole-appends\": true,"
 	run sh -c 'kvscratchctl info --json | grep -o ": true" | wc -l; kvscratchctl info | sed -n "s/^$1 keeps: //p" | wc -w; kvscratchctl info | grep -c "^$1 does not keep [a-z-]*: "' sh "$backend"
@@ -719,6 +719,120 @@ story/pad: Scratchpad(len=1, capacity=5, dim=4)"
 	expect "no directory for holders" 2 "kvscratchctl ls: XDG_RUNTIME_DIR is not set: held pads have their sockets there"
 }
 
+# Of what only the module shares
+own() { sed 's/[1-9][0-9]* bytes own/... bytes own/'; }
+
+# Planes of rows of 4 KiB: a fork of two rows has no page that it copies.
+forks()
+{
+	[ "$backend" = kernel ] && shared=16384 || shared=0
+	kvscratchctl hold story --write --max-seq-len 5 --planes k0:1024,v0:1024 --tag model
+	head -c 24576 /dev/zero | tr '\000' A >three
+	head -c 8192 /dev/zero | tr '\000' B >other
+	kvscratchctl -n story append three
+	run kvscratchctl fork story@2 story/branch --max-seq-len 9
+	expect "fork into a holder" 0 ""
+	kvscratchctl -n story/pad append other
+	run kvscratchctl -n story/branch append other
+	expect "a fork can be appended to" 0 ""
+	run sh -c 'for pad in pad branch; do kvscratchctl -n story/$pad dump --format raw | fold -b -w 8192 | tr -s AB; echo; done'
+	expect "a fork has the rows of its source, and then its own" 0 "A
+A
+A
+B
+A
+A
+B"
+	run sh -c 'kvscratchctl -n story/branch info | sed -n "/^tag/p; s/^\(fork of 2 rows of pad \)[1-9][0-9]*\(, .*, \)[1-9][0-9]*\( bytes of its own\)/\1...\2...\3/p"'
+	expect "info of a fork" 0 "tag: model
+fork of 2 rows of pad ..., $shared bytes shared, ... bytes of its own"
+	run sh -c 'kvscratchctl -n story/branch info --json | grep -oE "\"parent_(rows|id)\": [0-9]+|\"shared_bytes\": [0-9]+" | sed "s/$(kvscratchctl -n story/pad info --json | sed "s/.*\"id\": \([0-9]*\).*/\1/")$/that of the source/"'
+	expect "info of a fork as JSON" 0 "\"parent_id\": that of the source
+\"parent_rows\": 2
+\"shared_bytes\": $shared"
+	run kvscratchctl fork story/branch@1 twig
+	expect "fork into a new holder" 0 ""
+	run sh -c 'kvscratchctl -n twig append other && kvscratchctl -n twig/pad info | head -n 1'
+	expect "the new holder is for writing, and for as many rows" 0 "Scratchpad(len=2, capacity=9, planes=2)"
+	run kvscratchctl fork story/pad leaves/k0
+	expect "fork all rows into a new holder, under a name" 0 ""
+	kvscratchctl hold empty --write
+	kvscratchctl -n twig put leaves/again
+	tree=$(kvscratchctl ls --tree | own)
+	run printf '%s\n' "$tree"
+	expect "ls --tree" 0 "empty: no pads
+story/pad: Scratchpad(len=4, capacity=5, planes=2), ... bytes own, 0 shared
+  leaves/k0: Scratchpad(len=4, capacity=5, planes=2), forked at 4, ... bytes own, $((2 * shared)) shared
+  story/branch: Scratchpad(len=3, capacity=9, planes=2), forked at 2, ... bytes own, $shared shared
+    leaves/again: Scratchpad(len=2, capacity=9, planes=2), forked at 1, ... bytes own, $((shared / 2)) shared
+    twig/pad: the same as leaves/again"
+	run kvscratchctl ls
+	expect "ls of forks" 0 "empty: no pads
+leaves/k0: Scratchpad(len=4, capacity=5, planes=2)
+leaves/again: Scratchpad(len=2, capacity=9, planes=2)
+story/pad: Scratchpad(len=4, capacity=5, planes=2)
+story/branch: Scratchpad(len=3, capacity=9, planes=2)
+twig/pad: Scratchpad(len=2, capacity=9, planes=2)"
+	kvscratchctl drop empty
+	kvscratchctl drop twig
+	kvscratchctl drop leaves/again
+	run kvscratchctl fork story/pad@1 story/branch
+	expect "fork to a name that is held" 2 "kvscratchctl fork: story: a pad \"branch\" is held already"
+	run sh -c 'kvscratchctl fork story/pad@1 --replace story/pad && kvscratchctl -n story/pad info | head -n 1'
+	expect "fork in the place of its source" 0 "Scratchpad(len=1, capacity=5, planes=2)"
+	tree=$(kvscratchctl ls --tree | own | sed 's/^pad [1-9][0-9]*:/pad ...:/')
+	run printf '%s\n' "$tree"
+	expect "ls --tree of forks of one that is not held" 0 "pad ...: not held
+  leaves/k0: Scratchpad(len=4, capacity=5, planes=2), forked at 4, ... bytes own, $((2 * shared)) shared
+  story/branch: Scratchpad(len=3, capacity=9, planes=2), forked at 2, ... bytes own, $shared shared
+  story/pad: Scratchpad(len=1, capacity=5, planes=2), forked at 1, ... bytes own, $((shared / 2)) shared"
+	kvscratchctl drop leaves
+	kvscratchctl drop story
+	run kvscratchctl ls --tree
+	expect "no tree" 0 ""
+
+	kvscratchctl create --max-seq-len 2 --dim 2 -- sh -c 'printf 12345678 | kvscratchctl append --format raw && kvscratchctl --fd 3 hold final && kvscratchctl --fd 3 hold open'
+	run kvscratchctl fork open branch
+	expect "fork what may not be written" 2 "kvscratchctl fork: open: handles are for reading only: the holder was started without --write"
+	kvscratchctl drop open
+	kvscratchctl hold story --write
+	kvscratchctl -n final put story/read-only
+	run kvscratchctl fork story/read-only branch
+	expect "fork what is held for reading" 2 "kvscratchctl fork: story: read-only: the handle that is held is for reading only"
+	kvscratchctl drop story
+	kvscratchctl drop final
+	kvscratchctl create --max-seq-len 2 --dim 2 -- sh -c 'printf 12345678 | kvscratchctl append --format raw && kvscratchctl seal && kvscratchctl --fd 3 hold final'
+	run kvscratchctl fork final branch
+	expect "fork what is sealed" 0 ""
+	run sh -c 'printf abcdefgh | kvscratchctl -n branch append --format raw && kvscratchctl -n branch dump --format raw'
+	expect "append to a fork of what is sealed" 0 "12345678abcdefgh"
+	run kvscratchctl fork final@2 twig
+	expect "fork more rows than there are" 1 "kvscratchctl fork: expected at most 1, the committed rows, got 2"
+	run kvscratchctl fork branch twig --max-seq-len 1
+	expect "fork more rows than fit" 1 "kvscratchctl fork: max_seq_len: expected at least 2, the rows of the fork, got 1"
+	run kvscratchctl fork branch@0 branch/none
+	expect "fork no rows" 0 ""
+	for rows in '' -1 1x; do
+		run kvscratchctl fork "branch@$rows" twig
+		expect "fork rows of no number \"$rows\"" 1 "kvscratchctl fork: branch: expected a number of rows behind the @, got \"$rows\""
+	done
+	run kvscratchctl fork nobody twig
+	expect "fork what nobody holds" 2 "kvscratchctl fork: no pads are held as \"nobody\": nobody listens on $directory/kvscratch/nobody"
+	run kvscratchctl fork branch/pad ../twig
+	expect "fork to a name that leads elsewhere" 1 "kvscratchctl fork: the name of a holder: expected 1 to 63 of A-Z a-z 0-9 . _ - and no dot first, got \"..\""
+	run kvscratchctl fork branch
+	expect "fork to what" 1 "kvscratchctl fork: expected SRC or SRC@ROWS, and HOLDER or HOLDER/PAD"
+	run kvscratchctl fork branch twig leaf
+	expect "an argument too many of two" 1 "kvscratchctl fork: unexpected argument \"leaf\""
+	run kvscratchctl fork branch ''
+	expect "fork to nothing" 1 "kvscratchctl fork: expected an argument that is not empty, see --help"
+	run kvscratchctl ls --json --tree
+	expect "ls of two kinds" 1 "kvscratchctl ls: expected either --json or --tree, got both"
+	kvscratchctl drop final
+	run kvscratchctl drop branch
+	expect "nothing was started that did not succeed" 0 "$(kvscratchctl ls)"
+}
+
 # refused_planes NAME LIST MESSAGE
 refused_planes() {
 	run kvscratchctl create --max-seq-len 4 --planes "$2" -- true
@@ -1101,6 +1215,7 @@ new_planes
 with_pad planes --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3
 with_pad writers --max-seq-len 10 --planes k0:4:u8,v0:1:i16::3 --tag toy
 with_pad holders --max-seq-len 4 --dim 2
+forks
 with_pad files --max-seq-len 10 --dim 4
 with_pad files_of_planes --max-seq-len 8 --planes "k 0:4:u8,v:32:mxint8:f32,:1:i16" --tag "of a model"
 echo "1..$(cat count)"

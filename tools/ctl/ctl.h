@@ -49,6 +49,7 @@ enum option_id {
 	OPT_TAG,
 	OPT_PLANE,
 	OPT_REPLACE,
+	OPT_TREE,
 };
 
 enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
@@ -56,7 +57,8 @@ enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
 /**
  * struct arguments - what the command line says
  * @given: a bit per option
- * @argument: the one that is no option, or NULL
+ * @argument: the first one that is no option, or NULL
+ * @second: the next one, of a verb that takes two, or NULL
  * @command: behind --, ended by NULL; or NULL
  * @plane_values: of --plane, in their order
  * @nr_plane_values: how many
@@ -82,6 +84,7 @@ struct arguments {
 	uint64_t until;
 	uint64_t timeout;
 	const char *argument;
+	const char *second;
 	char **command;
 	const char *plane_values[KVSCRATCH_MAX_PLANES];
 	unsigned int nr_plane_values;
@@ -102,6 +105,7 @@ int run_clear(const struct arguments *args);
 int run_watch(const struct arguments *args);
 int run_hold(const struct arguments *args);
 int run_put(const struct arguments *args);
+int run_fork(const struct arguments *args);
 int run_drop(const struct arguments *args);
 int run_ls(const struct arguments *args);
 int run_save(const struct arguments *args);
@@ -122,6 +126,15 @@ int open_held(const struct arguments *args, int access, struct kvscratch **pad);
 
 /* A handle of its own on the pad of --name, or else of the descriptor; as open_held(). */
 int open_own(const struct arguments *args, int access, struct kvscratch **pad);
+
+/* Of "story/k0" the latter, and what a pad is called that nobody named */
+const char *name_in_holder(const char *as);
+
+/*
+ * Have a holder keep @pad as @as, "story/k0" or "story"; @replaces the one that it has.
+ * Returns 0 or a negative errno, -ENOENT if nobody holds under that name.
+ */
+int put_as(const char *as, bool replaces, const struct kvscratch *pad);
 
 /* Say what the library had to say about @err, and of which pad; returns an exit code. */
 int fail_pad(const struct arguments *args, int err);
@@ -194,6 +207,8 @@ struct description {
 int describe_pad(struct kvscratch *pad, struct description *description);
 
 /* Scratchpad(len=3, capacity=10, dim=4), or with planes=2 at its end */
+void print_display(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
+		   uint32_t nr_planes);
 void print_display_line(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
 			uint32_t nr_planes);
 

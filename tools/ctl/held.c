@@ -21,11 +21,13 @@
  * @holder: its name
  * @pad: the name of the pad, or "" if the holder has none
  * @pad_is: what that is, otherwise
+ * @printed: in the tree
  */
 struct entry {
 	char holder[KVSCRATCH_MAX_NAME + 1];
 	char pad[KVSCRATCH_MAX_NAME + 1];
 	struct description pad_is;
+	bool printed;
 };
 
 struct entries {
@@ -160,26 +162,113 @@ static void print_json_entry(const struct entry *entry)
 	}
 }
 
-int run_ls(const struct arguments *args)
+/* The first one that is the pad of this id, or NULL */
+static const struct entry *find_pad(const struct entries *entries, enum kvscratch_backend backend,
+				    uint64_t id)
 {
-	bool json = given(args, OPT_JSON);
-	struct entries entries;
-	int unseen = collect(&entries);
-	int err;
+	for (size_t i = 0; i < entries->count; i++) {
+		const struct entry *entry = &entries->list[i];
 
-	if (json)
-		putchar('[');
-	for (size_t i = 0; i < entries.count; i++) {
+		if (*entry->pad && entry->pad_is.backend == backend && entry->pad_is.info.id == id)
+			return entry;
+	}
+	return NULL;
+}
+
+static void print_tree_line(const struct entries *entries, const struct entry *entry, int depth)
+{
+	const struct kvscratch_pad_info *info = &entry->pad_is.info;
+	const struct entry *first = find_pad(entries, entry->pad_is.backend, info->id);
+
+	printf("%*s%s/%s: ", 2 * depth, "", entry->holder, entry->pad);
+	if (first != entry) {
+		printf("the same as %s/%s\n", first->holder, first->pad);
+		return;
+	}
+	print_display(info->len, info->max_seq_len, entry->pad_is.planes, info->nr_planes);
+	if (info->parent_id)
+		printf(", forked at %" PRIu64, (uint64_t)info->parent_rows);
+	printf(", %" PRIu64 " bytes own, %" PRIu64 " shared\n", (uint64_t)info->allocated_bytes,
+	       (uint64_t)info->shared_bytes);
+}
+
+static void print_forks(struct entries *entries, enum kvscratch_backend backend, uint64_t id,
+			int depth);
+
+static void print_branch(struct entries *entries, struct entry *entry, int depth)
+{
+	if (entry->printed)
+		return;
+	/* before its forks: a memfd can say of itself whatever it wants to */
+	entry->printed = true;
+	print_tree_line(entries, entry, depth);
+	print_forks(entries, entry->pad_is.backend, entry->pad_is.info.id, depth + 1);
+}
+
+static void print_forks(struct entries *entries, enum kvscratch_backend backend, uint64_t id,
+			int depth)
+{
+	for (size_t i = 0; i < entries->count; i++) {
+		struct entry *entry = &entries->list[i];
+
+		if (*entry->pad && entry->pad_is.backend == backend &&
+		    entry->pad_is.info.parent_id == id)
+			print_branch(entries, entry, depth);
+	}
+}
+
+/* A pad with all of its forks, or a pad that is not held but in what its forks share with it */
+static void print_root(struct entries *entries, struct entry *entry)
+{
+	const enum kvscratch_backend backend = entry->pad_is.backend;
+	const uint64_t parent = entry->pad_is.info.parent_id;
+
+	if (!*entry->pad) {
+		print_entry(entry);
+	} else if (!parent) {
+		print_branch(entries, entry, 0);
+	} else if (!entry->printed && !find_pad(entries, backend, parent)) {
+		printf("pad %" PRIu64 ": not held\n", parent);
+		print_forks(entries, backend, parent, 1);
+	}
+}
+
+static void print_tree(struct entries *entries)
+{
+	for (size_t i = 0; i < entries->count; i++)
+		print_root(entries, &entries->list[i]);
+	/* what memfds say that are forks of each other */
+	for (size_t i = 0; i < entries->count; i++)
+		if (*entries->list[i].pad)
+			print_branch(entries, &entries->list[i], 0);
+}
+
+static void print_list(const struct entries *entries, bool json)
+{
+	for (size_t i = 0; i < entries->count; i++) {
 		if (!json) {
-			print_entry(&entries.list[i]);
+			print_entry(&entries->list[i]);
 			continue;
 		}
-		if (i)
-			fputs(",\n ", stdout);
-		print_json_entry(&entries.list[i]);
+		fputs(i ? ",\n " : "[", stdout);
+		print_json_entry(&entries->list[i]);
 	}
 	if (json)
-		puts("]");
+		puts(entries->count ? "]" : "[]");
+}
+
+int run_ls(const struct arguments *args)
+{
+	struct entries entries;
+	int unseen, err;
+
+	if (given(args, OPT_JSON) && given(args, OPT_TREE))
+		return fail(EXIT_INPUT, "expected either --json or --tree, got both");
+	unseen = collect(&entries);
+	if (given(args, OPT_TREE))
+		print_tree(&entries);
+	else
+		print_list(&entries, given(args, OPT_JSON));
 	free_entries(&entries);
 	err = finish_output();
 	return err ? err : unseen;
@@ -187,22 +276,23 @@ int run_ls(const struct arguments *args)
 
 /* put */
 
-/* The pad of --name or of the descriptor as @argument, "story/k0" or "story" */
-static int put_pad(const struct arguments *args, const struct kvscratch *pad)
+const char *name_in_holder(const char *as)
 {
-	const size_t length = strcspn(args->argument, "/");
-	const char *name = args->argument[length] ? args->argument + length + 1 : ONLY_PAD;
+	const char *slash = strchr(as, '/');
+
+	return slash ? slash + 1 : ONLY_PAD;
+}
+
+int put_as(const char *as, bool replaces, const struct kvscratch *pad)
+{
+	const char *name = name_in_holder(as);
 	int fd = kvscratch_fd(pad);
 	char holder[KVSCRATCH_MAX_NAME + 2];
-	int err;
 
 	/* what was cut is still too long for a name */
-	snprintf(holder, sizeof(holder), "%.*s", (int)length, args->argument);
-	err = given(args, OPT_REPLACE) ? kvscratch_holder_replace(holder, &name, &fd, 1) :
-					 kvscratch_holder_put(holder, &name, &fd, 1);
-	if (err)
-		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
-	return 0;
+	snprintf(holder, sizeof(holder), "%.*s", (int)strcspn(as, "/"), as);
+	return replaces ? kvscratch_holder_replace(holder, &name, &fd, 1) :
+			  kvscratch_holder_put(holder, &name, &fd, 1);
 }
 
 int run_put(const struct arguments *args)
@@ -215,9 +305,11 @@ int run_put(const struct arguments *args)
 	err = open_own(args, given(args, OPT_WRITE) ? O_RDWR : O_RDONLY, &pad);
 	if (err)
 		return err;
-	err = put_pad(args, pad);
+	err = put_as(args->argument, given(args, OPT_REPLACE), pad);
 	kvscratch_close(pad);
-	return err;
+	if (err)
+		return fail(err == -EINVAL ? EXIT_INPUT : EXIT_SYSTEM, "%s", kvscratch_error());
+	return 0;
 }
 
 /* drop */

@@ -865,7 +865,7 @@ static int keep_descriptor(struct holder *holder)
 	if (kvscratch_attach(&pad, holder->args->fd, access))
 		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	close(holder->args->fd);
-	keep_new(holder, ONLY_PAD, pad);
+	keep_new(holder, holder->args->pad ? holder->args->pad : ONLY_PAD, pad);
 	return 0;
 }
 

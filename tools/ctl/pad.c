@@ -213,11 +213,18 @@ int describe_pad(struct kvscratch *pad, struct description *description)
 	return 0;
 }
 
+void print_display(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
+		   uint32_t nr_planes)
+{
+	printf("Scratchpad(len=%" PRIu64 ", capacity=%" PRIu64 ", %s=%" PRIu32 ")", len,
+	       capacity, nr_planes > 1 ? "planes" : "dim", nr_planes > 1 ? nr_planes : planes->dim);
+}
+
 void print_display_line(uint64_t len, uint64_t capacity, const struct kvscratch_plane *planes,
 			uint32_t nr_planes)
 {
-	printf("Scratchpad(len=%" PRIu64 ", capacity=%" PRIu64 ", %s=%" PRIu32 ")\n", len,
-	       capacity, nr_planes > 1 ? "planes" : "dim", nr_planes > 1 ? nr_planes : planes->dim);
+	print_display(len, capacity, planes, nr_planes);
+	putchar('\n');
 }
 
 static size_t tag_bytes(const struct kvscratch_pad_info *info)
@@ -282,8 +289,12 @@ void print_json_members(const struct description *description)
 	       (uint64_t)(info->max_seq_len * info->row_bytes), (uint64_t)info->status_offset,
 	       (uint64_t)info->saturated);
 	print_json_bytes(info->tag, tag_bytes(info));
-	printf(", \"epoch\": %" PRIu32 ", \"writer\": %s, \"sealed\": %s, \"planes\": [",
-	       (uint32_t)info->epoch, json_bool(has_writer(info)), json_bool(is_sealed(info)));
+	printf(", \"epoch\": %" PRIu32 ", \"writer\": %s, \"sealed\": %s, \"id\": %" PRIu64
+	       ", \"allocated_bytes\": %" PRIu64 ", \"parent_id\": %" PRIu64 ", \"parent_rows\": %"
+	       PRIu64 ", \"shared_bytes\": %" PRIu64 ", \"planes\": [", (uint32_t)info->epoch,
+	       json_bool(has_writer(info)), json_bool(is_sealed(info)), (uint64_t)info->id,
+	       (uint64_t)info->allocated_bytes, (uint64_t)info->parent_id,
+	       (uint64_t)info->parent_rows, (uint64_t)info->shared_bytes);
 	for (uint32_t i = 0; i < info->nr_planes; i++) {
 		if (i)
 			fputs(", ", stdout);
@@ -357,6 +368,11 @@ static void print_state(const struct kvscratch_pad_info *info)
 		       has_writer(info) ? "with a writer" : "without a writer");
 	if (is_sealed(info))
 		puts("sealed");
+	if (info->parent_id)
+		printf("fork of %" PRIu64 " rows of pad %" PRIu64 ", %" PRIu64 " bytes shared, %"
+		       PRIu64 " bytes of its own\n", (uint64_t)info->parent_rows,
+		       (uint64_t)info->parent_id, (uint64_t)info->shared_bytes,
+		       (uint64_t)info->allocated_bytes);
 }
 
 static void print_promises(enum kvscratch_backend backend)
