@@ -552,6 +552,80 @@ static PyObject *pad_open(PyObject *self, PyObject *args, PyObject *keywords)
 	return err ? raise_error(err) : wrap_handle(Py_TYPE(self), opened);
 }
 
+/* Forks */
+
+/* A converter of PyArg_Parse: None leaves the number as it is. */
+static int parse_number_or_none(PyObject *object, void *number)
+{
+	return object == Py_None || parse_number(object, number);
+}
+
+/* All rows that are committed, and as many as fit @pad: of a truncate in between try again. */
+static int fork_all(struct kvscratch **made, struct kvscratch *pad, long long max_seq_len)
+{
+	struct kvscratch_pad_info info;
+	int err;
+
+	do {
+		err = kvscratch_pad_info(pad, &info);
+		if (!err)
+			err = kvscratch_fork(made, pad, info.len, max_seq_len);
+	} while (err == -ECANCELED || (err == -EINVAL && kvscratch_len(pad) < (int64_t)info.len));
+	return err;
+}
+
+static PyObject *pad_fork(PyObject *self, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "rows", "max_seq_len", NULL };
+	const long long not_given = LLONG_MIN;
+	long long rows = not_given, max_seq_len = not_given;
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle, *made;
+	PyObject *result;
+	int err;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "|O&O&:fork", names, parse_number_or_none,
+					 &rows, parse_number_or_none, &max_seq_len) ||
+	    (rows != not_given && !in_range("rows", rows, KVSCRATCH_MAX_SEQ_LEN)) ||
+	    (max_seq_len != not_given &&
+	     !in_range("max_seq_len", max_seq_len, KVSCRATCH_MAX_SEQ_LEN)))
+		return NULL;
+	handle = hold_pad(pad);
+	if (!handle)
+		return NULL;
+	if (max_seq_len == not_given)
+		max_seq_len = kvscratch_capacity(handle);
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		err = rows == not_given ? fork_all(&made, handle, max_seq_len) :
+					  kvscratch_fork(&made, handle, rows, max_seq_len);
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	result = err ? raise_unless_raised(err) : wrap_handle(Py_TYPE(self), made);
+	drop_pad(pad);
+	return result;
+}
+
+static PyObject *pad_snapshot(PyObject *self, PyObject *unused)
+{
+	struct pad *pad = (struct pad *)self;
+	struct kvscratch *handle = hold_pad(pad), *made;
+	PyObject *result;
+	int err;
+
+	(void)unused;
+	if (!handle)
+		return NULL;
+	do {
+		Py_BEGIN_ALLOW_THREADS
+		err = kvscratch_snapshot(&made, handle);
+		Py_END_ALLOW_THREADS
+	} while (again(err));
+	result = err ? raise_unless_raised(err) : wrap_handle(Py_TYPE(self), made);
+	drop_pad(pad);
+	return result;
+}
+
 /* Planes */
 
 /* The index of what a label or an index names, -1 after an exception */
@@ -1666,6 +1740,10 @@ enum pad_attribute {
 	PAD_GENERATION,
 	PAD_SATURATED,
 	PAD_SEALED,
+	PAD_ID,
+	PAD_PARENT_ID,
+	PAD_PARENT_ROWS,
+	PAD_SHARED_BYTES,
 	PAD_TAG,
 };
 
@@ -1706,6 +1784,14 @@ static PyObject *info_of(struct kvscratch *handle, enum pad_attribute attribute)
 		return PyLong_FromUnsignedLongLong(info.saturated);
 	case PAD_SEALED:
 		return PyBool_FromLong(info.flags & KVSCRATCH_PAD_SEALED);
+	case PAD_ID:
+		return PyLong_FromUnsignedLongLong(info.id);
+	case PAD_PARENT_ID:
+		return PyLong_FromUnsignedLongLong(info.parent_id);
+	case PAD_PARENT_ROWS:
+		return PyLong_FromUnsignedLongLong(info.parent_rows);
+	case PAD_SHARED_BYTES:
+		return PyLong_FromUnsignedLongLong(info.shared_bytes);
 	default:
 		return PyBytes_FromStringAndSize((const char *)info.tag, sizeof(info.tag));
 	}
@@ -1905,6 +1991,20 @@ static PyMethodDef pad_methods[] = {
 	  "takeover($self, /)\n--\n\n"
 	  "The same, from whoever is: a writer that hangs. All that it calls later is OSError\n"
 	  "ESTALE. Of a memfd it waits for a call that the other is in." },
+	{ "fork", KEYWORDS(pad_fork), METH_VARARGS | METH_KEYWORDS,
+	  "fork($self, /, rows=None, max_seq_len=None)\n--\n\n"
+	  "A new pad that begins with the first rows of this one, all committed ones without rows,\n"
+	  "and as many as fit this one without max_seq_len. It can be written, and this one goes on\n"
+	  "as before: what is appended to either the other never sees. copy.copy(pad) is the same\n"
+	  "as fork().\n\n"
+	  "The rows stay in the same memory, also when one of the pads is gone; in a memfd they\n"
+	  "are copied. OSError EBADF when this handle is for reading only and the pad not sealed;\n"
+	  "ValueError for more rows than there are, or than max_seq_len. While rows are shared a\n"
+	  "truncate() that would drop them is OSError ETXTBSY: see rewind()." },
+	{ "snapshot", pad_snapshot, METH_NOARGS,
+	  "snapshot($self, /)\n--\n\n"
+	  "A sealed fork of all rows that are committed, without room for more: what it shows\n"
+	  "never changes." },
 	{ "open", KEYWORDS(pad_open), METH_VARARGS | METH_KEYWORDS,
 	  "open($self, /, mode=\"r\")\n--\n\n"
 	  "A handle of its own on the pad, for another thread, say, or another process: mode is\n"
@@ -1939,6 +2039,11 @@ static PyMethodDef pad_methods[] = {
 	{ name, pad_get_of_plane, NULL, doc, (void *)(uintptr_t)(attribute) }
 
 static PyGetSetDef pad_attributes[] = {
+	PAD_ATTRIBUTE("id", PAD_ID, "A number that no other pad of the backend has"),
+	PAD_ATTRIBUTE("parent_id", PAD_PARENT_ID, "Of a fork the id of the pad it is of, else 0"),
+	PAD_ATTRIBUTE("parent_rows", PAD_PARENT_ROWS, "Rows that a fork began with, else 0"),
+	PAD_ATTRIBUTE("shared_bytes", PAD_SHARED_BYTES,
+		      "Memory that a fork took over from that pad: none in a memfd, which is a copy"),
 	PAD_ATTRIBUTE("state", PAD_STATE, "The low half of generation << 32 | len, for wait()"),
 	PLANE_ATTRIBUTE("dim", PLANE_DIM, "Elements per row of a pad of one plane"),
 	PLANE_ATTRIBUTE("dtype", PLANE_DTYPE, "What such a pad stores, \"f32\" and the like"),

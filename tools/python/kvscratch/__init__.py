@@ -61,6 +61,13 @@ Fork. A child may read what its parent had open. To append or truncate it attach
 handle of its own: Scratchpad.attach(pad, "rw"). Other ways to a pad are
 send_handles() over a Unix socket and Scratchpad.attach("NAME/PAD") of a holder.
 
+Branches. fork() makes a pad that begins with the rows of another and shares their memory: two
+continuations of one prompt, say. snapshot() keeps the rows of this moment, rewind() goes on from
+an earlier one.
+
+    branch = pad.fork()                         # or fork(rows, max_seq_len)
+    branch.append({"k0": row, "v0": row})       # pad does not see it
+
 Files. save() and load() keep pads in .safetensors files, with a tensor for each plane, or
 the rows of one plane in .npy.
 
@@ -71,13 +78,15 @@ planes. Full, an OSError: the rows do not fit a pad. MemoryError: no memory for 
 RuntimeError: a handle of the process that forked this one, or one that another thread waits
 with. OSError with its errno, and its subclasses, FileNotFoundError for a file or a socket that
 is not there: whatever else the system refuses. errno is EBUSY while another handle is the
-writer, ESTALE for a writer that was taken over, EROFS for a sealed pad, and EOPNOTSUPP for what
-only pads of one plane have: dim, dtype and the like, rows without the name of a plane. The
-text is the library's, "Scratchpad full: 2 / 2 tokens"; of an OSError it is in strerror.
+writer, ESTALE for a writer that was taken over, EROFS for a sealed pad, ETXTBSY for a truncate
+of rows that others share, and EOPNOTSUPP for what only pads of one plane have: dim, dtype and
+the like, rows without the name of a plane. The text is the library's, "Scratchpad full: 2 / 2
+tokens"; of an OSError it is in strerror.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import math
@@ -87,7 +96,7 @@ import selectors
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from . import _kvscratch
 from ._kvscratch import Full, View, Writer, default_backend, holder_drop
@@ -109,6 +118,7 @@ __all__ = ["Full", "Plane", "Promise", "Scratchpad", "View", "Writer", "default_
            "receive_handles", "save", "send_handles"]
 __version__ = _kvscratch.version()
 
+_S = TypeVar("_S", bound="Scratchpad")
 _LEN_MASK = 0xffffffff
 _MAX_TIMEOUT_MS = 0x7fffffff
 # elements that share a scale
@@ -225,6 +235,23 @@ class Scratchpad(_kvscratch.Pad):
                 yield self.get_token(i)
             except IndexError:
                 return
+
+    def __copy__(self: _S) -> _S:
+        return self.fork()
+
+    def rewind(self: _S, n: int) -> _S:
+        """The pad to go on with behind the first n rows: pad = pad.rewind(n).
+
+        That is this one, truncated, or where others share rows that would be dropped a fork
+        of the first n rows, and then this one stays as it is.
+        """
+        try:
+            self.truncate(n)
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:
+                raise
+            return self.fork(n)
+        return self
 
     def wait(self, state: int | None = None, *, rows: int | None = None,
              timeout: float | None = None) -> bool:

@@ -24,6 +24,9 @@ HELD = {
 # Where attach() gives handles that may write and not read
 WRITE_ONLY = {"kernel": True, "memfd": False}
 
+# Where forks have the rows of their source in the same memory
+SHARES = {"kernel": True, "memfd": False}
+
 
 @pytest.fixture
 def backend():
