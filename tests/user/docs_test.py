@@ -382,7 +382,7 @@ def commands_in_the_readme():
             done = subprocess.run(["sh", "-exc", script], cwd=directory, env=environment,
                                   stdin=subprocess.DEVNULL, capture_output=True, check=False,
                                   text=True, timeout=120)
-            for holder in re.findall(r"^kvscratchctl hold (\w+)", script, re.M):
+            for holder in re.findall(r"^kvscratchctl (?:hold|fork \S+) (\w+)", script, re.M):
                 subprocess.run([BUILD / "kvscratchctl", "drop", holder], env=environment,
                                capture_output=True, check=False)
             expect(done.returncode == 0, f"{done.stdout}{done.stderr}")
