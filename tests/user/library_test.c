@@ -1813,6 +1813,10 @@ TEST_F(planes, a_fork_that_cannot_be)
 	ASSERT_EQ(0, kvscratch_open(&reader, self->pad, O_RDONLY));
 	EXPECT_ERROR(EBADF, "expected a handle open for write, or a sealed pad, got a handle for "
 		     "read only", kvscratch_fork(&child, reader, 1, 12));
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_fork(&child, self->writer, 1, 12));
+	EXPECT_ERROR(EBADF, "expected a handle open for read, got one for write only",
+		     kvscratch_rewind(&self->writer, 0));
 	ASSERT_EQ(0, kvscratch_seal(self->writer));
 	ASSERT_EQ(0, kvscratch_fork(&child, reader, 1, 12)) TH_LOG("%s", kvscratch_error());
 	EXPECT_TRUE(rows_of_branch(child, 1, 0));

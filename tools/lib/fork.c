@@ -15,6 +15,10 @@
 static int check_fork(const struct kvscratch *pad, const struct kvscratch_pad_info *info,
 		      uint64_t rows, uint64_t max_seq_len)
 {
+	int err = check_access(pad, O_RDONLY);
+
+	if (err)
+		return err;
 	if (pad->access == O_RDONLY && !(info->flags & KVSCRATCH_PAD_SEALED))
 		return set_error(-EBADF, "expected a handle open for write, or a sealed pad, got a "
 				 "handle for read only");
@@ -79,9 +83,12 @@ int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad)
 		if (!err)
 			err = fork_at(&made, pad, &info, info.len, info.len ? info.len : 1);
 	} while (err == -ECANCELED);
-	if (!err)
-		err = kvscratch_seal(made);
-	if (!err)
+	if (err)
+		return err;
+	err = kvscratch_seal(made);
+	if (err)
+		kvscratch_close(made);
+	else
 		*snapshot = made;
 	return err;
 }
@@ -89,8 +96,11 @@ int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad)
 int kvscratch_rewind(struct kvscratch **pad, uint64_t len)
 {
 	struct kvscratch *made;
-	int err = kvscratch_truncate(*pad, len, 0);
+	/* a writer would not be one any more */
+	int err = check_access(*pad, O_RDONLY);
 
+	if (!err)
+		err = kvscratch_truncate(*pad, len, 0);
 	if (err != -ETXTBSY)
 		return err;
 	err = kvscratch_fork(&made, *pad, len, (*pad)->info.max_seq_len);

@@ -258,8 +258,8 @@ int kvscratch_seal(struct kvscratch *pad);
 
 /*
  * Make @child a pad of its own, with the planes and the tag of @pad, room for @max_seq_len rows, and
- * the first @rows committed rows of @pad, which has to be open for write, or for read if it is
- * sealed (EBADF). What either appends or drops later the other does not see. The module shares the
+ * the first @rows committed rows of @pad, which has to be open for read and write, or for read if
+ * it is sealed (EBADF). What either appends or drops later the other does not see. The module shares the
  * memory of those rows, whoever goes first; while it does, a truncate that would drop some of
  * them is ETXTBSY. A memfd is copied. ECANCELED when @pad was truncated meanwhile.
  */
@@ -271,9 +271,9 @@ int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad);
 
 /*
  * Go on behind the first @len rows: truncate *@pad or, where another pad shares what that would
- * drop, close it and make *@pad a fork of them, of the same capacity and open for read and
- * write. Returns 0, or 1 when it is another pad now, of which those who have the old one do
- * not learn.
+ * drop, close it, with its view, and make *@pad a fork of them, of the same capacity and open
+ * for read and write, as *@pad has to be. Returns 0, or 1 when it is another pad now, of which
+ * those who have the old one do not learn.
  */
 int kvscratch_rewind(struct kvscratch **pad, uint64_t len);
 
