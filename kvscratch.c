@@ -290,7 +290,7 @@ static u64 kvs_chunk_charge(u64 nr_entries, u64 nr_pages)
 /* Whether a chunk of so many bytes is to be one page that a view maps by one entry */
 static bool kvs_chunk_is_huge(u64 bytes)
 {
-	return PMD_SIZE == KVSCRATCH_CHUNK_BYTES && kvs_layout_is_large(bytes);
+	return PMD_SIZE == KVSCRATCH_CHUNK_BYTES && KVS_TABLES_STAY && kvs_layout_is_large(bytes);
 }
 
 /* What a chunk of @bytes of capacity takes if memory is as it should be */
@@ -388,6 +388,8 @@ static void kvs_chunk_share(struct kvs_chunk *chunk, struct kvs_chunk *from, u32
 			atomic_long_inc(kvs_page_users(chunk->pages[i]));
 	}
 	chunk->nr_pages = nr_pages;
+	chunk->forked = true;
+	WRITE_ONCE(from->forked, true);
 }
 
 /* Whether pages from @first up to @end of a chunk have other users */
@@ -397,8 +399,15 @@ static bool kvs_chunk_is_shared(const struct kvs_chunk *chunk, u32 first, u32 en
 
 	if (refcount_read(&chunk->refs) > 1)
 		return true;
+	/*
+	 * Who counted its pages for a table let go of it only then: pairs with the release of
+	 * kvs_chunk_put(). litmus: fork-count
+	 */
+	smp_acquire__after_ctrl_dep();
 	if (first < chunk->nr_base && refcount_read(&chunk->base->refs) > 1)
 		return true;
+	if (!READ_ONCE(chunk->forked))
+		return false;
 	for (i = max(first, chunk->nr_base); i < min(end, chunk->nr_pages); i++)
 		if (atomic_long_read(kvs_page_users(chunk->pages[i])) > 1)
 			return true;
@@ -1721,6 +1730,7 @@ static bool kvs_rows_are_shared(const struct kvs_pad *pad, u64 row, u64 end)
 {
 	u32 i;
 
+	row = array_index_nospec(row, pad->max_seq_len);
 	for (i = 0; i < pad->nr_arrays; i++) {
 		const struct kvs_array *array = pad->arrays[i];
 
@@ -2409,10 +2419,14 @@ static long kvs_ioctl_create(struct file *node, void *arg)
 	return kvs_install_pad(kvs_create_from_user(create));
 }
 
-/* What is handed out sealed may be forked by who can read it: a fork changes nothing there. */
+/*
+ * A fork shows all rows, and keeps them from being dropped: it takes the rights to read and to
+ * change the pad, but for one that cannot change any more.
+ */
 static bool kvs_may_fork(const struct file *file, const struct kvs_pad *pad)
 {
-	return file->f_mode & (READ_ONCE(pad->sealed) ? FMODE_READ | FMODE_WRITE : FMODE_WRITE);
+	return file->f_mode & FMODE_READ &&
+	       (file->f_mode & FMODE_WRITE || READ_ONCE(pad->sealed));
 }
 
 static long kvs_ioctl_fork(struct file *node, void *arg)

@@ -30,18 +30,20 @@ struct seq_file;
  * @refs: one per array it is in, and per table that has pages of its @huge
  * @huge: address of the one compound page that is all of it, or NULL
  * @base: the huge chunk that the first @nr_base of @pages are of, or NULL
- * @nr_base: how many; below @nr_pages
+ * @nr_base: how many; at most @nr_pages
  * @nr_pages: entries of @pages, where there is no @huge
+ * @forked: single pages of it may be in other tables as well; set once
  * @pages: addresses of pages of @base, and then of single pages, each of which counts the
  *	tables that it is in
  *
- * Constant but for @refs. Addresses, for what a page is found by may be in its flags, which
- * fault handling changes.
+ * Constant but for @refs and @forked. Addresses, for what a page is found by may be in its
+ * flags, which fault handling changes.
  */
 struct kvs_chunk {
 	refcount_t refs;
 	u32 nr_base;
 	u32 nr_pages;
+	bool forked;
 	void *huge;
 	struct kvs_chunk *base;
 	void *pages[];
@@ -294,6 +296,16 @@ static inline void kvs_file_set_nonotify(struct file *file)
 	file->f_mode |= FMODE_NONOTIFY;
 #endif
 }
+
+/*
+ * Where MADV_DONTNEED frees page tables that are empty, one that kvs_fault_piece() made may be
+ * gone before it is used. 6.14 only: later there is another way, before there was no such thing.
+ */
+#if defined(CONFIG_PT_RECLAIM) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 15, 0)
+#define KVS_TABLES_STAY false
+#else
+#define KVS_TABLES_STAY true
+#endif
 
 /*
  * Give fault handling @page, the only one of its compound page that is to be mapped there:

@@ -744,8 +744,8 @@ static int expected_branch(const struct handle *source, const struct kvscratch_f
 
 	if (!pad)
 		return EBADF;
-	if (!writable(source->fd) &&
-	    !(pad->info.flags & KVSCRATCH_PAD_SEALED && readable(source->fd)))
+	if (!readable(source->fd) ||
+	    (!writable(source->fd) && !(pad->info.flags & KVSCRATCH_PAD_SEALED)))
 		return EACCES;
 	if (fork->flags || fork->reserved || !fork->max_seq_len ||
 	    fork->max_seq_len > KVSCRATCH_MAX_SEQ_LEN || fork->rows > fork->max_seq_len)

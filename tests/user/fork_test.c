@@ -528,7 +528,7 @@ TEST_F_TIMEOUT(fork, of_single_pages, TEST_SECONDS)
 TEST_F_TIMEOUT(fork, is_refused_in_words, TEST_SECONDS)
 {
 	int node = device_open(O_RDWR), read_only = device_open(O_RDONLY);
-	int reader, path, other;
+	int reader, writer, path, other;
 
 	ASSERT_LE(0, node);
 	ASSERT_LE(0, read_only);
@@ -536,9 +536,11 @@ TEST_F_TIMEOUT(fork, is_refused_in_words, TEST_SECONDS)
 	ASSERT_TRUE(append_to(self->source, 50));
 	ASSERT_EQ(0, device_truncate(self->source->fd, 40, 0));
 	reader = device_open_reader(self->source->fd);
+	writer = device_reopen(self->source->fd, O_WRONLY);
 	path = open("/proc/self", O_PATH | O_CLOEXEC);
 	other = open("/dev/null", O_RDWR | O_CLOEXEC);
 	ASSERT_LE(0, reader);
+	ASSERT_LE(0, writer);
 	ASSERT_LE(0, path);
 	ASSERT_LE(0, other);
 	EXPECT_EQ(-EACCES, device_fork_on(read_only, self->source->fd, 40, 1, 100));
@@ -548,6 +550,8 @@ TEST_F_TIMEOUT(fork, is_refused_in_words, TEST_SECONDS)
 	EXPECT_EQ(-EBADF, device_fork_on(node, other, 40, 1, 100));
 	EXPECT_EQ(-EBADF, device_fork_on(node, node, 40, 1, 100));
 	EXPECT_EQ(-EACCES, device_fork_on(node, reader, 40, 1, 100));
+	/* who cannot read a pad cannot read a fork of it either */
+	EXPECT_EQ(-EACCES, device_fork_on(node, writer, 40, 1, 100));
 	EXPECT_EQ(-EINVAL, device_fork_on(node, self->source->fd, 0, 1, 0));
 	EXPECT_EQ(-EINVAL, device_fork_on(node, self->source->fd, 0, 1,
 					  KVSCRATCH_MAX_SEQ_LEN + 1ull));
@@ -562,7 +566,9 @@ TEST_F_TIMEOUT(fork, is_refused_in_words, TEST_SECONDS)
 	ASSERT_EQ(0, device_seal(self->source->fd));
 	self->child->fd = device_fork_on(node, reader, 0, 2, 100);
 	EXPECT_LE(0, self->child->fd);
+	EXPECT_EQ(-EACCES, device_fork_on(node, writer, 0, 2, 100));
 	close(self->child->fd);
+	close(writer);
 	close(reader);
 	close(path);
 	close(other);
@@ -593,6 +599,29 @@ TEST_F_TIMEOUT(fork, is_within_limits, TEST_SECONDS)
 	/* far more than there can be is told before anything is done */
 	set_limits(per_pad, total);
 	EXPECT_EQ(-EDQUOT, device_fork(self->source->fd, 1, 0, KVSCRATCH_MAX_SEQ_LEN));
+	close(self->source->fd);
+}
+
+/* What is staged lies in the page that a fork copies. */
+TEST_F_TIMEOUT(fork, shows_no_staged_row, TEST_SECONDS)
+{
+	uint8_t rows[8 * 1152];
+	int writer;
+
+	memset(rows, 0xa5, sizeof(rows));
+	ASSERT_TRUE(new_branch(self->source, MOST_ROWS));
+	ASSERT_TRUE(append_to(self->source, 701));
+	writer = device_open_writer(self->source->fd, 0);
+	ASSERT_LE(0, writer);
+	for (uint32_t plane = 0; plane < NR_PLANES; plane++)
+		ASSERT_EQ(0, device_stage(writer, plane, 701, rows, 8));
+	ASSERT_TRUE(fork_branch(self->child, self->source, 701, MOST_ROWS));
+	EXPECT_TRUE(is_right(self->child, true));
+	ASSERT_EQ(0, device_commit(writer, 709));
+	EXPECT_TRUE(is_right(self->child, true));
+	EXPECT_EQ(709, len_of(self->source->fd));
+	close(writer);
+	close(self->child->fd);
 	close(self->source->fd);
 }
 

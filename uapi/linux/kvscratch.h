@@ -114,9 +114,9 @@
  * - EDOM: a NaN or an infinity that would have to become an integer; nothing
  *   was committed
  * - EACCES: CREATE, FORK, TRUNCATE or SEAL on a handle that is not open for
- *   write, FORK of a pad that is not sealed by a handle on it that is not,
- *   OPEN with more rights than the handle has, mmap of a handle that is not
- *   open for read
+ *   write, FORK of a pad through a handle that is not open for read, or
+ *   neither for write nor of a sealed pad, OPEN with more rights than the
+ *   handle has, mmap of a handle that is not open for read
  * - EPERM: the mapping would be writable, executable or private
  * - ENXIO: the mapping reaches outside the pad; opening a handle through
  *   /proc/PID/fd
@@ -271,7 +271,8 @@ struct kvscratch_create {
  * struct kvscratch_fork - ioctl(KVSCRATCH_IOC_FORK)
  * @size: sizeof(struct kvscratch_fork)
  * @flags: must be 0
- * @source_fd: a handle on the pad to fork, open for write, or for read where it is sealed
+ * @source_fd: a handle on the pad to fork, open for read, and for write too unless it is
+ *	sealed. It counts as a reference to its open file while the call lasts
  * @reserved: must be 0
  * @rows: how many committed rows of it the new pad begins with
  * @generation: that of the pad, in full
@@ -279,10 +280,11 @@ struct kvscratch_create {
  *
  * On a node handle that is open for write: make a pad with the planes and the tag of
  * another one and the first @rows of its rows, committed, in generation 0. All of
- * their pages are shared but for the last of each array, which is copied if it has
- * other bytes too; memory for the other rows is allocated and charged as for
+ * their pages are shared but for the last of each array, which is copied if the rows do
+ * not end with it; memory for the other rows is allocated and charged as for
  * KVSCRATCH_IOC_CREATE. It waits for no operation on the other pad: rows are
- * taken as they were committed, also beside a writer.
+ * taken as they were committed, also beside a writer, and also through a handle that was
+ * taken over.
  *
  * Return: a close-on-exec descriptor, open for read and write.
  *
@@ -408,9 +410,9 @@ struct kvscratch_commit {
  * takeover ends such a call the rows are dropped, and the next one finishes its
  * scrub.
  *
- * Rows that a fork and the pad share cannot be dropped while both are there, nor can others
- * below the highest row that was ever forked and is still there whose memory, up to
- * KVSCRATCH_CHUNK_BYTES of a plane, has shared rows too.
+ * Rows whose memory another pad shares, up to KVSCRATCH_CHUNK_BYTES of a plane, cannot be
+ * dropped while it is there (ETXTBSY). Above the highest row that was ever forked and is
+ * still there none are.
  *
  * Errors: EINVAL, E2BIG, EFAULT, EACCES, EROFS, EBUSY, ESTALE, EAGAIN,
  * ECANCELED, ETXTBSY, EINTR.
@@ -482,7 +484,8 @@ struct kvscratch_seen {
  * @mapping_bytes: out: length of a mapping of everything
  * @status_offset: out: mapping offset of &struct kvscratch_status
  * @allocated_bytes: out: what CREATE or FORK took from the module's limits
- * @shared_bytes: out: memory that FORK took over from the other pad, else 0
+ * @shared_bytes: out: memory that FORK took over from the other pad, else 0; of each array
+ *	up to KVSCRATCH_CHUNK_BYTES more stay allocated for it
  * @parent_id: out: @id of the pad that was forked, else 0
  * @parent_rows: out: rows that FORK began with, else 0
  * @saturated: out: elements that were clamped by appends and STAGE so far, those that
