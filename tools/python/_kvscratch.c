@@ -560,17 +560,21 @@ static int parse_number_or_none(PyObject *object, void *number)
 	return object == Py_None || parse_number(object, number);
 }
 
-/* All rows that are committed, and as many as fit @pad: of a truncate in between try again. */
+/* All rows that are committed: after a truncate in between, those that are now. */
 static int fork_all(struct kvscratch **made, struct kvscratch *pad, long long max_seq_len)
 {
-	struct kvscratch_pad_info info;
-	int err;
+	struct kvscratch_pad_info seen, info;
+	int err = kvscratch_pad_info(pad, &info);
 
-	do {
-		err = kvscratch_pad_info(pad, &info);
-		if (!err)
-			err = kvscratch_fork(made, pad, info.len, max_seq_len);
-	} while (err == -ECANCELED || (err == -EINVAL && kvscratch_len(pad) < (int64_t)info.len));
+	while (!err) {
+		seen = info;
+		err = kvscratch_fork(made, pad, seen.len, max_seq_len);
+		if (err != -ECANCELED && err != -EINVAL)
+			break;
+		/* a call that succeeds leaves the sentence of the one that failed */
+		if (!kvscratch_pad_info(pad, &info) && info.generation != seen.generation)
+			err = 0;
+	}
 	return err;
 }
 
