@@ -12,8 +12,9 @@ VERSION := 0.1.0
 override CPPFLAGS += -Iuapi -Itools/lib -DKVSCRATCH_VERSION='"$(VERSION)"'
 LIBKVSCRATCH := $(wildcard tools/lib/*.c)
 TOOLS := kvscratchctl kvdecode
-kvscratchctl-sources := tools/kvscratchctl.c $(wildcard tools/ctl/*.c) tools/cli.c tools/interrupt.c
-kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/cli.c tools/interrupt.c
+kvscratchctl-sources := tools/kvscratchctl.c $(wildcard tools/ctl/*.c) tools/branch.c tools/cli.c \
+	tools/interrupt.c
+kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/branch.c tools/cli.c tools/interrupt.c
 EXAMPLES := $(basename $(notdir $(wildcard tools/examples/*.c tools/examples/*.cc)))
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))

@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include "../kvscratch_scale.h"
+#include "branch.h"
 #include "cli.h"
 #include "interrupt.h"
 #include "libkvscratch.h"
@@ -57,6 +58,7 @@ struct options {
 	uint32_t steps;		/* 0: as many as the model has positions */
 	int handle;		/* 0: none */
 	const char *hold;
+	const char *fork;
 	bool takeover;
 	uint32_t draft;		/* tokens at once; 0: none */
 	const char *draft_model;
@@ -192,6 +194,9 @@ static const char help_text[] =
 "                       where it ends when there is one\n"
 "  --handle N           the same with the inherited descriptor N, of a pad that\n"
 "                       somebody else made\n"
+"  --fork NAME[@N]      go on from the first N tokens, or all, of the pad that a\n"
+"                       holder keeps as NAME, in a pad of our own; with --hold only\n"
+"                       where that has none yet\n"
 "  --takeover           with them: also where another process writes to the pad,\n"
 "                       which cannot any more\n"
 "  --queries            keep the queries as well, in planes q0 q1 ... before tokens,\n"
@@ -228,6 +233,7 @@ enum {
 	OPT_LOGITS,
 	OPT_HOLD,
 	OPT_HANDLE,
+	OPT_FORK,
 	OPT_TAKEOVER,
 	OPT_QUERIES,
 	OPT_DRAFT,
@@ -252,6 +258,7 @@ static const struct option long_options[] = {
 	{ "logits", required_argument, NULL, OPT_LOGITS },
 	{ "hold", required_argument, NULL, OPT_HOLD },
 	{ "handle", required_argument, NULL, OPT_HANDLE },
+	{ "fork", required_argument, NULL, OPT_FORK },
 	{ "takeover", no_argument, NULL, OPT_TAKEOVER },
 	{ "queries", no_argument, NULL, OPT_QUERIES },
 	{ "draft", required_argument, NULL, OPT_DRAFT },
@@ -350,6 +357,9 @@ static int parse_option(struct options *options, int option, const char *text)
 	case OPT_HOLD:
 		options->hold = text;
 		return 0;
+	case OPT_FORK:
+		options->fork = text;
+		return 0;
 	case OPT_TAKEOVER:
 		options->takeover = true;
 		return 0;
@@ -383,9 +393,11 @@ static int check_options(const struct options *options)
 			    "expected both --checkpoint and --tokenizer, got one of them");
 	if (options->model && options->checkpoint)
 		return fail(EXIT_INPUT, "expected either --model or --checkpoint, got both");
-	if (options->heap && (options->socket || options->handle || options->hold))
-		return fail(EXIT_INPUT, "--serve, --handle and --hold: expected --cache pads, "
-			    "got --cache heap");
+	if (options->heap && (options->socket || options->handle || options->hold || options->fork))
+		return fail(EXIT_INPUT, "--serve, --handle, --hold and --fork: expected --cache "
+			    "pads, got --cache heap");
+	if (options->handle && options->fork)
+		return fail(EXIT_INPUT, "expected either --handle or --fork, got both");
 	if (options->handle && options->hold)
 		return fail(EXIT_INPUT, "expected either --handle or --hold, got both");
 	if (options->takeover && !options->handle && !options->hold)
@@ -732,16 +744,11 @@ static int check_tokens(struct decoder *decoder)
 }
 
 /* Nobody is disturbed until all was checked: it may be the wrong pad. */
-static int take_over(struct decoder *decoder, int fd)
+static int go_on(struct decoder *decoder, bool by_force)
 {
 	struct cache *cache = &decoder->cache;
-	int err;
+	int err = check_access(cache);
 
-	if (kvscratch_from_fd(&cache->pad, fd)) {
-		close(fd);
-		return fail_cache();
-	}
-	err = check_access(cache);
 	if (!err)
 		err = check_tag(decoder);
 	if (!err)
@@ -751,9 +758,30 @@ static int take_over(struct decoder *decoder, int fd)
 	if (!err)
 		err = check_tokens(decoder);
 	if (!err)
-		err = take_role(cache, decoder->options.takeover);
+		err = take_role(cache, by_force);
 	/* more may have come until we were the writer */
 	return err ? err : check_tokens(decoder);
+}
+
+static int take_over(struct decoder *decoder, int fd)
+{
+	if (kvscratch_from_fd(&decoder->cache.pad, fd)) {
+		close(fd);
+		return fail_cache();
+	}
+	return go_on(decoder, decoder->options.takeover);
+}
+
+/* A pad of our own: empty, or one that begins with what another decoder computed */
+static int begin_pad(struct decoder *decoder)
+{
+	struct cache *cache = &decoder->cache;
+	int err;
+
+	if (!decoder->options.fork)
+		return create_pad(decoder);
+	err = fork_held(&cache->pad, decoder->options.fork, cache->seq_len, EXIT_INPUT, EXIT_PADS);
+	return err ? err : go_on(decoder, false);
 }
 
 /* A held pad: a holder keeps it when we are killed. */
@@ -785,7 +813,7 @@ static int take_over_held(struct decoder *decoder)
 	if (count < 0)
 		return fail_holder(count);
 	if (!count) {
-		err = create_pad(decoder);
+		err = begin_pad(decoder);
 		return err ? err : put_pad(&decoder->cache, holder);
 	}
 	if (count == 1)
@@ -812,7 +840,7 @@ static int open_cache(struct decoder *decoder)
 		return allocate_arrays(cache);
 	if (options->handle)
 		return take_over(decoder, options->handle);
-	return options->hold ? take_over_held(decoder) : create_pad(decoder);
+	return options->hold ? take_over_held(decoder) : begin_pad(decoder);
 }
 
 /* Readers */

@@ -120,6 +120,7 @@ offers 'kvscratchctl fork story e' empty
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story
+offers 'kvdecode --fork s' story story/pad
 kvscratchctl hold cache --max-seq-len 4 --planes k0:2,v0:2,k1:2
 offers 'kvscratchctl -n cache dump --plane ' k0 k1 v0
 offers 'kvscratchctl -n cache save --plane ' k0 k1 v0

@@ -523,6 +523,102 @@ TEST_F_TIMEOUT(decode, hanging_decoder_is_taken_over, TEST_SECONDS)
 	close_handle();
 }
 
+/* Branches of a held pad */
+
+static void expect_exit(struct __test_metadata *_metadata, int status, const char *const *argv)
+{
+	static struct program program;
+
+	start(&program, argv);
+	EXPECT_EQ(status, finish(&program)) {
+		TH_LOG("%s %s %s", argv[0], argv[1], argv[2]);
+	}
+}
+
+#define expect_done(metadata, argv) expect_exit(metadata, 0, argv)
+
+/* A run with @options that begins with what @branch says has the text of one that computed all. */
+static void expect_branch(struct __test_metadata *_metadata, const char *const *branch,
+			  const char *const *options)
+{
+	static struct program whole, other;
+
+	start_with(&whole, KVDECODE("--cache", "heap"), options);
+	EXPECT_EQ(0, finish(&whole));
+	EXPECT_LT(20, whole.bytes);
+	start_with(&other, branch, options);
+	EXPECT_EQ(0, finish(&other));
+	EXPECT_STREQ(whole.text, other.text);
+}
+
+TEST_F_TIMEOUT(decode, branches_go_on_and_leave_their_source, TEST_SECONDS)
+{
+	expect_done(_metadata, KVSCRATCHCTL("hold", "story", "--write"));
+	expect_done(_metadata, KVDECODE("--prompt", STORY, "--steps", "40", "--hold", "story"));
+	expect_done(_metadata, KVSCRATCHCTL("-n", "story", "dump", "--format", "raw", "-o", "before"));
+
+	expect_branch(_metadata, KVDECODE("--fork", "story"),
+		      KVDECODE("--prompt", STORY, "--steps", "100"));
+	expect_branch(_metadata, KVDECODE("--fork", "story/cache@5"),
+		      KVDECODE("--prompt", STORY, "--steps", "100", "--temperature", "1", "--seed",
+			       "3"));
+	expect_branch(_metadata, KVDECODE("--fork", "story@3", "--draft", "4"),
+		      KVDECODE("--prompt", "Only once", "--steps", "100"));
+	expect_branch(_metadata, KVDECODE("--fork", "story@0"),
+		      KVDECODE("--prompt", "Hello", "--steps", "50"));
+	/* what was said already is the text, whoever said it */
+	expect_branch(_metadata, KVDECODE("--fork", "story", "--prompt", ""),
+		      KVDECODE("--prompt", STORY, "--steps", "40"));
+
+	expect_exit(_metadata, 1, KVDECODE("--fork", "story@41"));
+	expect_exit(_metadata, 1, KVDECODE("--fork", "story@1x"));
+	expect_exit(_metadata, 2, KVDECODE("--fork", "nobody"));
+	expect_exit(_metadata, 2, KVDECODE("--fork", "story", "--prompt", "Another text"));
+	expect_exit(_metadata, 2, KVDECODE("--fork", "story", "--kv", "mxint8"));
+	expect_exit(_metadata, 2, KVDECODE("--fork", "story", "--queries"));
+	expect_done(_metadata, KVSCRATCHCTL("-n", "story", "dump", "--format", "raw", "-o", "after"));
+	EXPECT_EQ(0, system("cmp before after"));
+	expect_done(_metadata, KVSCRATCHCTL("drop", "story"));
+}
+
+/* The same command goes on with a branch that is held, whatever became of its source. */
+TEST_F_TIMEOUT(decode, held_branch_is_gone_on_with, TEST_SECONDS)
+{
+	const char *const *branch = KVDECODE("--fork", "story@10", "--hold", "branch");
+
+	expect_done(_metadata, KVSCRATCHCTL("hold", "story", "--write"));
+	expect_done(_metadata, KVSCRATCHCTL("hold", "branch", "--write"));
+	expect_done(_metadata, KVDECODE("--prompt", STORY, "--kv", "mxint8", "--steps", "40",
+					"--hold", "story"));
+	expect_branch(_metadata, branch, KVDECODE("--prompt", STORY, "--kv", "mxint8", "--steps",
+						  "50"));
+	expect_done(_metadata, KVSCRATCHCTL("drop", "story"));
+	expect_branch(_metadata, branch, KVDECODE("--prompt", STORY, "--kv", "mxint8", "--steps",
+						  "100"));
+	expect_done(_metadata, KVSCRATCHCTL("-n", "branch/cache", "watch", "--until", "100"));
+	expect_done(_metadata, KVSCRATCHCTL("drop", "branch"));
+}
+
+/* A decoder that hangs holds up no branch. */
+TEST_F_TIMEOUT(decode, branch_of_what_a_hanging_decoder_computed, TEST_SECONDS)
+{
+	static struct program hanging;
+
+	expect_done(_metadata, KVSCRATCHCTL("hold", "story", "--write"));
+	start_hanging(&hanging, KVDECODE("--hold", "story", "--steps", "80"));
+	while (kvscratch_attach_name(&pad_of_handle, "story", O_RDONLY))
+		sched_yield();
+	await_tokens(2);
+	expect_branch(_metadata, KVDECODE("--fork", "story"), KVDECODE("--steps", "80"));
+	expect_branch(_metadata, KVDECODE("--fork", "story@1"),
+		      KVDECODE("--steps", "80", "--temperature", "1"));
+	EXPECT_EQ(0, finish(&hanging));
+	EXPECT_EQ(80, kvscratch_len(pad_of_handle));
+	EXPECT_EQ(0, generation_of_pad(pad_of_handle));
+	close_handle();
+	expect_done(_metadata, KVSCRATCHCTL("drop", "story"));
+}
+
 /* Pads that are not ours: refused, and left as they are */
 
 static void expect_refused(struct __test_metadata *_metadata, const char *const *options)

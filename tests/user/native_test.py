@@ -233,6 +233,8 @@ def wrong_options():
              "/nowhere: No such file or directory"),
             (["--wait-reader"], "--wait-reader: expected --serve with it"),
             (["--cache", "heap", "--serve", "x"], "expected --cache pads, got --cache heap"),
+            (["--cache", "heap", "--fork", "x"], "expected --cache pads, got --cache heap"),
+            (["--fork", "x", "--handle", "9"], "expected either --handle or --fork, got both"),
             (["--checkpoint", "x"], "expected both --checkpoint and --tokenizer"),
             (["--model", "/nowhere"], "/nowhere: No such file or directory"),
             (["story"], "expected options only, got \"story\""),
