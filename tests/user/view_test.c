@@ -1681,10 +1681,14 @@ TEST_F_TIMEOUT(planes, of_who_wants_no_huge_pages, TEST_SECONDS)
 	EXPECT_TRUE(before == pages || before == 2)
 		TH_LOG("%ld faults in %ld pages", before, pages);
 	ASSERT_EQ(0, populate(self, map));
-	before = page_faults();
-	for (uint32_t i = 0; i < SHAPES; i++)
-		sum_bytes(map + self->planes[i].offset, plane_bytes(&self->planes[i]));
-	EXPECT_EQ(0, page_faults() - before);
+	/* the first time brings in the code that it takes */
+	for (int run = 0; run < 2; run++) {
+		before = page_faults();
+		for (uint32_t i = 0; i < SHAPES; i++)
+			sum_bytes(map + self->planes[i].offset, plane_bytes(&self->planes[i]));
+		before = page_faults() - before;
+	}
+	EXPECT_EQ(0, before);
 	munmap(map, self->info.mapping_bytes);
 }
 
