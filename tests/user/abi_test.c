@@ -621,6 +621,7 @@ TEST_F(abi, inputs_may_be_longer)
 			close(self->pad);
 			self->pad = device_create(ROWS, DIM, KVSCRATCH_DTYPE_F32);
 			ASSERT_LE(0, self->pad);
+			forked_pad = self->pad;
 			writer = device_open_writer(self->pad, 0);
 			ASSERT_LE(0, writer);
 		}
