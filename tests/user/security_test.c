@@ -395,8 +395,7 @@ TEST_F_TIMEOUT(security, planes_overflow_at_create, TEST_SECONDS)
 
 static bool is_ours(unsigned int cmd)
 {
-	return cmd == KVSCRATCH_IOC_CREATE ||
-	       (cmd >= KVSCRATCH_IOC_OPEN && cmd <= KVSCRATCH_IOC_PLANES);
+	return cmd >= KVSCRATCH_IOC_CREATE && cmd <= KVSCRATCH_IOC_PLANES;
 }
 
 TEST_F_TIMEOUT(security, ioctl_number_speculation, TEST_SECONDS)
