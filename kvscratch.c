@@ -329,9 +329,10 @@ static struct kvs_chunk *kvs_chunk_huge(void)
 }
 
 /*
- * The last user of what is in it gives back its memory and charge. Pairs with the acquire in
- * kvs_rows_are_shared(): whoever finds itself alone may overwrite what others have read.
- * litmus: fork-put
+ * The last user of what is in it gives back its memory and charge. The decrements release:
+ * pairs with the acquire in kvs_chunk_is_shared(), for what was counted before, and that in
+ * kvs_rows_are_shared(), for whoever finds itself alone may overwrite what others have read.
+ * litmus: fork-count, fork-put
  */
 static void kvs_chunk_put(struct kvs_chunk *chunk)
 {
@@ -2385,7 +2386,7 @@ static struct kvs_pad *kvs_create_from_user(const struct kvscratch_create *creat
 	return pad;
 }
 
-/* A descriptor of the first handle on a new pad, if it is none of an errno */
+/* The descriptor of the first handle on a new pad, or what @pad says as an ERR_PTR */
 static long kvs_install_pad(struct kvs_pad *pad)
 {
 	struct file *file;

@@ -21,8 +21,8 @@
  *
  * A *node handle* is an open file of /dev/kvscratch and makes pads. A *handle*
  * is an open file of a pad, as KVSCRATCH_IOC_CREATE, KVSCRATCH_IOC_FORK and
- * KVSCRATCH_IOC_OPEN return it. A *view* is a mapping of a handle. The pad is freed when its last
- * handle and its last view are gone.
+ * KVSCRATCH_IOC_OPEN return it. A *view* is a mapping of a handle. The pad is
+ * freed when its last handle and its last view are gone.
  *
  * write(), writev() and io_uring writes append whole tokens, all of them or
  * none, wherever the file position is. A token is appended as a row of each
