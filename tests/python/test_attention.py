@@ -119,7 +119,7 @@ def test_wrong_heads(pad, heads, kv_heads, message):
 def program(*arguments):
     # it ends in any case; what waits for ever is told from the rest
     return subprocess.run([sys.executable, PROGRAM, *map(str, arguments)], text=True, check=False,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+                          stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def test_no_decoder(tmp_path):

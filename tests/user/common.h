@@ -59,6 +59,37 @@ static inline uint32_t rounds_or(uint32_t few)
 	return rounds ? strtoul(rounds, NULL, 10) : few;
 }
 
+/* Programs run the tests that their arguments name, or without one all. */
+static inline bool is_selected(const char *test, char **names)
+{
+	if (!*names)
+		return true;
+	while (*names)
+		if (!strcmp(*names++, test))
+			return true;
+	return false;
+}
+
+static inline void select_tests(char **names)
+{
+	struct __fixture_metadata *fixture;
+	struct __test_metadata **at;
+
+	for (fixture = __fixture_list; fixture; fixture = fixture->next)
+		for (at = &fixture->tests; *at; )
+			if (is_selected((*at)->name, names))
+				at = &(*at)->next;
+			else
+				*at = (*at)->next;
+}
+
+#undef TEST_HARNESS_MAIN
+#define TEST_HARNESS_MAIN \
+	int main(int argc, char **argv) { \
+		select_tests(argv + 1); \
+		return test_harness_run(argc, argv); \
+	}
+
 /* A call that must fail with exactly this errno. */
 #define EXPECT_ERRNO(error, call) do { \
 	errno = 0; \

@@ -381,7 +381,7 @@ def commands_in_the_readme():
         for script in scripts:
             done = subprocess.run(["sh", "-exc", script], cwd=directory, env=environment,
                                   stdin=subprocess.DEVNULL, capture_output=True, check=False,
-                                  text=True, timeout=120)
+                                  text=True, timeout=900)
             for holder in re.findall(r"^kvscratchctl (?:hold|fork \S+) (\w+)", script, re.M):
                 subprocess.run([BUILD / "kvscratchctl", "drop", holder], env=environment,
                                capture_output=True, check=False)

@@ -37,12 +37,12 @@ echo TAP version 13
 
 mkfifo numbers notes rows
 # a hang ends, and then lines are missing
-timeout 60 producer pad.sock <numbers 2>notes &
+timeout 900 producer pad.sock <numbers 2>notes &
 producer=$!
 exec 3>numbers 4<notes
 expect "the producer listens" "listening at pad.sock"
 exec 5<&4
-timeout 60 reader pad.sock >rows &
+timeout 900 reader pad.sock >rows &
 reader=$!
 exec 4<rows
 
@@ -74,7 +74,7 @@ for end in input signal; do
 	producer=$!
 	exec 3>numbers 4<notes
 	expect "the producer listens" "listening at early.sock"
-	timeout 20 reader early.sock >rows 2>errors 3>&- &
+	timeout 900 reader early.sock >rows 2>errors 3>&- &
 	reader=$!
 	exec 4<rows
 	echo 1 >&3
@@ -98,13 +98,13 @@ for _ in 1 2; do
 done
 expect_failure "reader: left.sock: cannot connect: Connection refused" reader left.sock
 
-output=$(timeout 60 scratchpad 2>&1) && [ "$output" = "the last row begins with 1000" ]
+output=$(timeout 900 scratchpad 2>&1) && [ "$output" = "the last row begins with 1000" ]
 result $? "a pad as a C++ object" "$output"
 
-output=$(timeout 60 decoder 2>&1) && [ "$output" = "5 tokens, v1 adds up to 126" ]
+output=$(timeout 900 decoder 2>&1) && [ "$output" = "5 tokens, v1 adds up to 126" ]
 result $? "a cache in one pad, and drafts" "$output"
 
-output=$(timeout 60 cache 2>&1) && [ "$output" = "expected a len from 1, the committed rows, to what every plane has staged, got 2
+output=$(timeout 900 cache 2>&1) && [ "$output" = "expected a len from 1, the committed rows, to what every plane has staged, got 2
 1 token, v1 ends with 8" ]
 result $? "a cache as a C++ object, and half a token" "$output"
 

@@ -581,7 +581,7 @@ kvscratch_pad_info{holder=\"story\",pad=\"pad\",backend=\"$backend\",dtype=\"f32
 \"tag\": \"model\""
 	run kvscratchctl --fd 3 hold inherited
 	expect "hold a descriptor" 0 ""
-	run sh -c 'kvscratchctl hold quiet --write 6>&1 >/dev/null 2>&1 | timeout 30 cat && kvscratchctl drop quiet'
+	run sh -c 'kvscratchctl hold quiet --write 6>&1 >/dev/null 2>&1 | timeout 900 cat && kvscratchctl drop quiet'
 	expect "a holder keeps no other descriptor" 0 ""
 	run kvscratchctl -n inherited append row0
 	expect "hold for readers" 2 "kvscratchctl append: inherited: handles are for reading only: the holder was started without --write"

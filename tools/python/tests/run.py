@@ -14,7 +14,8 @@ import sys
 
 import pytest
 
-TIMEOUT_SECONDS = 500
+# for each test: emulated guests with every detector on are slow, a busy machine more so
+TEST_SECONDS = 900
 
 
 class Tap:
@@ -37,6 +38,11 @@ class Tap:
     def pytest_collection_finish(self, session):
         print("TAP version 13")
         print(f"1..{len(session.items)}", flush=True)
+
+    @staticmethod
+    def pytest_runtest_logstart():
+        # what waits for ever fails, and says where
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True)
 
     def pytest_runtest_logreport(self, report):
         self.reports.append(report)
@@ -75,8 +81,6 @@ def main():
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(package))
-    # what waits for ever fails, and says where
-    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     # what C code says when it ends the process is not captured
     options = ["--capture=sys", "-p", "no:cacheprovider", "-c", os.devnull,
                "--rootdir", str(here)]
