@@ -33,15 +33,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #define MAX_TEMPERATURE	1000.0f
 #define FIRST_FREE_FD	3
 #define MAX_DRAFT	64
+#define MAX_BRANCHES	64
 
 /* What it is called where pads have names: by readers, and in a holder */
 #define CACHE_NAME	"cache"
@@ -59,6 +63,7 @@ struct options {
 	int handle;		/* 0: none */
 	const char *hold;
 	const char *fork;
+	uint32_t branches;	/* processes; 0: ourselves */
 	bool takeover;
 	uint32_t draft;		/* tokens at once; 0: none */
 	const char *draft_model;
@@ -163,6 +168,7 @@ struct decoder {
 	int32_t *tokens;	/* of each position, and drafts behind them */
 	const float *latest;	/* logits of the last position */
 	uint32_t steps;
+	bool silent;		/* others print the text */
 	uint32_t forwards;
 	double seconds;
 };
@@ -197,8 +203,11 @@ static const char help_text[] =
 "  --fork NAME[@N]      go on from the first N tokens, or all, of the pad that a\n"
 "                       holder keeps as NAME, in a pad of our own; with --hold only\n"
 "                       where that has none yet\n"
-"  --takeover           with them: also where another process writes to the pad,\n"
-"                       which cannot any more\n"
+"  --branches N         compute the prompt once and go on with it N times, in N\n"
+"                       processes that each fork the pad: the texts of the seeds\n"
+"                       S, S + 1 ...\n"
+"  --takeover           with --hold or --handle: also where another process\n"
+"                       writes to the pad, which cannot any more\n"
 "  --queries            keep the queries as well, in planes q0 q1 ... before tokens,\n"
 "                       for readers that look at the attention\n"
 "  --serve SOCKET       pass a read-only handle to whoever connects to SOCKET\n"
@@ -234,6 +243,7 @@ enum {
 	OPT_HOLD,
 	OPT_HANDLE,
 	OPT_FORK,
+	OPT_BRANCHES,
 	OPT_TAKEOVER,
 	OPT_QUERIES,
 	OPT_DRAFT,
@@ -259,6 +269,7 @@ static const struct option long_options[] = {
 	{ "hold", required_argument, NULL, OPT_HOLD },
 	{ "handle", required_argument, NULL, OPT_HANDLE },
 	{ "fork", required_argument, NULL, OPT_FORK },
+	{ "branches", required_argument, NULL, OPT_BRANCHES },
 	{ "takeover", no_argument, NULL, OPT_TAKEOVER },
 	{ "queries", no_argument, NULL, OPT_QUERIES },
 	{ "draft", required_argument, NULL, OPT_DRAFT },
@@ -325,6 +336,10 @@ static int parse_number(struct options *options, int option, const char *text)
 	case OPT_DRAFT:
 		err = parse_integer(EXIT_INPUT, "draft", text, 1, MAX_DRAFT, &value);
 		options->draft = value;
+		break;
+	case OPT_BRANCHES:
+		err = parse_integer(EXIT_INPUT, "branches", text, 1, MAX_BRANCHES, &value);
+		options->branches = value;
 		break;
 	}
 	return err;
@@ -393,9 +408,15 @@ static int check_options(const struct options *options)
 			    "expected both --checkpoint and --tokenizer, got one of them");
 	if (options->model && options->checkpoint)
 		return fail(EXIT_INPUT, "expected either --model or --checkpoint, got both");
-	if (options->heap && (options->socket || options->handle || options->hold || options->fork))
-		return fail(EXIT_INPUT, "--serve, --handle, --hold and --fork: expected --cache "
-			    "pads, got --cache heap");
+	if (options->heap && (options->socket || options->handle || options->hold ||
+			      options->fork || options->branches))
+		return fail(EXIT_INPUT, "--serve, --handle, --hold, --fork and --branches: expected "
+			    "--cache pads, got --cache heap");
+	if (options->branches && (options->socket || options->logits))
+		return fail(EXIT_INPUT, "--branches: expected neither --serve nor --logits with it");
+	if (options->branches && options->temperature <= 0.0f)
+		return fail(EXIT_INPUT, "--branches: expected a --temperature above 0, got %g: all "
+			    "texts would be one", (double)options->temperature);
 	if (options->handle && options->fork)
 		return fail(EXIT_INPUT, "expected either --handle or --fork, got both");
 	if (options->handle && options->hold)
@@ -1099,7 +1120,7 @@ static int print_token(const struct decoder *decoder, uint32_t pos)
 	size_t count;
 	char byte;
 
-	if (!pos)
+	if (!pos || decoder->silent)
 		return 0;
 	count = llama2_decode(&decoder->tok, tokens[pos - 1], tokens[pos], &byte, &bytes);
 	return print_bytes(bytes, count);
@@ -1230,9 +1251,9 @@ static int step(struct decoder *decoder, int32_t token)
 	return err;
 }
 
-static int generate(struct decoder *decoder)
+static int extend(struct decoder *decoder)
 {
-	int err = resume(decoder);
+	int err = 0;
 
 	while (!err && decoder->cache.len < decoder->steps) {
 		int32_t token;
@@ -1248,6 +1269,15 @@ static int generate(struct decoder *decoder)
 			break;
 		err = step(decoder, token);
 	}
+	return err;
+}
+
+static int generate(struct decoder *decoder)
+{
+	int err = resume(decoder);
+
+	if (!err)
+		err = extend(decoder);
 	return err ? err : print_bytes("\n", 1);
 }
 
@@ -1262,6 +1292,7 @@ static double seconds_now(void)
 static void print_stats(const struct decoder *decoder, uint32_t more)
 {
 	const struct cache *cache = &decoder->cache;
+	struct kvscratch_pad_info info;
 	uint64_t used = 0;
 	uint64_t room = 0;
 
@@ -1273,27 +1304,164 @@ static void print_stats(const struct decoder *decoder, uint32_t more)
 		PRIu64 " bytes in %u %s", cache->len, decoder->forwards,
 		decoder->seconds > 0.0 ? more / decoder->seconds : 0.0, used, room,
 		cache->count, decoder->options.heap ? "arrays" : "planes");
+	if (cache->pad && !kvscratch_pad_info(cache->pad, &info) && info.shared_bytes)
+		fprintf(stderr, ", %" PRIu64 " of them shared", (uint64_t)info.shared_bytes);
 	if (decoder->options.draft)
 		fprintf(stderr, ", %" PRIu32 " of %" PRIu32 " drafts accepted",
 			decoder->drafter.accepted, decoder->drafter.guessed);
 	fputc('\n', stderr);
 }
 
-static int decode(struct decoder *decoder)
+/* Do the work, and say what it took. */
+static int measure(struct decoder *decoder, int (*work)(struct decoder *))
 {
 	uint32_t len = decoder->cache.len;
-	double start;
+	double start = seconds_now();
+	int err = work(decoder);
+
+	decoder->seconds = seconds_now() - start;
+	if (!err && decoder->options.stats)
+		print_stats(decoder, decoder->cache.len - len);
+	return err;
+}
+
+static int decode(struct decoder *decoder)
+{
 	int err = 0;
 
 	if (decoder->options.wait_reader)
 		err = wait_for_reader(&decoder->server, &decoder->cache);
+	return err ? err : measure(decoder, generate);
+}
+
+/* Branches: processes that go on with one prefix, each in a fork of the pad */
+
+/**
+ * struct branch - one of them
+ * @pid: the process
+ * @seed: what it chooses its tokens by
+ * @text: a memfd: what it has to say comes when those before it are done
+ */
+struct branch {
+	pid_t pid;
+	uint64_t seed;
+	int text;
+};
+
+/* The prompt, or what of it is not there yet */
+static int compute_prefix(struct decoder *decoder)
+{
+	const uint32_t steps = decoder->steps;
+	int err;
+
+	decoder->steps = decoder->prompt_len;
+	decoder->silent = true;
+	err = extend(decoder);
+	decoder->silent = false;
+	decoder->steps = steps;
+	return err;
+}
+
+static int continue_in_fork(struct decoder *decoder, uint64_t seed)
+{
+	struct cache *cache = &decoder->cache;
+	struct kvscratch *prefix = cache->pad;
+	int err;
+
+	kvscratch_close(cache->writer);
+	cache->writer = NULL;
+	cache->pad = NULL;
+	err = kvscratch_fork(&cache->pad, prefix, cache->len, cache->seq_len);
 	if (err)
-		return err;
-	start = seconds_now();
-	err = generate(decoder);
-	decoder->seconds = seconds_now() - start;
-	if (!err && decoder->options.stats)
-		print_stats(decoder, decoder->cache.len - len);
+		return fail_cache();
+	kvscratch_close(prefix);
+	decoder->sampler.seed = seed;
+	decoder->forwards = 0;
+	err = go_on(decoder, false);
+	return err ? err : decode(decoder);
+}
+
+/* A branch is of no use to anybody when we are gone. */
+static int run_branch(struct decoder *decoder, const struct branch *branch, pid_t parent)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		return EXIT_SYSTEM;
+	/* what several say at once stays in lines */
+	setvbuf(stderr, NULL, _IOLBF, 0);
+	if (dup2(branch->text, STDOUT_FILENO) < 0)
+		return fail(EXIT_SYSTEM, "cannot keep the text: %s", strerror(errno));
+	return continue_in_fork(decoder, branch->seed);
+}
+
+static int start_branch(struct decoder *decoder, struct branch *branch)
+{
+	const pid_t parent = getpid();
+
+	branch->text = memfd_create("text", MFD_CLOEXEC);
+	if (branch->text < 0)
+		return fail(EXIT_SYSTEM, "cannot keep the text: %s", strerror(errno));
+	branch->pid = fork();
+	if (branch->pid < 0) {
+		close(branch->text);
+		return fail(EXIT_SYSTEM, "cannot start a process: %s", strerror(errno));
+	}
+	if (!branch->pid)
+		_exit(run_branch(decoder, branch, parent));
+	return 0;
+}
+
+static int print_text(int text)
+{
+	char bytes[BUFSIZ];
+	ssize_t count;
+	off_t at = 0;
+	int err = 0;
+
+	while (!err && (count = pread(text, bytes, sizeof(bytes), at)) > 0) {
+		err = print_bytes(bytes, count);
+		at += count;
+	}
+	return err;
+}
+
+/* Its text, whole or what there is of it */
+static int finish_branch(const struct branch *branch)
+{
+	char heading[64];
+	int status = 0;
+	int err;
+
+	while (waitpid(branch->pid, &status, 0) < 0 && errno == EINTR)
+		;
+	snprintf(heading, sizeof(heading), "==> seed %" PRIu64 " <==\n", branch->seed);
+	err = print_bytes(heading, strlen(heading));
+	if (!err)
+		err = print_text(branch->text);
+	close(branch->text);
+	if (!err && WIFSIGNALED(status))
+		err = fail(EXIT_SYSTEM, "the branch of seed %" PRIu64 ": ended by signal %d",
+			   branch->seed, WTERMSIG(status));
+	return err ? err : WEXITSTATUS(status);
+}
+
+/* Returns what became of the first one that did not end well. */
+static int decode_branches(struct decoder *decoder)
+{
+	struct branch branches[MAX_BRANCHES];
+	uint32_t started = 0;
+	int err = measure(decoder, compute_prefix);
+
+	while (!err && started < decoder->options.branches) {
+		branches[started].seed = decoder->options.seed + started;
+		err = start_branch(decoder, &branches[started]);
+		started += !err;
+	}
+	for (uint32_t i = 0; i < started; i++) {
+		int ended = finish_branch(&branches[i]);
+
+		err = err ? err : ended;
+	}
 	return err;
 }
 
@@ -1460,7 +1628,7 @@ static int run(struct decoder *decoder)
 	if (!err)
 		err = open_logits(decoder);
 	if (!err)
-		err = decode(decoder);
+		err = decoder->options.branches ? decode_branches(decoder) : decode(decoder);
 	return err ? err : close_logits(decoder);
 }
 

@@ -619,6 +619,150 @@ TEST_F_TIMEOUT(decode, branch_of_what_a_hanging_decoder_computed, TEST_SECONDS)
 	expect_done(_metadata, KVSCRATCHCTL("drop", "story"));
 }
 
+/* The texts of @count seeds from @seed on, each computed by a run of its own */
+static void expect_branches(struct __test_metadata *_metadata, const char *const *options,
+			    uint64_t seed, unsigned int count)
+{
+	static struct program branches, whole;
+	const char *at = branches.text;
+	char number[24], heading[64];
+
+	start_with(&branches, KVDECODE("--branches", count == 1 ? "1" : "3"), options);
+	EXPECT_EQ(0, finish(&branches));
+	for (uint64_t last = seed + count; seed < last; seed++) {
+		snprintf(number, sizeof(number), "%llu", (unsigned long long)seed);
+		snprintf(heading, sizeof(heading), "==> seed %s <==\n", number);
+		start_with(&whole, KVDECODE("--seed", number, "--cache", "heap"), options);
+		EXPECT_EQ(0, finish(&whole));
+		EXPECT_LT(20, whole.bytes);
+		ASSERT_EQ(0, strncmp(at, heading, strlen(heading)));
+		at += strlen(heading);
+		ASSERT_EQ(0, strncmp(at, whole.text, whole.bytes));
+		at += whole.bytes;
+	}
+	EXPECT_EQ('\0', *at);
+}
+
+TEST_F_TIMEOUT(decode, branches_are_what_each_seed_says, TEST_SECONDS)
+{
+	expect_branches(_metadata, KVDECODE("--prompt", STORY, "--temperature", "1", "--steps", "80"),
+			1, 3);
+	expect_branches(_metadata, KVDECODE("--kv", "mxint8", "--temperature", "0.9", "--steps", "60",
+					    "--draft", "4"), 1, 3);
+	expect_branches(_metadata, KVDECODE("--prompt", STORY, "--temperature", "1", "--steps", "60"),
+			1, 1);
+
+	expect_exit(_metadata, 1, KVDECODE("--branches", "2"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "0", "--temperature", "1"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "65", "--temperature", "1"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--cache", "heap"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--serve", "s"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--logits", "l"));
+}
+
+/* A prompt that is held is computed once; with another seed the branches are others. */
+TEST_F_TIMEOUT(decode, branches_of_a_held_prompt, TEST_SECONDS)
+{
+	static struct program stats;
+
+	expect_done(_metadata, KVSCRATCHCTL("hold", "story", "--write"));
+	start(&stats, KVDECODE("--prompt", STORY, "--hold", "story", "--branches", "3",
+			       "--temperature", "1", "--steps", "60"));
+	EXPECT_EQ(0, finish(&stats));
+	/* there is nothing but the prompt */
+	expect_exit(_metadata, 1, KVDECODE("--fork", "story@60"));
+	start(&stats, KVDECODE("--prompt", STORY, "--hold", "story", "--branches", "1", "--seed", "3",
+			       "--temperature", "1", "--steps", "60"));
+	EXPECT_EQ(0, finish(&stats));
+	EXPECT_EQ(0, strncmp(stats.text, "==> seed 3 <==\n", 15));
+	expect_branch(_metadata, KVDECODE("--fork", "story"),
+		      KVDECODE("--prompt", STORY, "--steps", "50"));
+	expect_done(_metadata, KVSCRATCHCTL("drop", "story"));
+}
+
+/* Its stderr has room for the line about the prompt, and none for those of the branches. */
+static void start_hanging_branches(struct program *program, const char *const *argv, int *errors)
+{
+	static const char filling[65536];
+	const int own_errors = dup(STDERR_FILENO);
+	int pipes[2];
+	int room;
+
+	if (own_errors < 0 || pipe2(pipes, O_CLOEXEC))
+		abort();
+	room = fcntl(pipes[1], F_SETPIPE_SZ, page_bytes());
+	if (room < 0 || room > (int)sizeof(filling) ||
+	    write(pipes[1], filling, room - 110) != room - 110)
+		abort();
+	dup2(pipes[1], STDERR_FILENO);
+	start(program, argv);
+	dup2(own_errors, STDERR_FILENO);
+	close(own_errors);
+	close(pipes[1]);
+	*errors = pipes[0];
+}
+
+/* Waits until there are two. */
+static void find_children(struct __test_metadata *_metadata, pid_t parent, pid_t *children)
+{
+	char path[64], list[64];
+	ssize_t got;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/children", parent, parent);
+	do {
+		sched_yield();
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		ASSERT_LE(0, fd);
+		got = read(fd, list, sizeof(list) - 1);
+		ASSERT_LE(0, got);
+		list[got] = '\0';
+		close(fd);
+	} while (sscanf(list, "%d %d", &children[0], &children[1]) != 2);
+}
+
+TEST_F_TIMEOUT(decode, killed_branch_disturbs_no_other, TEST_SECONDS)
+{
+	static struct program branches, whole;
+	char errors[8192];
+	pid_t children[2];
+	int fd;
+
+	start_hanging_branches(&branches, KVDECODE("--branches", "2", "--prompt", STORY, "--seed",
+						   "2", "--temperature", "1", "--steps", "80",
+						   "--stats"), &fd);
+	find_children(_metadata, branches.pid, children);
+	ASSERT_EQ(0, kill(children[0], SIGKILL));
+	while (read(fd, errors, sizeof(errors)) > 0)
+		;
+	EXPECT_EQ(3, finish(&branches));
+	EXPECT_EQ(0, strncmp(branches.text, "==> seed 2 <==\n", 15));
+	start(&whole, KVDECODE("--cache", "heap", "--prompt", STORY, "--seed", "3", "--temperature",
+			       "1", "--steps", "80"));
+	EXPECT_EQ(0, finish(&whole));
+	ASSERT_LT(whole.bytes, branches.bytes);
+	EXPECT_STREQ(whole.text, branches.text + branches.bytes - whole.bytes);
+	close(fd);
+}
+
+/* Nobody waits for branches whose decoder is gone. */
+TEST_F_TIMEOUT(decode, branches_end_with_their_decoder, TEST_SECONDS)
+{
+	static struct program branches;
+	struct pollfd hung_up = { .events = 0 };
+	pid_t children[2];
+
+	start_hanging_branches(&branches, KVDECODE("--branches", "2", "--temperature", "1", "--steps",
+						   "80", "--stats"), &hung_up.fd);
+	find_children(_metadata, branches.pid, children);
+	ASSERT_EQ(0, kill(branches.pid, SIGKILL));
+	EXPECT_EQ(128 + SIGKILL, finish(&branches));
+	/* nobody has the other end, and nothing was read that would have let them go on */
+	EXPECT_EQ(1, poll(&hung_up, 1, -1));
+	EXPECT_EQ(POLLHUP, hung_up.revents);
+	close(hung_up.fd);
+}
+
 /* Pads that are not ours: refused, and left as they are */
 
 static void expect_refused(struct __test_metadata *_metadata, const char *const *options)
@@ -815,7 +959,7 @@ TEST_F_TIMEOUT(decode, socket_of_a_dead_server_is_taken_over, TEST_SECONDS)
 	char byte;
 	int sock;
 
-	start(&first, KVDECODE("--serve", SOCKET_PATH, "--wait-reader"));
+	start_hanging(&first, KVDECODE("--serve", SOCKET_PATH, "--wait-reader"));
 	sock = connect_when_it_listens();
 	ASSERT_LE(0, sock);
 	/* that of a living one is not */
@@ -832,7 +976,7 @@ TEST_F_TIMEOUT(decode, socket_of_a_dead_server_is_taken_over, TEST_SECONDS)
 	EXPECT_ERRNO(ENOENT, access(SOCKET_PATH, F_OK));
 
 	/* a signal that ends it takes the socket along, and so does no other file */
-	start(&first, KVDECODE("--serve", SOCKET_PATH, "--wait-reader"));
+	start_hanging(&first, KVDECODE("--serve", SOCKET_PATH, "--wait-reader"));
 	sock = connect_when_it_listens();
 	ASSERT_LE(0, sock);
 	kill(first.pid, SIGTERM);
