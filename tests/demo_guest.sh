@@ -87,3 +87,54 @@ kill -CONT $decoder
 cat <&4 >/dev/null
 await_end 2
 kvscratchctl drop story
+
+say "a prompt that is computed once; three processes go on with it, each in a fork of its pad, one is killed"
+prompt="Once upon a time there was a little girl who had a dog. One day the dog found a big red ball in the park. \
+The girl wanted to play with it, but the dog ran away with the ball. Then"
+kvscratchctl hold prompt --write
+kvdecode "$@" --prompt "$prompt" --prefill --hold prompt --stats
+
+# branch SEED: the options of a decoder that goes on in a fork
+branch() {
+	echo "--fork prompt --temperature 1 --seed $1"
+}
+
+branches=''
+for seed in 1 3; do
+	kvscratchctl hold branch$seed --write
+	# shellcheck disable=SC2046 # options
+	kvdecode "$@" --prompt "$prompt" $(branch $seed) --hold branch$seed --stats >/tmp/branch$seed &
+	branches="$branches $!"
+done
+rm /tmp/text
+mkfifo /tmp/text
+kvscratchctl hold branch2 --write
+# shellcheck disable=SC2046
+kvdecode "$@" --prompt "$prompt" $(branch 2) --hold branch2 >/tmp/text &
+decoder=$!
+exec 4</tmp/text
+dd bs=1 count=$((${#prompt} + 40)) <&4 2>/dev/null
+printf '...\n'
+kill -KILL $decoder
+await_end 137
+for pid in $branches; do
+	wait "$pid"
+done
+kvscratchctl ls --tree
+
+say "the prompt is forked once more; each text is that of a decoder that computed all of it"
+kvscratchctl drop branch2
+# shellcheck disable=SC2046
+kvdecode "$@" --prompt "$prompt" $(branch 2) --stats >/tmp/branch2
+for seed in 1 2 3; do
+	kvdecode "$@" --prompt "$prompt" --cache heap --temperature 1 --seed $seed >/tmp/whole
+	if ! cmp /tmp/whole /tmp/branch$seed; then
+		echo "DIFFERENT"
+		exit 1
+	fi
+	printf 'seed %s: ...' $seed
+	tail -c +$((${#prompt} + 1)) /tmp/branch$seed | head -n 1 | cut -c 1-100
+done
+kvscratchctl drop branch1
+kvscratchctl drop branch3
+kvscratchctl drop prompt

@@ -60,6 +60,7 @@ struct options {
 	uint32_t kv_dtype;	/* F32 or MXINT8 */
 	uint64_t seed;
 	uint32_t steps;		/* 0: as many as the model has positions */
+	bool prefill;
 	int handle;		/* 0: none */
 	const char *hold;
 	const char *fork;
@@ -188,6 +189,7 @@ static const char help_text[] =
 "Text:\n"
 "  --prompt TEXT        begin with TEXT\n"
 "  --steps N            end after N positions, BOS included (all of the model's)\n"
+"  --prefill            end where the prompt ends\n"
 "  --temperature T      0 always takes the most likely token (0)\n"
 "  --top-p P            choose among the likeliest tokens of sum P (0.9)\n"
 "  --seed S             the same seed gives the same text (1)\n"
@@ -234,6 +236,7 @@ enum {
 	OPT_TOKENIZER,
 	OPT_PROMPT,
 	OPT_STEPS,
+	OPT_PREFILL,
 	OPT_TEMPERATURE,
 	OPT_TOP_P,
 	OPT_SEED,
@@ -260,6 +263,7 @@ static const struct option long_options[] = {
 	{ "tokenizer", required_argument, NULL, OPT_TOKENIZER },
 	{ "prompt", required_argument, NULL, OPT_PROMPT },
 	{ "steps", required_argument, NULL, OPT_STEPS },
+	{ "prefill", no_argument, NULL, OPT_PREFILL },
 	{ "temperature", required_argument, NULL, OPT_TEMPERATURE },
 	{ "top-p", required_argument, NULL, OPT_TOP_P },
 	{ "seed", required_argument, NULL, OPT_SEED },
@@ -362,6 +366,9 @@ static int parse_option(struct options *options, int option, const char *text)
 	case OPT_PROMPT:
 		options->prompt = text;
 		return 0;
+	case OPT_PREFILL:
+		options->prefill = true;
+		return 0;
 	case OPT_CACHE:
 		return parse_cache(text, &options->heap);
 	case OPT_KV:
@@ -412,6 +419,8 @@ static int check_options(const struct options *options)
 			      options->fork || options->branches))
 		return fail(EXIT_INPUT, "--serve, --handle, --hold, --fork and --branches: expected "
 			    "--cache pads, got --cache heap");
+	if (options->prefill && (options->steps || options->branches))
+		return fail(EXIT_INPUT, "--prefill: expected neither --steps nor --branches with it");
 	if (options->branches && (options->socket || options->logits))
 		return fail(EXIT_INPUT, "--branches: expected neither --serve nor --logits with it");
 	if (options->branches && options->temperature <= 0.0f)
@@ -1595,6 +1604,8 @@ static int encode_prompt(struct decoder *decoder)
 		return fail(EXIT_INPUT, "--prompt: expected at most %" PRIu32
 			    " tokens, BOS included, got %" PRIu32, decoder->steps,
 			    decoder->prompt_len);
+	if (decoder->options.prefill)
+		decoder->steps = decoder->prompt_len;
 	return 0;
 }
 

@@ -5,6 +5,8 @@
  */
 #include "bench.h"
 
+#include <sys/wait.h>
+
 #define PLANES 64
 #define PLANE_BYTES (2 * KIB)
 #define TOKEN_BYTES (PLANES * PLANE_BYTES)
@@ -12,6 +14,10 @@
 /* Rows that fill chunks: what a fork of them takes more than one of fewer is their number's */
 #define CHUNK_ROWS (KVSCRATCH_CHUNK_BYTES / PLANE_BYTES)
 #define WHOLE_CHUNKS 4
+/* Processes that go on from one prefix, and how far; it ends no page and no chunk */
+#define PROCESSES 8
+#define SHARED_ROWS (2 * CHUNK_ROWS + 1)
+#define TAIL_ROWS 63
 
 static int new_prefix(const char *token)
 {
@@ -75,6 +81,81 @@ static void measure_view_of_fork(int pad)
 	record(&figure);
 }
 
+/* A row, and back to where it was: what one does who forgets a row instead of forking */
+static void measure_truncate(int pad, const char *token)
+{
+	static const struct figure figure = {
+		.op = "truncate", .implementation = "kvscratch", .limit_bytes = NO_LIMIT,
+	};
+
+	for (int i = 0; i < 5; i++) {
+		uint64_t start;
+
+		CHECK(!device_append(pad, token, TOKEN_BYTES));
+		start = now();
+		CHECK(!device_truncate(pad, BOUNDARY, 0));
+		sample((double)(now() - start) - overhead);
+	}
+	record(&figure);
+}
+
+static double bytes_total(void)
+{
+	FILE *file = fopen("/sys/module/kvscratch/parameters/bytes_total", "re");
+	double bytes;
+
+	CHECK(file && fscanf(file, "%lf", &bytes) == 1);
+	fclose(file);
+	return bytes;
+}
+
+/* Until nobody has the other end of @stop */
+static _Noreturn void go_on(int pad, const char *token, int ready, int stop)
+{
+	int fd = device_fork(pad, SHARED_ROWS, 0, SHARED_ROWS + TAIL_ROWS);
+	char byte = 0;
+
+	CHECK(fd >= 0);
+	for (int i = 0; i < TAIL_ROWS; i++)
+		CHECK(!device_append(fd, token, TOKEN_BYTES));
+	CHECK(write(ready, &byte, 1) == 1 && !read(stop, &byte, 1));
+	_exit(0);
+}
+
+/* What the processes take together, of the prefix once and the rows that each has alone */
+static void count_memory(int pad, const char *token)
+{
+	static const struct figure figure = {
+		.op = "memory", .implementation = "8 processes", .limit_bytes = NO_LIMIT,
+	};
+	const double prefix = (double)SHARED_ROWS * TOKEN_BYTES;
+	const double tails = (double)PROCESSES * TAIL_ROWS * TOKEN_BYTES;
+	const double before = bytes_total();
+	int ready[2], stop[2];
+	char byte;
+
+	CHECK(!pipe(ready) && !pipe(stop));
+	for (int i = 0; i < PROCESSES; i++) {
+		pid_t pid = fork();
+
+		CHECK(pid >= 0);
+		if (pid)
+			continue;
+		close(stop[1]);
+		go_on(pad, token, ready[1], stop[0]);
+	}
+	for (int i = 0; i < PROCESSES; i++)
+		CHECK(read(ready[0], &byte, 1) == 1);
+	record_count(&figure, "of_prefix_and_tails",
+		     (prefix + bytes_total() - before) / (prefix + tails));
+	close(stop[1]);
+	for (int i = 0; i < PROCESSES; i++)
+		CHECK(wait(NULL) > 0);
+	close(stop[0]);
+	close(ready[0]);
+	close(ready[1]);
+}
+
 static void measure_copy_of_prefix(const char *token)
 {
 	static const struct figure figure = {
@@ -123,6 +204,8 @@ void measure_forks(void)
 	measure_fork(&of_one_chunk, pad, CHUNK_ROWS);
 	measure_fork(&of_chunks, pad, WHOLE_CHUNKS * CHUNK_ROWS);
 	measure_view_of_fork(pad);
+	count_memory(pad, token);
+	measure_truncate(pad, token);
 	close(pad);
 	munmap(token, TOKEN_BYTES);
 }

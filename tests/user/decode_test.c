@@ -658,19 +658,25 @@ TEST_F_TIMEOUT(decode, branches_are_what_each_seed_says, TEST_SECONDS)
 	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--cache", "heap"));
 	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--serve", "s"));
 	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--logits", "l"));
+	expect_exit(_metadata, 1, KVDECODE("--branches", "2", "--temperature", "1", "--prefill"));
+	expect_exit(_metadata, 1, KVDECODE("--prefill", "--steps", "9"));
 }
 
 /* A prompt that is held is computed once; with another seed the branches are others. */
 TEST_F_TIMEOUT(decode, branches_of_a_held_prompt, TEST_SECONDS)
 {
-	static struct program stats;
+	static struct program stats, prefilled;
 
 	expect_done(_metadata, KVSCRATCHCTL("hold", "story", "--write"));
+	expect_done(_metadata, KVDECODE("--prompt", STORY, "--hold", "story", "--prefill"));
 	start(&stats, KVDECODE("--prompt", STORY, "--hold", "story", "--branches", "3",
 			       "--temperature", "1", "--steps", "60"));
 	EXPECT_EQ(0, finish(&stats));
 	/* there is nothing but the prompt */
 	expect_exit(_metadata, 1, KVDECODE("--fork", "story@60"));
+	start(&prefilled, KVDECODE("--prompt", STORY, "--prefill", "--fork", "story"));
+	EXPECT_EQ(0, finish(&prefilled));
+	EXPECT_STREQ(STORY "\n", prefilled.text);
 	start(&stats, KVDECODE("--prompt", STORY, "--hold", "story", "--branches", "1", "--seed", "3",
 			       "--temperature", "1", "--steps", "60"));
 	EXPECT_EQ(0, finish(&stats));

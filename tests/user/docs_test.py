@@ -371,7 +371,7 @@ def commands_in_the_readme():
     """Those that say so are run, over memfds, in one shell after the other."""
     scripts = re.findall(r"^<!-- tests/user/docs_test\.py runs this[^\n]*-->\n```sh\n(.*?)^```$",
                          README.read_text(encoding="utf-8"), re.M | re.S)
-    expect(len(scripts) == 2, f"{len(scripts)} scripts")
+    expect(len(scripts) == 3, f"{len(scripts)} scripts")
     with tempfile.TemporaryDirectory() as directory:
         for name in "k0", "v0":
             write_npy(pathlib.Path(directory) / f"{name}.npy", 5, 64)

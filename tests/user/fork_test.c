@@ -814,4 +814,94 @@ TEST_F_TIMEOUT(fork, killed_leaves_nothing, TEST_SECONDS)
 	close(self->source->fd);
 }
 
+/* Counts its forks of @rows rows, of which it keeps the last. */
+static void fork_for_ever(int fd, uint32_t rows, uint32_t *forks)
+{
+	int last = -1;
+
+	for (;;) {
+		int next = device_fork(fd, rows, generation_of(fd), rows);
+
+		/* the other one truncates now and then */
+		if (next < 0)
+			continue;
+		close(last);
+		last = next;
+		__atomic_fetch_add(forks, 1, __ATOMIC_RELAXED);
+	}
+}
+
+/*
+ * A fork of a few rows lives; those of many rows are killed at any moment. While one is there
+ * its rows are kept, and once it is dead no more than those that the living one needs.
+ */
+TEST_F_TIMEOUT(fork, lets_truncates_once_it_is_killed, TEST_SECONDS)
+{
+	const uint32_t rounds = rounds_or(20);
+	uint32_t *forks = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	const uint32_t edge = 2048;
+
+	ASSERT_NE(MAP_FAILED, (void *)forks);
+	ASSERT_TRUE(new_branch(self->source, MOST_ROWS));
+	ASSERT_TRUE(append_to(self->source, MOST_ROWS));
+	ASSERT_TRUE(fork_branch(self->child, self->source, 100, 100));
+	for (uint32_t round = 0; round < rounds; round++) {
+		struct child child;
+		int err;
+
+		__atomic_store_n(forks, 0, __ATOMIC_RELAXED);
+		if (start_child(&child))
+			fork_for_ever(self->source->fd, MOST_ROWS, forks);
+		while (__atomic_load_n(forks, __ATOMIC_RELAXED) <= round % 3)
+			sched_yield();
+		/* it has a fork, or is between two: rows that somebody has do not go */
+		err = device_truncate(self->source->fd, MOST_ROWS - 1, 0);
+		EXPECT_TRUE(!err || err == -ETXTBSY);
+		kill(child.pid, SIGKILL);
+		EXPECT_EQ(128 + SIGKILL, end_child(&child));
+		self->source->len -= !err;
+		EXPECT_TRUE(truncate_to(self->source, edge, round % 2 ? KVSCRATCH_TRUNCATE_ZERO : 0));
+		EXPECT_EQ(-ETXTBSY, device_truncate(self->source->fd, edge - 1, 0));
+		ASSERT_TRUE(append_to(self->source, MOST_ROWS - edge));
+	}
+	EXPECT_TRUE(is_right(self->source, false));
+	EXPECT_TRUE(is_right(self->child, true));
+	close(self->child->fd);
+	EXPECT_TRUE(truncate_to(self->source, 0, 0));
+	close(self->source->fd);
+	munmap(forks, page_bytes());
+}
+
+/* A fork of as many planes as there can be holds the lock in pieces: who may not wait, need not. */
+TEST_F_TIMEOUT(fork, holds_up_no_nowait_write, TEST_SECONDS)
+{
+	static struct kvscratch_plane most[KVSCRATCH_MAX_PLANES];
+	static uint8_t token[KVSCRATCH_MAX_PLANES];
+	const struct iovec iov = { token, sizeof(token) };
+	uint32_t *forks = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	struct child child;
+	int fd;
+
+	ASSERT_NE(MAP_FAILED, (void *)forks);
+	for (size_t i = 0; i < KVSCRATCH_MAX_PLANES; i++)
+		most[i] = (struct kvscratch_plane){ .dim = 1, .dtype = KVSCRATCH_DTYPE_U8 };
+	fd = device_create_planes(4000, most, KVSCRATCH_MAX_PLANES);
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, device_append(fd, token, sizeof(token)));
+	if (start_child(&child))
+		fork_for_ever(fd, 1, forks);
+	for (uint32_t writes = 0; writes < 3000 && __atomic_load_n(forks, __ATOMIC_RELAXED) < 20;
+	     writes++)
+		ASSERT_EQ((ssize_t)sizeof(token), pwritev2(fd, &iov, 1, -1, RWF_NOWAIT));
+	/* it was at work beside us */
+	while (__atomic_load_n(forks, __ATOMIC_RELAXED) < 20)
+		sched_yield();
+	kill(child.pid, SIGKILL);
+	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	close(fd);
+	munmap(forks, page_bytes());
+}
+
 TEST_HARNESS_MAIN
