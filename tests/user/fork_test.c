@@ -500,6 +500,25 @@ TEST_F_TIMEOUT(fork, of_a_fork_that_is_gone, TEST_SECONDS)
 	close(self->source->fd);
 }
 
+/* Where each page is a piece of a huge one it is that one that tells. */
+TEST_F_TIMEOUT(fork, of_huge_pages_alone, TEST_SECONDS)
+{
+	static const uint8_t row[1024] = { 1 };
+	int fd = new_pad(4 * MIB / sizeof(row), sizeof(row));
+	int forked;
+
+	ASSERT_LE(0, fd);
+	for (int i = 0; i < 300; i++)
+		ASSERT_EQ(0, device_append(fd, row, sizeof(row)));
+	forked = device_fork(fd, 300, 0, 4 * MIB / sizeof(row));
+	ASSERT_LE(0, forked);
+	EXPECT_EQ(-ETXTBSY, device_truncate(fd, 299, 0));
+	EXPECT_EQ(-ETXTBSY, device_truncate(forked, 299, 0));
+	close(fd);
+	EXPECT_EQ(0, device_truncate(forked, 299, 0));
+	close(forked);
+}
+
 /* Where no page is a piece of a larger one it is each page that tells. */
 TEST_F_TIMEOUT(fork, of_single_pages, TEST_SECONDS)
 {
@@ -882,24 +901,30 @@ TEST_F_TIMEOUT(fork, holds_up_no_nowait_write, TEST_SECONDS)
 	uint32_t *forks = mmap(NULL, page_bytes(), PROT_READ | PROT_WRITE,
 			       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	struct child child;
-	int fd;
+	int fd, writer;
 
 	ASSERT_NE(MAP_FAILED, (void *)forks);
 	for (size_t i = 0; i < KVSCRATCH_MAX_PLANES; i++)
 		most[i] = (struct kvscratch_plane){ .dim = 1, .dtype = KVSCRATCH_DTYPE_U8 };
-	fd = device_create_planes(4000, most, KVSCRATCH_MAX_PLANES);
+	fd = device_create_planes(8, most, KVSCRATCH_MAX_PLANES);
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(0, device_append(fd, token, sizeof(token)));
 	if (start_child(&child))
 		fork_for_ever(fd, 1, forks);
-	for (uint32_t writes = 0; writes < 3000 && __atomic_load_n(forks, __ATOMIC_RELAXED) < 20;
-	     writes++)
-		ASSERT_EQ((ssize_t)sizeof(token), pwritev2(fd, &iov, 1, -1, RWF_NOWAIT));
-	/* it was at work beside us */
-	while (__atomic_load_n(forks, __ATOMIC_RELAXED) < 20)
-		sched_yield();
+	/* a STAGE of one byte most of the time: a write holds the lock as long as a fork */
+	writer = device_open_writer(fd, KVSCRATCH_OPEN_WRITER);
+	ASSERT_LE(0, writer);
+	ASSERT_EQ(0, fcntl(writer, F_SETFL, O_NONBLOCK));
+	for (uint32_t i = 0; __atomic_load_n(forks, __ATOMIC_RELAXED) < 60; i++) {
+		ASSERT_EQ(0, device_stage(writer, 0, 1, token, 1));
+		if (i % 4096)
+			continue;
+		ASSERT_EQ((ssize_t)sizeof(token), pwritev2(writer, &iov, 1, -1, RWF_NOWAIT));
+		ASSERT_EQ(0, device_truncate(writer, 1, 0));
+	}
 	kill(child.pid, SIGKILL);
 	EXPECT_EQ(128 + SIGKILL, end_child(&child));
+	close(writer);
 	close(fd);
 	munmap(forks, page_bytes());
 }
