@@ -1824,6 +1824,29 @@ TEST_F(planes, a_fork_that_cannot_be)
 	kvscratch_close(reader);
 }
 
+/* As large as its source, and each goes on alone */
+TEST_F(planes, a_clone_goes_on_by_itself)
+{
+	struct kvscratch *clone, *reader;
+
+	for (uint32_t row = 0; row < 3; row++)
+		ASSERT_EQ(0, stage_token(self->writer, row, row));
+	ASSERT_EQ(0, kvscratch_commit(self->writer, 3));
+	ASSERT_EQ(0, kvscratch_clone(&clone, self->pad)) TH_LOG("%s", kvscratch_error());
+	EXPECT_EQ(3, kvscratch_len(clone));
+	EXPECT_EQ(kvscratch_capacity(self->pad), kvscratch_capacity(clone));
+	EXPECT_EQ(0, append_to_branch(clone, 0));
+	EXPECT_EQ(3, kvscratch_len(self->pad));
+	EXPECT_EQ(4, kvscratch_len(clone));
+	EXPECT_TRUE(rows_of_branch(clone, 3, 0));
+	kvscratch_close(clone);
+
+	ASSERT_EQ(0, kvscratch_open(&reader, self->pad, O_RDONLY));
+	EXPECT_ERROR(EBADF, "expected a handle open for write, or a sealed pad, got a handle for "
+		     "read only", kvscratch_clone(&clone, reader));
+	kvscratch_close(reader);
+}
+
 /* What is shown of it stays, whatever becomes of the pad. */
 TEST_F(planes, a_snapshot_stays)
 {

@@ -72,17 +72,31 @@ int kvscratch_fork(struct kvscratch **child, struct kvscratch *pad, uint64_t row
 	return err ? err : fork_at(child, pad, &info, rows, max_seq_len);
 }
 
-int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad)
+/* All rows that are there, also if a truncate makes them fewer meanwhile; @capacity 0: no room for more */
+static int fork_all(struct kvscratch **child, struct kvscratch *pad, uint64_t capacity)
 {
 	struct kvscratch_pad_info info;
-	struct kvscratch *made;
 	int err;
 
 	do {
 		err = kvscratch_pad_info(pad, &info);
 		if (!err)
-			err = fork_at(&made, pad, &info, info.len, info.len ? info.len : 1);
+			err = fork_at(child, pad, &info, info.len,
+				      capacity ? capacity : info.len ? info.len : 1);
 	} while (err == -ECANCELED);
+	return err;
+}
+
+int kvscratch_clone(struct kvscratch **child, struct kvscratch *pad)
+{
+	return fork_all(child, pad, pad->info.max_seq_len);
+}
+
+int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad)
+{
+	struct kvscratch *made;
+	int err = fork_all(&made, pad, 0);
+
 	if (err)
 		return err;
 	err = kvscratch_seal(made);

@@ -266,6 +266,9 @@ int kvscratch_seal(struct kvscratch *pad);
 int kvscratch_fork(struct kvscratch **child, struct kvscratch *pad, uint64_t rows,
 		   uint64_t max_seq_len);
 
+/* A fork of all rows that are committed now, of the same capacity */
+int kvscratch_clone(struct kvscratch **child, struct kvscratch *pad);
+
 /* A sealed fork of all rows that are committed now, without room for others */
 int kvscratch_snapshot(struct kvscratch **snapshot, struct kvscratch *pad);
 
