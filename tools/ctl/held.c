@@ -343,6 +343,16 @@ static uint64_t bytes_of(const struct kvscratch_pad_info *info)
 	return info->max_seq_len * info->row_bytes;
 }
 
+static uint64_t own_bytes_of(const struct kvscratch_pad_info *info)
+{
+	return info->allocated_bytes;
+}
+
+static uint64_t shared_bytes_of(const struct kvscratch_pad_info *info)
+{
+	return info->shared_bytes;
+}
+
 static uint64_t generation_of(const struct kvscratch_pad_info *info)
 {
 	return info->generation;
@@ -362,6 +372,9 @@ static const struct {
 	{ "kvscratch_pad_rows", "gauge", "Committed rows.", rows_of },
 	{ "kvscratch_pad_capacity_rows", "gauge", "Rows that fit.", capacity_of },
 	{ "kvscratch_pad_bytes", "gauge", "Bytes of all rows that fit.", bytes_of },
+	{ "kvscratch_pad_own_bytes", "gauge", "Memory that the pad took for itself.", own_bytes_of },
+	{ "kvscratch_pad_shared_bytes", "gauge", "Memory that it has of the pad it was forked from.",
+	  shared_bytes_of },
 	{ "kvscratch_pad_truncates_total", "counter", "Truncates: the generation.",
 	  generation_of },
 	{ "kvscratch_pad_saturated_elements_total", "counter",
