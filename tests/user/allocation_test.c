@@ -649,7 +649,7 @@ static bool make_source(struct source *source, size_t bytes)
 
 static void drop_source(struct source *source)
 {
-	close(source->ring.fd);
+	ring_close(&source->ring);
 	munmap(source->rows, source->bytes);
 }
 

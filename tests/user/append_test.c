@@ -414,7 +414,7 @@ TEST_F(append, io_uring_appends_whatever_the_offset)
 	};
 	EXPECT_EQ(2 * ROW_BYTES, ring_do(&ring, &sqe));
 	EXPECT_EQ(0, memcmp(rows + 10 * ROW_BYTES, rows, 2 * ROW_BYTES));
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 TEST_F(append, io_uring_fixed_buffers)
@@ -433,7 +433,7 @@ TEST_F(append, io_uring_fixed_buffers)
 	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, &buffer, 1));
 	EXPECT_EQ(3 * ROW_BYTES, ring_do(&ring, &sqe));
 	EXPECT_EQ(0, memcmp(self->view.data, rows + ROW_BYTES, 3 * ROW_BYTES));
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 /* Threads of this process, io_uring's workers included */
@@ -462,7 +462,7 @@ TEST_F(append, io_uring_needs_no_worker)
 	sqe.flags = IOSQE_ASYNC;
 	EXPECT_EQ(-ENOSPC, ring_do(&ring, &sqe));
 	EXPECT_LT(1, nr_tasks());
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 /* One row of room, and two who want it: each of them gets its answer, every time. */
@@ -520,7 +520,7 @@ TEST_F_TIMEOUT(append, io_uring_gets_its_enospc, MANY_ROUNDS_SECONDS)
 	}
 	EXPECT_EQ(0, end_child(&writer));
 	munmap(shared, sizeof(*shared));
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 /* Who must not wait does not fail for a co-writer that only has the lock for a moment. */
@@ -912,7 +912,7 @@ TEST_F_TIMEOUT(stuck, io_uring_waits_its_turn_without_a_worker, TEST_SECONDS)
 	self->writer.child.pid = 0;
 	EXPECT_EQ(-ENOSPC, ring_wait(&ring));
 	EXPECT_EQ(ROWS, len_of(self->pad));
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 static void ignore_signal(int signal)

@@ -376,7 +376,7 @@ TEST_F_TIMEOUT(reader, io_uring_reads_beside_truncates, TEST_SECONDS)
 	EXPECT_EQ(0, ring_do(&ring, &sqe));
 	kill(writer.pid, SIGKILL);
 	EXPECT_EQ(128 + SIGKILL, end_child(&writer));
-	close(ring.fd);
+	ring_close(&ring);
 }
 
 /* What nobody asks for, POLLERR and POLLHUP, would show as well. */

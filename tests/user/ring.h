@@ -11,6 +11,8 @@
 
 struct ring {
 	int fd;
+	void *sq, *cq;
+	size_t sq_bytes, cq_bytes, sqe_bytes;
 	unsigned int *sq_tail, *sq_array;
 	unsigned int *cq_head, *cq_tail;
 	struct io_uring_sqe *sqe;
@@ -27,14 +29,19 @@ static inline int ring_open(struct ring *ring)
 	ring->fd = syscall(__NR_io_uring_setup, 1, &params);
 	if (ring->fd < 0)
 		return -errno;
-	sq = mmap(NULL, params.sq_off.array + params.sq_entries * sizeof(unsigned int),
-		  PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_SQ_RING);
-	cq = mmap(NULL, params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe),
-		  PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_CQ_RING);
-	ring->sqe = mmap(NULL, params.sq_entries * sizeof(struct io_uring_sqe),
-			 PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, IORING_OFF_SQES);
+	ring->sq_bytes = params.sq_off.array + params.sq_entries * sizeof(unsigned int);
+	ring->cq_bytes = params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe);
+	ring->sqe_bytes = params.sq_entries * sizeof(struct io_uring_sqe);
+	sq = mmap(NULL, ring->sq_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+		  IORING_OFF_SQ_RING);
+	cq = mmap(NULL, ring->cq_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+		  IORING_OFF_CQ_RING);
+	ring->sqe = mmap(NULL, ring->sqe_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+			 IORING_OFF_SQES);
 	if (sq == MAP_FAILED || cq == MAP_FAILED || ring->sqe == MAP_FAILED)
 		return -errno;
+	ring->sq = sq;
+	ring->cq = cq;
 	ring->sq_tail = (void *)(sq + params.sq_off.tail);
 	ring->sq_array = (void *)(sq + params.sq_off.array);
 	ring->cq_head = (void *)(cq + params.cq_off.head);
@@ -42,6 +49,14 @@ static inline int ring_open(struct ring *ring)
 	ring->cq_mask = params.cq_entries - 1;
 	ring->cqes = (void *)(cq + params.cq_off.cqes);
 	return 0;
+}
+
+static inline void ring_close(struct ring *ring)
+{
+	munmap(ring->sqe, ring->sqe_bytes);
+	munmap(ring->cq, ring->cq_bytes);
+	munmap(ring->sq, ring->sq_bytes);
+	close(ring->fd);
 }
 
 /* Submit one request; 0 or -errno */

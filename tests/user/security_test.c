@@ -715,7 +715,7 @@ TEST_F_TIMEOUT(security, epoll_outlives_handle, TEST_SECONDS)
 	ASSERT_EQ(0, append_rows(pad, ROW_BYTES, 0, 1));
 	ASSERT_EQ(0, syscall(__NR_io_uring_enter, ring.fd, 0, 1, IORING_ENTER_GETEVENTS, NULL, 0));
 	EXPECT_EQ(POLLIN, ring.cqes[0].res);
-	close(ring.fd);
+	ring_close(&ring);
 	close(pad);
 }
 
@@ -849,7 +849,7 @@ TEST_F_TIMEOUT(security, kernel_writes_into_a_view, TEST_SECONDS)
 	EXPECT_EQ(-EFAULT, ring_do(&ring, &read_in));
 	/* pinned for writing, which a registered buffer always is */
 	EXPECT_EQ(-1, syscall(__NR_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, &target, 1));
-	close(ring.fd);
+	ring_close(&ring);
 	for (uint32_t i = 0; i < COMMITTED; i++) {
 		EXPECT_TRUE(row_is(view_row(&self->view, i), ROW_BYTES, i));
 	}

@@ -554,7 +554,7 @@ TEST_F_TIMEOUT(writer, role_ends_with_the_last_request, TEST_SECONDS)
 	ASSERT_EQ(0, ring_submit(&ring, &cancel));
 	EXPECT_EQ(1, poll(&polled, 1, -1));
 	EXPECT_EQ(0, ring_wait(&ring) + ring_wait(&ring) + ECANCELED);
-	close(ring.fd);
+	ring_close(&ring);
 	EXPECT_EQ(0, append_token(self, self->fd, 0));
 	self->writer = device_open_writer(self->fd, 0);
 	EXPECT_LE(0, self->writer);
