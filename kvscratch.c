@@ -2145,6 +2145,28 @@ static bool kvs_page_has_room(struct page *page)
 	return page_ref_count(compound_head(page)) <= INT_MAX / 2;
 }
 
+/*
+ * The pages beside that of the fault, which is a piece of a huge chunk of another pad: who
+ * goes on from the rows of that one reads them all, and a fault takes what ten entries take.
+ * Where an entry cannot be made, its own fault says why.
+ */
+static void kvs_map_table(const struct vm_fault *vmf, const struct kvs_pad *pad)
+{
+	struct vm_area_struct *vma = vmf->vma;
+	pgoff_t first = round_down(vmf->pgoff, KVS_CHUNK_PAGES);
+	pgoff_t end = min(first + KVS_CHUNK_PAGES, vma->vm_pgoff + vma_pages(vma));
+	pgoff_t index;
+
+	for (index = max(first, vma->vm_pgoff); index < end; index++) {
+		bool is_piece;
+		struct page *page = kvs_pad_page(pad, index, &is_piece);
+
+		if (page && kvs_page_has_room(page))
+			kvs_map_ahead(vma, vma->vm_start + ((index - vma->vm_pgoff) << PAGE_SHIFT),
+				      page);
+	}
+}
+
 /**
  * kvs_fault() - give fault handling a page of a view
  * @vmf: of a VMA whose private data is the pad
@@ -2161,11 +2183,16 @@ vm_fault_t kvs_fault(struct vm_fault *vmf)
 	const struct kvs_pad *pad = vmf->vma->vm_private_data;
 	bool is_piece;
 	struct page *page = kvs_pad_page(pad, vmf->pgoff, &is_piece);
+	vm_fault_t result;
 
 	if (!page || !kvs_page_has_room(page))
 		return VM_FAULT_SIGBUS;
-	if (is_piece)
-		return kvs_fault_piece(vmf, page);
+	if (is_piece) {
+		result = kvs_fault_piece(vmf, page);
+		if (KVS_MAPS_AHEAD && result == VM_FAULT_NOPAGE)
+			kvs_map_table(vmf, pad);
+		return result;
+	}
 	get_page(page);
 	vmf->page = page;
 	return 0;

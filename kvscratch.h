@@ -312,11 +312,24 @@ static inline void kvs_file_set_nonotify(struct file *file)
  * it would take all of them where no page table stands, and from 6.16 on also where one does.
  */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 15, 0)
+#define KVS_MAPS_AHEAD true
+
 static inline vm_fault_t kvs_fault_piece(struct vm_fault *vmf, struct page *page)
 {
 	return vmf_insert_page_mkwrite(vmf, page, false);
 }
+
+/* Another entry of a VMA that has a fault, if there is none yet */
+static inline void kvs_map_ahead(struct vm_area_struct *vma, unsigned long address,
+				 struct page *page)
+{
+	struct vm_fault ahead = { .vma = vma, .address = address };
+
+	vmf_insert_page_mkwrite(&ahead, page, false);
+}
 #else
+#define KVS_MAPS_AHEAD false
+
 static inline int kvs_leave_entry(pte_t *pte, unsigned long address, void *data)
 {
 	return 0;
@@ -330,6 +343,11 @@ static inline vm_fault_t kvs_fault_piece(struct vm_fault *vmf, struct page *page
 	get_page(page);
 	vmf->page = page;
 	return 0;
+}
+
+static inline void kvs_map_ahead(struct vm_area_struct *vma, unsigned long address,
+				 struct page *page)
+{
 }
 #endif
 

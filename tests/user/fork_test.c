@@ -6,6 +6,7 @@
 #include "meters.h"
 #include "module.h"
 
+#include <sys/utsname.h>
 
 /* Rows that divide no page, those that do, less than a page in all, and two arrays in one plane */
 static const struct kvscratch_plane planes[] = {
@@ -526,6 +527,50 @@ TEST_F_TIMEOUT(fork, of_huge_pages_alone, TEST_SECONDS)
 	close(fd);
 	EXPECT_EQ(0, device_truncate(forked, 299, 0));
 	close(forked);
+}
+
+static bool kernel_is_from(unsigned int major, unsigned int minor)
+{
+	unsigned int got_major = 0, got_minor = 0;
+	struct utsname name;
+
+	if (uname(&name) || sscanf(name.release, "%u.%u", &got_major, &got_minor) != 2)
+		abort();
+	return got_major > major || (got_major == major && got_minor >= minor);
+}
+
+/* From Linux 6.15 on a fault maps all pages of the chunk in which the shared rows end. */
+TEST_F_TIMEOUT(fork, is_mapped_by_few_faults, TEST_SECONDS)
+{
+	static const uint8_t row[1024] = { 1 };
+	const size_t bytes = 2 * MIB;
+	const long most = kernel_is_from(6, 15) && !is_fragmented() ? 4 : bytes / page_bytes() + 4;
+	long faults;
+	uint8_t *view;
+	int fd, forked;
+
+	fd = new_pad(bytes / sizeof(row), sizeof(row));
+	ASSERT_LE(0, fd);
+	for (int i = 0; i < 1800; i++)
+		ASSERT_EQ(0, device_append(fd, row, sizeof(row)));
+	forked = device_fork(fd, 1797, 0, bytes / sizeof(row));
+	ASSERT_LE(0, forked);
+	view = mmap(NULL, bytes, PROT_READ, MAP_SHARED, forked, 0);
+	ASSERT_NE(MAP_FAILED, view);
+	/* whoever begins at the end, and where somebody else dropped a part */
+	faults = page_faults();
+	for (size_t at = 1700 * sizeof(row); at; at -= sizeof(row))
+		EXPECT_EQ(1, view[at]);
+	EXPECT_GE(most, page_faults() - faults);
+	ASSERT_EQ(0, madvise(view + 64 * page_bytes(), 64 * page_bytes(), MADV_DONTNEED));
+	faults = page_faults();
+	for (size_t at = 0; at < 1797 * sizeof(row); at += sizeof(row))
+		EXPECT_EQ(1, view[at]);
+	EXPECT_GE(most, page_faults() - faults);
+	EXPECT_TRUE(all_zero(view + 1797 * sizeof(row), bytes - 1797 * sizeof(row)));
+	munmap(view, bytes);
+	close(forked);
+	close(fd);
 }
 
 /* Where no page is a piece of a larger one it is each page that tells. */
