@@ -42,9 +42,9 @@ def run(tree, command, env=None):
     return result
 
 
-def run_guest(tree, kernel, *arguments):
+def run_guest(tree, kernel, *arguments, timeout=240):
     """What tests/qemu/run of that tree makes of the arguments"""
-    return run(tree, ["tests/qemu/run", "--kernel", kernel, "--timeout", "240", *arguments])
+    return run(tree, ["tests/qemu/run", "--kernel", kernel, "--timeout", str(timeout), *arguments])
 
 
 def build_programs(*targets):
