@@ -18,8 +18,13 @@ SONAME := libkvscratch.so.0
 SHARED := build/libkvscratch.so.$(VERSION)
 LIBRARY_OBJECTS := $(LIBKVSCRATCH:tools/lib/%.c=build/lib/%.o)
 
-.PHONY: lib shared-tools install uninstall
+# The versions of ggml's interface to its plug-ins
+GGML_APIS := 2 3
+GGML_PLUGINS := $(GGML_APIS:%=build/ggml-%/libggml-kvscratch.so)
 
+.PHONY: lib shared-tools ggml install uninstall
+
+ggml: $(GGML_PLUGINS)
 lib: $(SHARED) build/libkvscratch.a
 shared-tools: $(TOOLS:%=build/shared/%)
 
@@ -42,6 +47,11 @@ build/libkvscratch.a: $(LIBRARY_OBJECTS)
 	$(OBJCOPY) --localize-hidden $(@:.a=.o)
 	rm -f $@
 	$(AR) rcs $@ $(@:.a=.o)
+
+build/ggml-%/libggml-kvscratch.so: $(wildcard tools/ggml/*.[ch]) $(SHARED) $(HEADERS)
+	mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -pthread -fPIC -fvisibility=hidden -DGGML_PLUGIN_API=$* \
+		-shared -Wl,-z,defs -o $@ $(filter tools/ggml/%.c,$^) -Lbuild -lkvscratch
 
 # What names directories is made anew each time: they are those of this call.
 .PHONY: build/paths
@@ -68,6 +78,7 @@ into-$(1) += $(2)
 endef
 $(eval $(call into,$(BINDIR),$(TOOLS:%=build/shared/%)))
 $(eval $(call into,$(LIBDIR),$(SHARED) build/libkvscratch.a))
+$(foreach api,$(GGML_APIS),$(eval $(call into,$(LIBDIR)/kvscratch/ggml-$(api),build/ggml-$(api)/libggml-kvscratch.so)))
 $(eval $(call into,$(PKGCONFIGDIR),build/paths/libkvscratch.pc))
 $(eval $(call into,$(INCLUDEDIR),tools/lib/libkvscratch.h))
 $(eval $(call into,$(INCLUDEDIR)/linux,uapi/linux/kvscratch.h))
@@ -87,7 +98,7 @@ $(if $(into-$(1)),install -d '$(DESTDIR)$(1)'
 	)
 endef
 
-install: lib shared-tools build/paths
+install: lib shared-tools ggml build/paths
 	$(foreach directory,$(install-directories),$(call install_into,$(directory)))
 	ln -sf $(notdir $(SHARED)) '$(DESTDIR)$(LIBDIR)/$(SONAME)'
 	ln -sf $(SONAME) '$(DESTDIR)$(LIBDIR)/libkvscratch.so'
