@@ -18,7 +18,7 @@ kvdecode-sources := tools/kvdecode.c tools/llama2.c tools/branch.c tools/cli.c t
 EXAMPLES := $(basename $(notdir $(wildcard tools/examples/*.c tools/examples/*.cc)))
 
 USER_TESTS := $(patsubst tests/user/%.c,%,$(wildcard tests/user/*_test.c))
-HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
+HEADERS := $(wildcard *.h uapi/linux/*.h tools/*.h tools/ctl/*.h tools/ggml/*.h tools/lib/*.h tests/*.h tests/user/*.h tests/torture/*.h)
 
 .DELETE_ON_ERROR:
 .PHONY: all modules_install clean help tools tests tests-32 arm64 python demo test test-all torture bench comparison check

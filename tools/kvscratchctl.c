@@ -105,6 +105,9 @@ static int parse_option(struct arguments *args, int option, const char *text)
 				    ARRAY_SIZE(args->plane_values));
 		args->plane_values[args->nr_plane_values++] = text;
 		return 0;
+	case OPT_STATE_VERSION:
+		return parse_integer(EXIT_INPUT, "state-version", text, 1, INT_MAX,
+				     &args->state_version);
 	case OPT_TIMEOUT:
 		return parse_integer(EXIT_INPUT, "timeout", text, 0, INT_MAX / 1000, &args->timeout);
 	default:
@@ -126,6 +129,7 @@ enum {
 	TAKES_ARGUMENT = 4,
 	TAKES_COMMAND = 8,
 	TAKES_TWO_ARGUMENTS = 32 | TAKES_ARGUMENT,
+	TAKES_THREE_ARGUMENTS = 64 | TAKES_TWO_ARGUMENTS,
 	/* --fd says where the command finds the handle, --name which pad it is of */
 	TAKES_BOTH = 16 | TAKES_PAD | TAKES_COMMAND,
 };
@@ -494,6 +498,29 @@ GEOMETRY_HELP,
 "                     written to\n",
 		.run = run_metrics,
 		.options = { OPTION("output", required_argument, OPT_OUTPUT), HELP, END },
+	}, {
+		.name = "llama",
+		.summary = "list and give back sequences of llama.cpp",
+		.help =
+"Usage: kvscratchctl llama ls [--json] HOLDER\n"
+"       kvscratchctl llama ticket [--len N] [--state-version N] HOLDER/PAD FILE\n"
+"With ls print a line for each sequence that kvscratch-ggml(7) put into HOLDER. With\n"
+"ticket write FILE, which is replaced in one step: a saved sequence, as llama.cpp\n"
+"itself writes them, with a ticket in the place of its rows. Whoever restores it and\n"
+"has the plug-in goes on from a fork of the pad, without a copy.\n"
+"\n"
+"  --json             an array of objects\n"
+"  --len N            only the first N tokens (all)\n"
+"  --state-version N  of the file: 3 for llama.cpp 0.4, as in node-llama-cpp 3.21, 4\n"
+"                     for 0.7, as in Debian (4)\n",
+		.run = run_llama,
+		.takes = TAKES_THREE_ARGUMENTS,
+		.options = {
+			OPTION("json", no_argument, OPT_JSON),
+			OPTION("len", required_argument, OPT_LEN),
+			OPTION("state-version", required_argument, OPT_STATE_VERSION),
+			HELP, END
+		},
 	},
 };
 
@@ -601,6 +628,8 @@ static int split_command(const struct verb *verb, struct arguments *args, int ar
 
 static int max_arguments(const struct verb *verb)
 {
+	if ((verb->takes & TAKES_THREE_ARGUMENTS) == TAKES_THREE_ARGUMENTS)
+		return 3;
 	if ((verb->takes & TAKES_TWO_ARGUMENTS) == TAKES_TWO_ARGUMENTS)
 		return 2;
 	return !!(verb->takes & TAKES_ARGUMENT);
@@ -638,7 +667,9 @@ static int run_verb(const struct verb *verb, struct arguments *args, int argc, c
 			    argv[optind + max_arguments(verb)]);
 	args->argument = argv[optind];
 	args->second = args->argument ? argv[optind + 1] : NULL;
-	if ((args->argument && !*args->argument) || (args->second && !*args->second))
+	args->third = args->second ? argv[optind + 2] : NULL;
+	if ((args->argument && !*args->argument) || (args->second && !*args->second) ||
+	    (args->third && !*args->third))
 		return fail(EXIT_INPUT, "expected an argument that is not empty, see --help");
 	if (args->command && !*args->command)
 		return fail(EXIT_INPUT, "expected COMMAND behind --");

@@ -117,6 +117,8 @@ offers 'kvscratchctl drop st' story story/pad
 offers 'kvscratchctl put --replace st' story story/pad
 offers 'kvscratchctl fork --max-seq-len 9 st' story story/pad
 offers 'kvscratchctl fork story e' empty
+offers 'kvscratchctl llama ' empty ls story story/pad ticket
+offers 'kvscratchctl llama ticket --len ' ''
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story

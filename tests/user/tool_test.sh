@@ -1170,6 +1170,72 @@ epoch 1, without a writer" ]
 	kvscratchctl drop cache
 }
 
+# cells ROWS: a token of zeros, token 7 and its position, for each row
+cells()
+{
+	for position in $1; do
+		head -c 128 /dev/zero
+		printf %b "\\007\\000\\000\\000\\00$position\\000\\000\\000"
+	done
+}
+
+# What the plug-in for ggml leaves, and what its engine is given back
+llamas()
+{
+	kvscratchctl hold llama --write --max-seq-len 8 --planes k0:32:f16,v0:32:f16,cells:2:i32 \
+		--tag "ggml k=f16 v=q8_0 0123456789abcdef my \"own\""
+	kvscratchctl create --max-seq-len 8 --planes k0:32:f16,v0:32:f16,cells:2:i32 --tag "ggml k=f16 v=f16 fedcba9876543210" -- \
+		kvscratchctl put --write llama/seq0
+	kvscratchctl create --max-seq-len 8 --dim 2 -- kvscratchctl put --write llama/other
+	cells "0 1 2" | kvscratchctl -n llama/seq0 append
+	run sh -c 'kvscratchctl llama ls llama | sed "s/[1-9][0-9]* bytes/... bytes/"'
+	expect "llama ls, of what is a cache" 0 "pad: 0 tokens, ... bytes own, 0 shared, k f16, v q8_0, model 0123456789abcdef my \"own\"
+seq0: 3 tokens, ... bytes own, 0 shared, k f16, v f16, model fedcba9876543210"
+	run sh -c 'kvscratchctl llama ls --json llama | grep -o "\"tokens\": [0-9]*\|\"text\".*}"'
+	expect "llama ls --json" 0 '"tokens": 0
+"text": "my \u0022own\u0022"}
+"tokens": 3
+"text": ""}'
+	run kvscratchctl llama ticket llama/seq0 ticket
+	expect "llama ticket" 0 ""
+	run sh -c 'od -An -v -tx4 -w4 ticket | head -n 24 | tr -d "\n"'
+	# magic, version, tokens, streams, cells, no transposition, a layer, no rotation, f16, row, rows
+	expect "a sequence, as llama.cpp has it" 0 " 67677371 00000004 00000003 00000007 00000007 00000007 00000001\
+ 00000003 00000000 00000001 00000000 00000001 00000001 00000000 00000002 00000001 00000000\
+ 00000000 00000001 00000000 00000000 00000001 00000040 00000000"
+	run sh -c 'tail -c +97 ticket | head -c 26; wc -c <ticket'
+	expect "the ticket in the place of the rows" 0 "KVSCRATCH-TICKETllama/seq0$((96 + 2 * 192 + 12))"
+	run sh -c 'kvscratchctl llama ticket --state-version 3 --len 2 llama/seq0 ticket && od -An -tu4 -j4 -N8 ticket'
+	expect "of another version, and less of it" 0 "          3          2"
+	for rows in 0 4; do
+		run kvscratchctl llama ticket --len $rows llama/seq0 ticket
+		expect "a ticket of $rows rows" 1 "kvscratchctl llama: llama/seq0: expected 1 to 3 rows, got $rows"
+	done
+	run kvscratchctl llama ticket llama/other ticket
+	expect "a ticket of another pad" 1 "kvscratchctl llama: llama/other: expected a pad of kvscratch-ggml, got another"
+	run kvscratchctl llama ticket --state-version 5 llama/seq0 ticket
+	expect "a ticket of a version that nobody knows" 1 "kvscratchctl llama: --state-version: expected 3 or 4, got 5"
+	run kvscratchctl llama ticket llama/none ticket
+	expect "a ticket of nothing" 2 "kvscratchctl llama: llama: there is no pad \"none\""
+	run kvscratchctl llama ticket llama/a-name-of-forty-bytes-and-one-more-x ticket
+	expect "a ticket of a long name" 1 "kvscratchctl llama: expected a name of at most 40 bytes, got \"llama/a-name-of-forty-bytes-and-one-more-x\""
+	cells 0 | kvscratchctl -n llama/pad append
+	run kvscratchctl llama ticket llama/pad ticket
+	expect "a ticket of rows that are rotated" 1 "kvscratchctl llama: llama/pad: expected f32, f16 or bf16 for version 4, which rotates quantized rows, got q8_0"
+	{ head -c 128 /dev/zero; head -c 8 /dev/zero | tr '\000' '\377'; } | kvscratchctl -n llama/seq0 append
+	run kvscratchctl llama ticket llama/seq0 ticket
+	expect "a ticket of a token that is not known" 1 "kvscratchctl llama: llama/seq0: expected the token and the position of each row, row 3 has -1 and -1"
+	run sh -c 'od -An -tu4 -j4 -N8 ticket'
+	expect "what was refused left the file alone" 0 "          3          2"
+	run kvscratchctl llama give
+	expect "llama with another word" 1 'kvscratchctl llama: expected ls or ticket, got "give"'
+	run kvscratchctl llama ticket llama/seq0 a b
+	expect "llama with more" 1 'kvscratchctl llama: unexpected argument "b"'
+	run kvscratchctl llama ls nobody
+	expect "llama ls of nobody" 2 "kvscratchctl llama: no pads are held as \"nobody\": nobody listens on $XDG_RUNTIME_DIR/kvscratch/nobody"
+	kvscratchctl drop llama
+}
+
 if [ $# -gt 0 ]; then
 	"$1"
 	exit 0
@@ -1227,4 +1293,5 @@ with_pad holders --max-seq-len 4 --dim 2
 forks
 with_pad files --max-seq-len 10 --dim 4
 with_pad files_of_planes --max-seq-len 8 --planes "k 0:4:u8,v:32:mxint8:f32,:1:i16" --tag "of a model"
+llamas
 echo "1..$(cat count)"

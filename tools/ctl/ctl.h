@@ -50,6 +50,7 @@ enum option_id {
 	OPT_PLANE,
 	OPT_REPLACE,
 	OPT_TREE,
+	OPT_STATE_VERSION,
 };
 
 enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
@@ -59,6 +60,7 @@ enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
  * @given: a bit per option
  * @argument: the first one that is no option, or NULL
  * @second: the next one, of a verb that takes two, or NULL
+ * @third: of one that takes three, or NULL
  * @command: behind --, ended by NULL; or NULL
  * @plane_values: of --plane, in their order
  * @nr_plane_values: how many
@@ -85,6 +87,8 @@ struct arguments {
 	uint64_t timeout;
 	const char *argument;
 	const char *second;
+	const char *third;
+	uint64_t state_version;
 	char **command;
 	const char *plane_values[KVSCRATCH_MAX_PLANES];
 	unsigned int nr_plane_values;
@@ -114,6 +118,7 @@ int run_metrics(const struct arguments *args);
 int run_seal(const struct arguments *args);
 int run_attach(const struct arguments *args);
 int run_takeover(const struct arguments *args);
+int run_llama(const struct arguments *args);
 
 /*
  * The pad of --name, or else of the descriptor, if it is open for @access, O_RDONLY or
