@@ -5,7 +5,7 @@
 //
 // In MODELS is random.gguf, whose heads have a multiple of 32 elements, and stories.gguf if
 // there is a model that people know. The plug-ins are in ggml-2 and ggml-3 of their
-// directory. Pads are those of KVSCRATCH_BACKEND.
+// directory. Pads are those of KVSCRATCH_BACKEND. KVSCRATCH_KILLS (3) processes are killed.
 import {spawn, spawnSync} from "node:child_process";
 import {existsSync, mkdtempSync, readFileSync, rmSync} from "node:fs";
 import {createInterface} from "node:readline";
@@ -40,7 +40,7 @@ function expectSame(wanted, got, what) {
 }
 
 // A process that generates; onPause is called with its id and lets it go on when it returned.
-function run(options, variables = {}, onPause = () => {}) {
+function run(options, variables = {}, onPause = () => {}, onLine = () => {}) {
 	const child = spawn(process.execPath, [generate, engine, JSON.stringify(options)],
 		{env: {...environment, ...variables}, timeout: SECONDS * 1000, killSignal: "SIGKILL"});
 	const lines = [];
@@ -50,6 +50,7 @@ function run(options, variables = {}, onPause = () => {}) {
 	createInterface({input: child.stdout}).on("line", (line) => {
 		if (line !== '"pause"') {
 			lines.push(line);
+			onLine(child, lines);
 			return;
 		}
 		try {
@@ -91,8 +92,8 @@ function counter(errors, name) {
 	return Number(found[1]);
 }
 
-function onPads(options, variables, onPause) {
-	return run({...options, pads: true}, {GGML_BACKEND_PATH: plugin(2), ...variables}, onPause);
+function onPads(options, variables, onPause, onLine) {
+	return run({...options, pads: true}, {GGML_BACKEND_PATH: plugin(2), ...variables}, onPause, onLine);
 }
 
 function expectDone(done, what) {
@@ -233,6 +234,62 @@ const tests = {
 		expectSame((await onHeap(options)).lines, pads.lines, "no holder");
 		expect(warnings(pads.errors).length === 1 && /nobody\/seq0 is not held/.test(pads.errors), pads.errors);
 	},
+
+	killed_at_any_moment_and_restored: withHolder(async () => {
+		const options = {model, tokens: 400}, holder = {KVSCRATCH_GGML_HOLDER: "engine"};
+		const all = (await onHeap(options)).lines.map((line) => JSON.parse(line));
+		const ticket = join(runtime, "ticket");
+
+		for (let kill = 0; kill < Number(process.env.KVSCRATCH_KILLS ?? 3); kill++) {
+			// not in the prompt: a row of it computed alone differs in its last bits
+			const after = Math.floor(Math.random() * 390) + 3;
+			const killed = await onPads(options, holder, undefined,
+				(child, lines) => lines.length === after && child.kill("SIGKILL"));
+			const rows = heldRows("seq0");
+			// the token that came of these rows, and was lost or not
+			const next = all.findIndex((line) => line.rows === rows);
+
+			expect(killed.signal === "SIGKILL" && next >= after - 1,
+				`after ${after} tokens: signal ${killed.signal}, ${rows} rows`);
+			ctl("llama", "ticket", "--state-version", "3", "engine/seq0", ticket);
+			const restored = await onPads({model, tokens: 400 - next, restore: ticket}, holder);
+			const lines = restored.lines.map((line) => JSON.parse(line));
+
+			expectDone(restored, `after ${after} tokens`);
+			expect(lines.shift().restored === rows, restored.lines[0]);
+			expectSame(all.slice(next, -1).map(({token}) => token), lines.slice(0, -1).map(({token}) => token),
+				`killed after ${after} tokens, ${rows} rows`);
+			// it computed one row again, and copied none
+			expect(lines.at(-1).evaluated[0] === 400 - next, restored.lines.at(-1));
+			expect(counter(restored.errors, "forks") >= 1 && counter(restored.errors, "moves") === 0 &&
+				warnings(restored.errors).length === 0, restored.errors);
+		}
+	}),
+
+	a_ticket_for_what_is_gone_fails_its_request: withHolder(async () => {
+		const ticket = join(runtime, "ticket");
+
+		expectDone(await onPads({model, tokens: 30}, {KVSCRATCH_GGML_HOLDER: "engine"}), "first");
+		ctl("llama", "ticket", "--state-version", "3", "engine/seq0", ticket);
+		// other tokens under the same name
+		expectDone(await onPads({model, tokens: 30, prompt: "Another one"}, {KVSCRATCH_GGML_HOLDER: "engine"}), "second");
+		const refused = async (what) => {
+			const restored = await onPads({model, tokens: 5, restore: ticket}, {});
+
+			expect(restored.status === 1 && restored.signal === null && what.test(restored.errors) &&
+				/stream 0 has to begin anew/.test(restored.errors), `${restored.status}: ${restored.errors}`);
+		};
+
+		// it is beside them
+		const found = await onPads({model, tokens: 5, restore: ticket}, {});
+
+		expectDone(found, "the one before");
+		expect(counter(found.errors, "forks") === 1, found.errors);
+		ctl("drop", "engine/seq0.old");
+		await refused(/expected the \d+ tokens of the ticket, got others/);
+		ctl("drop", "engine/seq0");
+		await refused(/there is no pad "seq0"/);
+	}),
 
 	a_writer_that_is_fenced_fails_its_request: withHolder(async () => {
 		const heap = await onHeap({model, tokens: 40});

@@ -40,6 +40,7 @@ enum where {
  * @ticket: that it was restored from, and nothing was stored since; or all 0
  * @number: in the names of what is held
  * @is_held: the pad of that name is ours
+ * @commits: of the pad, until it is held
  */
 struct stream {
 	enum where where;
@@ -52,7 +53,14 @@ struct stream {
 	struct ticket ticket;
 	unsigned int number;
 	bool is_held;
+	unsigned int commits;
 };
+
+/*
+ * An engine tries itself out by a token or two before it has work: what it left when it
+ * ended the last time is not to be replaced by that.
+ */
+#define HELD_AT_COMMIT 2
 
 /**
  * struct cache - a buffer
@@ -419,6 +427,9 @@ static int new_pad(struct kvscratch **pad, const struct cache *cache)
 	return err;
 }
 
+/* The end of the name of what another process left */
+#define OLD ".old"
+
 /* What another process left under our name is kept beside it: it may want to be restored. */
 static int replace_held(struct stream *stream, const char *holder, const char *name)
 {
@@ -429,7 +440,7 @@ static int replace_held(struct stream *stream, const char *holder, const char *n
 	int err;
 
 	snprintf(path, sizeof(path), "%s/%s", holder, name);
-	snprintf(old_name, sizeof(old_name), "seq%u.old", stream->number);
+	snprintf(old_name, sizeof(old_name), "seq%u" OLD, stream->number);
 	if (!stream->is_held && !kvscratch_attach_name(&old, path, O_RDWR))
 		fds[1] = kvscratch_fd(old);
 	err = kvscratch_holder_replace(holder, names, fds, fds[1] < 0 ? 1 : 2);
@@ -482,7 +493,10 @@ static bool adopt_pad(struct cache *cache, unsigned int index, struct kvscratch 
 	if (!err) {
 		for (unsigned int plane = 0; plane <= cache->nr_planes; plane++)
 			stream->staged[plane] = len;
-		hold_pad(stream);
+		/* of a fork somebody wants the rows, or had them before */
+		stream->commits = len || stream->is_held ? HELD_AT_COMMIT : 0;
+		if (stream->commits)
+			hold_pad(stream);
 		return true;
 	}
 	warn("stream %u is in private memory: %s", stream->number, kvscratch_error());
@@ -754,6 +768,8 @@ static bool end_pass(struct cache *cache)
 		stream->len = stream->staged[plane];
 		if (stream->whole < stream->len)
 			stream->whole = stream->len;
+		if (stream->commits < HELD_AT_COMMIT && ++stream->commits == HELD_AT_COMMIT)
+			hold_pad(stream);
 	}
 	return true;
 }
@@ -839,48 +855,67 @@ static void copy_stream(struct cache *cache, unsigned int plane, unsigned int to
 		       stream_bytes(cache, &cache->planes[plane]));
 }
 
-/* Open what a ticket names, which has to be of this model; NULL: why is in @why. */
-static struct kvscratch *open_ticket(const struct cache *cache, const struct ticket *ticket,
-				     uint64_t rows, char why[256])
+/* A sentence with two tags and a name */
+#define WHY_BYTES 320
+
+/* Whether a pad has the planes and the tag of this cache, and the tokens of a ticket */
+static bool is_of_ticket(const struct cache *cache, struct kvscratch *pad, const char *name,
+			 const struct ticket *ticket, uint64_t rows, char why[WHY_BYTES])
 {
-	char name[TICKET_NAME_BYTES + 1] = "", tag[KVSCRATCH_TAG_BYTES];
 	struct kvscratch_plane *planes = pad_planes(cache);
 	struct kvscratch_pad_info info;
 	struct kvscratch_tensor cells;
-	struct kvscratch *pad = NULL;
-	bool fits = planes;
+	char tag[KVSCRATCH_TAG_BYTES];
+	bool fits = planes && kvscratch_nr_planes(pad) == cache->nr_planes + 1;
 
-	memcpy(name, ticket->pad, TICKET_NAME_BYTES);
-	make_tag(cache, tag);
-	if (kvscratch_attach_name(&pad, name, O_RDWR) || kvscratch_pad_info(pad, &info) ||
-	    kvscratch_plane_tensor(pad, kvscratch_nr_planes(pad) - 1, &cells)) {
-		snprintf(why, 256, "%s: %s", name, kvscratch_error());
-		goto fail;
-	}
-	fits &= kvscratch_nr_planes(pad) == cache->nr_planes + 1;
 	for (unsigned int i = 0; fits && i <= cache->nr_planes; i++) {
 		const struct kvscratch_plane *its = kvscratch_plane(pad, i);
 
 		fits = its->dtype == planes[i].dtype && its->dim == planes[i].dim &&
 		       !strncmp(its->label, planes[i].label, sizeof(its->label));
 	}
+	free(planes);
+	make_tag(cache, tag);
+	if (kvscratch_pad_info(pad, &info)) {
+		snprintf(why, WHY_BYTES, "%s: %s", name, kvscratch_error());
+		return false;
+	}
 	if (!fits || memcmp(info.tag, tag, KVSCRATCH_TAG_BYTES)) {
-		snprintf(why, 256, "%s: expected a pad of \"%.64s\", got one of \"%.64s\"%s", name,
+		snprintf(why, WHY_BYTES, "%s: expected a pad of \"%.64s\", got one of \"%.64s\"%s", name,
 			 tag, (const char *)info.tag, fits ? "" : ", with other planes");
-		goto fail;
+		return false;
+	}
+	if (kvscratch_plane_tensor(pad, cache->nr_planes, &cells)) {
+		snprintf(why, WHY_BYTES, "%s: %s", name, kvscratch_error());
+		return false;
 	}
 	if (cells.len < rows ||
 	    ticket_hash(cells.data, rows * sizeof(struct cache_cell)) != ticket->cells_hash) {
-		snprintf(why, 256, "%s: expected the %" PRIu64 " tokens of the ticket, got others",
+		snprintf(why, WHY_BYTES, "%s: expected the %" PRIu64 " tokens of the ticket, got others",
 			 name, rows);
-		goto fail;
+		return false;
 	}
-	free(planes);
-	return pad;
+	return true;
+}
 
-fail:
-	kvscratch_close(pad);
-	free(planes);
+/* Open what a ticket names, or what was called so before; NULL: why is in @why. */
+static struct kvscratch *open_ticket(const struct cache *cache, const struct ticket *ticket,
+				     uint64_t rows, char why[WHY_BYTES])
+{
+	char names[2][TICKET_NAME_BYTES + sizeof(OLD)], other[WHY_BYTES];
+	struct kvscratch *pad;
+
+	snprintf(names[0], sizeof(names[0]), "%.*s", TICKET_NAME_BYTES, ticket->pad);
+	snprintf(names[1], sizeof(names[1]), "%.*s" OLD, TICKET_NAME_BYTES, ticket->pad);
+	for (unsigned int i = 0; i < 2; i++) {
+		if (kvscratch_attach_name(&pad, names[i], O_RDWR)) {
+			snprintf(i ? other : why, WHY_BYTES, "%s: %s", names[i], kvscratch_error());
+			continue;
+		}
+		if (is_of_ticket(cache, pad, names[i], ticket, rows, i ? other : why))
+			return pad;
+		kvscratch_close(pad);
+	}
 	return NULL;
 }
 
@@ -904,7 +939,7 @@ static void restore_rows(struct cache *cache, unsigned int plane, int64_t first,
 	struct stream *stream = &cache->streams[index];
 	const bool is_begin = first % cache->rows == 0;
 	struct kvscratch *pad;
-	char why[256];
+	char why[WHY_BYTES];
 
 	if (is_begin && stream->len == nr && stream->where == IN_PAD &&
 	    !memcmp(&stream->ticket, ticket, sizeof(*ticket)))
