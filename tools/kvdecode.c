@@ -1393,11 +1393,13 @@ static int continue_in_fork(struct decoder *decoder, uint64_t seed)
 /* A branch is of no use to anybody when we are gone. */
 static int run_branch(struct decoder *decoder, const struct branch *branch, pid_t parent)
 {
+	static char line[BUFSIZ];
+
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (getppid() != parent)
 		return EXIT_SYSTEM;
 	/* what several say at once stays in lines */
-	setvbuf(stderr, NULL, _IOLBF, 0);
+	setvbuf(stderr, line, _IOLBF, sizeof(line));
 	if (dup2(branch->text, STDOUT_FILENO) < 0)
 		return fail(EXIT_SYSTEM, "cannot keep the text: %s", strerror(errno));
 	return continue_in_fork(decoder, branch->seed);
@@ -1420,29 +1422,35 @@ static int start_branch(struct decoder *decoder, struct branch *branch)
 	return 0;
 }
 
+/* All lines of it end, so that what follows is one of its own. */
 static int print_text(int text)
 {
-	char bytes[BUFSIZ];
+	char bytes[BUFSIZ], last = '\n';
 	ssize_t count;
 	off_t at = 0;
 	int err = 0;
 
 	while (!err && (count = pread(text, bytes, sizeof(bytes), at)) > 0) {
 		err = print_bytes(bytes, count);
+		last = bytes[count - 1];
 		at += count;
 	}
-	return err;
+	if (!err && count < 0)
+		err = fail(EXIT_SYSTEM, "cannot read the text: %s", strerror(errno));
+	return err || last == '\n' ? err : print_bytes("\n", 1);
 }
 
 /* Its text, whole or what there is of it */
 static int finish_branch(const struct branch *branch)
 {
 	char heading[64];
-	int status = 0;
+	int status;
 	int err;
 
-	while (waitpid(branch->pid, &status, 0) < 0 && errno == EINTR)
-		;
+	while (waitpid(branch->pid, &status, 0) < 0)
+		if (errno != EINTR)
+			return fail(EXIT_SYSTEM, "the branch of seed %" PRIu64 ": %s", branch->seed,
+				    strerror(errno));
 	snprintf(heading, sizeof(heading), "==> seed %" PRIu64 " <==\n", branch->seed);
 	err = print_bytes(heading, strlen(heading));
 	if (!err)
@@ -1461,6 +1469,8 @@ static int decode_branches(struct decoder *decoder)
 	uint32_t started = 0;
 	int err = measure(decoder, compute_prefix);
 
+	/* who ignores it, as we may have been started, is not told how they end */
+	signal(SIGCHLD, SIG_DFL);
 	while (!err && started < decoder->options.branches) {
 		branches[started].seed = decoder->options.seed + started;
 		err = start_branch(decoder, &branches[started]);

@@ -902,7 +902,7 @@ static bool is_of_ticket(const struct cache *cache, struct kvscratch *pad, const
 static struct kvscratch *open_ticket(const struct cache *cache, const struct ticket *ticket,
 				     uint64_t rows, char why[WHY_BYTES])
 {
-	char names[2][TICKET_NAME_BYTES + sizeof(OLD)], other[WHY_BYTES];
+	char names[2][TICKET_NAME_BYTES + sizeof(OLD)], other[WHY_BYTES] = "";
 	struct kvscratch *pad;
 
 	snprintf(names[0], sizeof(names[0]), "%.*s", TICKET_NAME_BYTES, ticket->pad);
