@@ -246,6 +246,16 @@ static bool copy_to_memory(char *address, size_t bytes)
 	return false;
 }
 
+static bool copy_stream_to_memory(struct cache *cache, unsigned int index)
+{
+	bool copied = true;
+
+	for (unsigned int plane = 0; plane < cache->nr_planes; plane++)
+		copied &= copy_to_memory(row_address(cache, plane, index, 0),
+					 stream_bytes(cache, &cache->planes[plane]));
+	return copied;
+}
+
 /* From now on the rows are in private memory. */
 static void move_to_memory(struct cache *cache, unsigned int index)
 {
@@ -253,9 +263,7 @@ static void move_to_memory(struct cache *cache, unsigned int index)
 	bool copied = true;
 
 	if (stream->where == IN_PAD) {
-		for (unsigned int plane = 0; plane < cache->nr_planes; plane++)
-			copied &= copy_to_memory(row_address(cache, plane, index, 0),
-						 stream_bytes(cache, &cache->planes[plane]));
+		copied = copy_stream_to_memory(cache, index);
 		stats.moves++;
 		/* a view that stays needs no handle, and nobody may write to it */
 		close_pad(stream);
@@ -640,10 +648,12 @@ static bool begin_stream(struct cache *cache, unsigned int index, uint64_t row, 
 {
 	struct stream *stream = &cache->streams[index];
 
-	if (stream->where == LOST && row)
-		return false;
-	if (stream->where == LOST)
+	if (stream->where == LOST) {
+		/* there may have been no memory for it, so that a view is still in its place */
+		if (row || !copy_stream_to_memory(cache, index))
+			return false;
 		stream->where = IN_MEMORY;
+	}
 	if (stream->where == NOWHERE)
 		begin_pad(cache, index);
 	if (stream->where == IN_PAD && row < stream->len && stream->position >= 0 &&
@@ -774,6 +784,12 @@ static bool end_pass(struct cache *cache)
 	return true;
 }
 
+/* Also with one that has them: the engine began anew, and what it left is dropped. */
+bool cache_begins_pass(const struct cache *cache, unsigned int plane)
+{
+	return cache->nr_missing == cache->nr_planes || cache->has_plane[plane];
+}
+
 bool cache_store(struct cache *cache, unsigned int plane, const int64_t *rows, const void *data,
 		 const struct cache_cell *cells, uint64_t nr_rows)
 {
@@ -783,9 +799,7 @@ bool cache_store(struct cache *cache, unsigned int plane, const int64_t *rows, c
 	for (uint64_t i = 0; i < nr_rows; i++)
 		if (rows[i] < 0 || (uint64_t)rows[i] >= cache->rows * cache->nr_streams)
 			return false;
-	/* one that has them: the engine began anew, and what it left is dropped */
-	if ((cache->nr_missing == cache->nr_planes || cache->has_plane[plane]) &&
-	    !begin_pass(cache, rows, cells, nr_rows))
+	if (cache_begins_pass(cache, plane) && !begin_pass(cache, rows, cells, nr_rows))
 		return false;
 	for (uint64_t i = 0; i < nr_rows; i += nr) {
 		const char *from = (const char *)data + i * bytes;
@@ -831,7 +845,11 @@ static bool fork_into(struct cache *cache, unsigned int index, struct kvscratch 
 		return false;
 	}
 	stats.forks++;
-	return adopt_pad(cache, index, child, rows);
+	if (adopt_pad(cache, index, child, rows))
+		return true;
+	/* planes that could not be mapped have other rows */
+	cache->streams[index].where = LOST;
+	return false;
 }
 
 /* A stream of this cache is copied whole, plane by plane: the first one is the fork. */

@@ -74,13 +74,16 @@ void cache_clear(struct cache *cache);
  * cache_store() - store rows of one plane
  * @rows: for each row where it goes: stream x rows of a stream + row
  * @data: the rows, one behind the other
- * @cells: what is known of each, or NULL
+ * @cells: what is known of each, or NULL; of the first plane's rows only
  * @nr_rows: how many
  *
  * When each plane got them they are committed. Returns false if they cannot be stored.
  */
 bool cache_store(struct cache *cache, unsigned int plane, const int64_t *rows, const void *data,
 		 const struct cache_cell *cells, uint64_t nr_rows);
+
+/* Whether rows of @plane are the first ones of what is committed next */
+bool cache_begins_pass(const struct cache *cache, unsigned int plane);
 
 /*
  * Any bytes that the engine puts into a plane: rows, a whole stream of the same buffer,

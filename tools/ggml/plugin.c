@@ -289,6 +289,8 @@ static void fill_cells(struct seen *seen, const struct ggml_tensor *op, int64_t 
 		seen->cells[i].token = seen->nr_tokens == nr ? seen->tokens[i] : -1;
 		seen->cells[i].position = positions ? ((const int32_t *)positions->data)[i] : -1;
 	}
+	/* what is computed next may not be of tokens */
+	seen->nr_tokens = 0;
 }
 
 static bool set_rows(struct seen *seen, const struct ggml_tensor *op)
@@ -314,7 +316,8 @@ static bool set_rows(struct seen *seen, const struct ggml_tensor *op)
 		seen->rows[i] = where->type == GGML_I64 ? ((const int64_t *)where->data)[i] :
 							  ((const int32_t *)where->data)[i];
 	}
-	fill_cells(seen, op, nr);
+	if (cache_begins_pass(cache, plane))
+		fill_cells(seen, op, nr);
 	return cache_store(cache, plane, seen->rows, seen->converted, seen->cells, nr);
 }
 
