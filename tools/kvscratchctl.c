@@ -108,6 +108,11 @@ static int parse_option(struct arguments *args, int option, const char *text)
 	case OPT_STATE_VERSION:
 		return parse_integer(EXIT_INPUT, "state-version", text, 1, INT_MAX,
 				     &args->state_version);
+	case OPT_SLOT:
+		return parse_integer(EXIT_INPUT, "slot", text, 0, INT_MAX, &args->slot);
+	case OPT_SLOT_DIR:
+		args->slot_dir = text;
+		return 0;
 	case OPT_TIMEOUT:
 		return parse_integer(EXIT_INPUT, "timeout", text, 0, INT_MAX / 1000, &args->timeout);
 	default:
@@ -503,22 +508,35 @@ GEOMETRY_HELP,
 		.summary = "list and give back sequences of llama.cpp",
 		.help =
 "Usage: kvscratchctl llama ls [--json] HOLDER\n"
-"       kvscratchctl llama ticket [--len N] [--state-version N] HOLDER/PAD FILE\n"
+"       kvscratchctl llama ticket [OPTION]... HOLDER/PAD FILE\n"
+"       kvscratchctl llama restore --slot-dir DIR [OPTION]... HOLDER/PAD ADDRESS:PORT\n"
+"       kvscratchctl llama tail [OPTION]... HOLDER/PAD\n"
 "With ls print a line for each sequence that kvscratch-ggml(7) put into HOLDER. With\n"
 "ticket write FILE, which is replaced in one step: a saved sequence, as llama.cpp\n"
 "itself writes them, with a ticket in the place of its rows. Whoever restores it and\n"
-"has the plug-in goes on from a fork of the pad, without a copy.\n"
+"has the plug-in goes on from a fork of the pad, without a copy. With restore have a\n"
+"llama-server that has the plug-in do so. With tail print each token, and its\n"
+"position, as it comes, until the pad is sealed or its writer gone.\n"
 "\n"
-"  --json             an array of objects\n"
+"  --json             of ls an array of objects, of tail an object per line\n"
 "  --len N            only the first N tokens (all)\n"
 "  --state-version N  of the file: 3 for llama.cpp 0.4, as in node-llama-cpp 3.21, 4\n"
-"                     for 0.7, as in Debian (4)\n",
+"                     for 0.7, as in Debian (4)\n"
+"  --slot N           of the server (0)\n"
+"  --slot-dir DIR     the --slot-save-path of the server\n"
+"  --until LEN        end when there are LEN tokens\n"
+"  --timeout S        of restore: how long all of it may take (10); of tail: end when\n"
+"                     nothing has come for as long\n",
 		.run = run_llama,
 		.takes = TAKES_THREE_ARGUMENTS,
 		.options = {
 			OPTION("json", no_argument, OPT_JSON),
 			OPTION("len", required_argument, OPT_LEN),
 			OPTION("state-version", required_argument, OPT_STATE_VERSION),
+			OPTION("slot", required_argument, OPT_SLOT),
+			OPTION("slot-dir", required_argument, OPT_SLOT_DIR),
+			OPTION("until", required_argument, OPT_UNTIL),
+			OPTION("timeout", required_argument, OPT_TIMEOUT),
 			HELP, END
 		},
 	},

@@ -117,8 +117,10 @@ offers 'kvscratchctl drop st' story story/pad
 offers 'kvscratchctl put --replace st' story story/pad
 offers 'kvscratchctl fork --max-seq-len 9 st' story story/pad
 offers 'kvscratchctl fork story e' empty
-offers 'kvscratchctl llama ' empty ls story story/pad ticket
+offers 'kvscratchctl llama ' empty ls restore story story/pad tail ticket
 offers 'kvscratchctl llama ticket --len ' ''
+offers 'kvscratchctl llama restore --slot ' ''
+offers 'kvscratchctl llama restore --slot-dir ' model
 offers 'kvscratchctl -n st' story story/pad
 offers 'kvscratchctl info --name e' empty
 offers 'kvdecode --hold ' empty story

@@ -1228,11 +1228,234 @@ seq0: 3 tokens, ... bytes own, 0 shared, k f16, v f16, model fedcba9876543210"
 	run sh -c 'od -An -tu4 -j4 -N8 ticket'
 	expect "what was refused left the file alone" 0 "          3          2"
 	run kvscratchctl llama give
-	expect "llama with another word" 1 'kvscratchctl llama: expected ls or ticket, got "give"'
+	expect "llama with another word" 1 'kvscratchctl llama: expected ls, ticket, restore or tail, got "give"'
 	run kvscratchctl llama ticket llama/seq0 a b
 	expect "llama with more" 1 'kvscratchctl llama: unexpected argument "b"'
 	run kvscratchctl llama ls nobody
 	expect "llama ls of nobody" 2 "kvscratchctl llama: no pads are held as \"nobody\": nobody listens on $XDG_RUNTIME_DIR/kvscratch/nobody"
+	kvscratchctl drop llama
+}
+
+# A pad of one layer, whose rows are small, as llama/seq0; and three tokens
+hold_llama()
+{
+	kvscratchctl hold llama --write
+	kvscratchctl create --max-seq-len 8 --planes k0:32:f16,v0:32:f16,cells:2:i32 --tag "ggml k=f16 v=f16 0123456789abcdef" -- \
+		kvscratchctl put --write llama/seq0
+	cells "0 1 2" | kvscratchctl -n llama/seq0 append
+}
+
+llama_refusals()
+{
+	hold_llama
+	kvscratchctl create --max-seq-len 8 --planes k0:32:f16,cells:2:i32 --tag "ggml k=f16 v=- 0" -- kvscratchctl put --write llama/keys
+	kvscratchctl create --max-seq-len 8 --planes k0:2:f16,v0:2:f16,cells:2:i32 --tag "$(printf 'ggml k=f16 v=f16 0 \033[2J')" -- kvscratchctl put --write llama/small
+	head -c 72 /dev/zero | kvscratchctl -n llama/keys append
+	head -c 32 /dev/zero | kvscratchctl -n llama/small append
+	run kvscratchctl llama ticket llama/keys ticket
+	expect "a ticket without values" 1 "kvscratchctl llama: llama/keys: the values are not in the pad: flash attention is off"
+	run kvscratchctl llama ticket llama/small ticket
+	expect "a ticket that does not fit" 1 "kvscratchctl llama: llama/small: expected rows of 64 bytes at the least, got 2 of 4"
+	run sh -c 'kvscratchctl llama ls llama | sed -n "s/^small: .*, model/model/p"'
+	expect "llama ls of a text for terminals" 0 'model 0000000000000000 \x1b[2J'
+	run kvscratchctl llama ls --len 2 llama
+	expect "llama ls with an option of another" 1 "kvscratchctl llama: ls: unexpected option, see --help"
+	run kvscratchctl llama ls
+	expect "llama ls of what" 1 "kvscratchctl llama: ls: expected HOLDER"
+	run kvscratchctl llama tail llama/seq0 more
+	expect "llama tail of more" 1 "kvscratchctl llama: tail: expected HOLDER/PAD"
+	kvscratchctl drop llama
+}
+
+# tail_rollback OPTION...: each step waits until the tail has told of the one before
+tail_rollback()
+{
+	kvscratchctl llama tail "$@" --until 5 llama/seq0 >tokens &
+	exec 6<tokens
+	head -n 3 <&6
+	kvscratchctl -n llama/seq0 truncate --len 1
+	head -n 1 <&6
+	cells "1 2" | kvscratchctl -n llama/seq0 append
+	head -n 2 <&6
+	cells "3 4" | kvscratchctl -n llama/seq0 append
+	head -n 2 <&6
+	wait $!
+}
+
+llama_tails()
+{
+	hold_llama
+	mkfifo tokens
+	run kvscratchctl llama tail llama/seq0
+	expect "llama tail, of what nobody writes" 0 "7 0
+7 1
+7 2
+ended"
+	run tail_rollback
+	expect "llama tail of a rollback" 0 "7 0
+7 1
+7 2
+rollback to 1
+7 1
+7 2
+7 3
+7 4"
+	kvscratchctl -n llama/seq0 truncate --len 3
+	run tail_rollback --json
+	expect "llama tail --json" 0 '{"token": 7, "position": 0}
+{"token": 7, "position": 1}
+{"token": 7, "position": 2}
+{"rollback": 1}
+{"token": 7, "position": 1}
+{"token": 7, "position": 2}
+{"token": 7, "position": 3}
+{"token": 7, "position": 4}'
+	kvscratchctl -n llama/seq0 truncate --len 2
+	run kvscratchctl llama tail --until 3 --timeout 0 llama/seq0
+	expect "llama tail of what does not come in time" 2 "7 0
+7 1
+kvscratchctl llama: --until: expected 3 rows, got 2 when the time was up"
+	run kvscratchctl llama tail --until 9 llama/seq0
+	expect "llama tail of more than fits" 1 "kvscratchctl llama: --until: expected at most 8, the rows that fit, got 9"
+	if [ "$backend" = kernel ]; then
+		# shellcheck disable=SC2016 # for another shell
+		run kvscratchctl -n llama/seq0 takeover -- sh -c '
+		kvscratchctl llama tail llama/seq0 >tokens 3<&- &
+		exec 6<tokens
+		head -n 2 <&6
+		head -c 136 /dev/zero | kvscratchctl append
+		head -n 1 <&6
+		exec 3<&-
+		head -n 1 <&6
+		wait $!'
+		expect "llama tail ends with the writer" 0 "7 0
+7 1
+0 0
+ended"
+	else
+		skip "llama tail ends with the writer" "a memfd's writer cannot be passed on"
+	fi
+	kvscratchctl -n llama/seq0 truncate --len 1
+	kvscratchctl -n llama/seq0 seal
+	run kvscratchctl llama tail --until 2 llama/seq0
+	expect "llama tail of what is sealed" 2 "7 0
+sealed
+kvscratchctl llama: --until: expected 2 rows, got 1 when the pad was sealed"
+	run kvscratchctl llama tail --json llama/seq0
+	expect "llama tail --json of what is sealed" 0 '{"token": 7, "position": 0}
+{"sealed": true}'
+	kvscratchctl drop llama
+}
+
+# served ADDRESS ANSWER COMMAND...: run it with $port, where one who listens keeps the request, and
+# the file that it names, and gives the answer, or none if it is empty
+served()
+{
+	address=$1 answer=$2
+	shift 2
+	python3 - "$address" "$answer" >asked <<-'EOF' &
+	import re, shutil, socket, sys
+	address, answer = sys.argv[1:]
+	family = socket.AF_INET6 if ":" in address else socket.AF_INET
+	with socket.create_server((address, 0), family=family) as server:
+	    print(server.getsockname()[1], flush=True)
+	    client, _ = server.accept()
+	    request = b""
+	    while not request.endswith(b"}"):
+	        request += client.recv(65536) or b"}"
+	    with open("request", "wb") as file:
+	        file.write(request)
+	    named = re.search(rb'{"filename": "([\w-]+)"}$', request)
+	    if answer:
+	        shutil.copy(b"slots/" + named[1], "given")
+	    print("asked", flush=True)
+	    client.sendall(answer.encode().decode("unicode_escape").encode())
+	    if "Content-Length" in answer or not answer:
+	        client.recv(1)
+	EOF
+	exec 6<asked
+	read -r port <&6
+	export port
+	run sh -c "$*"
+	exec 6<&-
+	# one who was not asked waits
+	kill $! 2>/dev/null
+	wait $! 2>/dev/null
+}
+
+# refused_restore ANSWER MESSAGE, which begins with expected
+# shellcheck disable=SC2016 # for another shell
+refused_restore()
+{
+	served 127.0.0.1 "$1" 'kvscratchctl llama restore --slot-dir slots llama/seq0 127.0.0.1:$port; status=$?; ls slots; exit $status'
+	expect "llama restore, expected $2" 2 "kvscratchctl llama: 127.0.0.1:$port: expected $2"
+}
+
+# shellcheck disable=SC2016 # for other shells
+llama_restores()
+{
+	hold_llama
+	mkfifo asked
+	mkdir slots
+	restored='HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"n_restored": 3}\n'
+	served 127.0.0.1 "$restored" 'kvscratchctl llama restore --slot 2 --slot-dir slots llama/seq0 127.0.0.1:$port'
+	expect "llama restore" 0 ""
+	kvscratchctl llama ticket llama/seq0 ticket
+	run sh -c 'cmp ticket given; ls slots; tr -d "\r" <request | sed "s/kvscratch-[0-9a-f]\{16\}/.../; s/:[0-9]*$/:.../"'
+	expect "what the server was asked for, and given" 0 'POST /slots/2?action=restore HTTP/1.1
+Host: 127.0.0.1:...
+Connection: close
+Content-Type: application/json
+Content-Length: 42
+
+{"filename": "..."}'
+	served 127.0.0.1 'HTTP/1.1 200 OK\r\n\r\n{"id_slot": 0, "more": [{}], "n_restored": 2}' 'kvscratchctl llama restore --len 2 --state-version 3 --slot-dir slots llama/seq0 http://localhost:$port/v/'
+	expect "llama restore of less, below a prefix" 0 ""
+	kvscratchctl llama ticket --len 2 --state-version 3 llama/seq0 ticket
+	run sh -c 'cmp ticket given; ls slots; head -n 1 request | tr -d "\r"'
+	expect "what it was asked for, and given" 0 "POST /v/slots/0?action=restore HTTP/1.1"
+	if [ -e /proc/net/if_inet6 ] && grep -q ' lo$' /proc/net/if_inet6; then
+		served ::1 "$restored" 'kvscratchctl llama restore --slot-dir slots llama/seq0 http://[::1]:$port'
+		expect "llama restore by IPv6" 0 ""
+	else
+		skip "llama restore by IPv6" "there is none here"
+	fi
+	refused_restore 'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"code": 400, "message": "Unable \\u001b[2Jto\\nrestore"}}' "status 200, got 400: Unable  [2Jto restore"
+	refused_restore 'HTTP/1.1 501 No\r\n\r\n<html>' "status 200, got 501: no message"
+	refused_restore 'HTTP/1.1 200 OK\r\n\r\n{"n_restored": 1}' "3 tokens to be restored, got 1"
+	refused_restore 'HTTP/1.1 200 OK\r\n\r\n{"status": "ok"}' "an answer of llama-server, got another"
+	refused_restore 'SSH-2.0-OpenSSH\r\n\r\n' "an answer of HTTP, got another"
+	# the port of the server that is gone
+	run sh -c 'kvscratchctl llama restore --slot-dir slots llama/seq0 127.0.0.1:$port; status=$?; ls slots; exit $status'
+	expect "llama restore by nobody" 2 "kvscratchctl llama: 127.0.0.1:$port: cannot connect: Connection refused"
+	served 127.0.0.1 '' 'kvscratchctl llama restore --timeout 0 --slot-dir slots llama/seq0 127.0.0.1:$port; status=$?; ls slots; exit $status'
+	output=$(echo "$output" | sed 's/cannot connect:/no answer:/')
+	expect "llama restore by one who does not answer in time" 2 "kvscratchctl llama: 127.0.0.1:$port: no answer: Connection timed out"
+	served 127.0.0.1 '' '
+	exec 2>/dev/null
+	kvscratchctl llama restore --timeout 900 --slot-dir slots llama/seq0 127.0.0.1:$port &
+	read -r line <&6
+	kill $!
+	wait $!
+	echo $? $line; ls slots'
+	expect "llama restore that is interrupted" 0 "143 asked"
+	kvscratchctl drop llama
+}
+
+llama_servers()
+{
+	hold_llama
+	for server in 127.0.0.1 :80 127.0.0.1: 127.0.0.1:0 127.0.0.1:65536 127.0.0.1:8x llama.example:80 '[::1:80' https://127.0.0.1:80 \
+		127.0.0.1:80/?x '127.0.0.1:80/a b'; do
+		run kvscratchctl llama restore --slot-dir . llama/seq0 "$server"
+		expect "a server $server" 1 "kvscratchctl llama: expected ADDRESS:PORT or http://ADDRESS:PORT, got \"$server\""
+	done
+	run kvscratchctl llama restore llama/seq0 127.0.0.1:80
+	expect "llama restore from nowhere" 1 "kvscratchctl llama: expected --slot-dir, the --slot-save-path of the server"
+	run kvscratchctl llama restore --slot-dir nowhere llama/seq0 127.0.0.1:80
+	case $output in *"kvscratchctl llama: nowhere/kvscratch-"*": cannot make: No such file or directory") ;; *) status=9 ;; esac
+	[ "$status" = 2 ]
+	result $? "llama restore from a directory that is not there"
 	kvscratchctl drop llama
 }
 
@@ -1294,4 +1517,12 @@ forks
 with_pad files --max-seq-len 10 --dim 4
 with_pad files_of_planes --max-seq-len 8 --planes "k 0:4:u8,v:32:mxint8:f32,:1:i16" --tag "of a model"
 llamas
+llama_refusals
+llama_tails
+llama_servers
+if command -v python3 >/dev/null; then
+	llama_restores
+else
+	skip "llama restore" "there is no Python to serve"
+fi
 echo "1..$(cat count)"

@@ -51,6 +51,8 @@ enum option_id {
 	OPT_REPLACE,
 	OPT_TREE,
 	OPT_STATE_VERSION,
+	OPT_SLOT,
+	OPT_SLOT_DIR,
 };
 
 enum format { FORMAT_AUTO, FORMAT_TEXT, FORMAT_RAW, FORMAT_NPY, FORMAT_JSON };
@@ -89,6 +91,8 @@ struct arguments {
 	const char *second;
 	const char *third;
 	uint64_t state_version;
+	uint64_t slot;
+	const char *slot_dir;
 	char **command;
 	const char *plane_values[KVSCRATCH_MAX_PLANES];
 	unsigned int nr_plane_values;

@@ -3,7 +3,7 @@
  * watch: a line whenever the length of a pad changes.
  */
 #define _GNU_SOURCE
-#include "ctl.h"
+#include "watch.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,35 +14,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/**
- * struct watch - a view that is followed
- * @args: what was asked for
- * @sock: whose end ends the watch, or -1
- * @pad: a handle of our own
- * @view: its view
- * @selection: the planes whose rows are printed
- * @row: room for one row of them
- * @generation: of the last look
- * @seen: rows printed
- * @reached: whether as many rows were seen as --until asks for
- */
-struct watch {
-	const struct arguments *args;
-	int sock;
-	struct kvscratch *pad;
-	const struct kvscratch_view *view;
-	struct selection selection;
-	char *row;
-	uint32_t generation;
-	uint32_t seen;
-	bool reached;
-};
-
-/* How often a socket that is not there yet is tried, and one that may hang up looked at */
+/* How often a socket that is not there yet is tried, and who may end looked at */
 #define RETRY_MS 20
 #define HANG_UP_MS 100
 
-static int64_t milliseconds_now(void)
+int64_t milliseconds_now(void)
 {
 	struct timespec now;
 
@@ -115,51 +91,47 @@ static int open_watch(struct watch *watch)
 		err = receive_handle(watch);
 	else
 		err = open_own(args, O_RDONLY, &watch->pad);
-	if (!err)
-		err = select_planes(args, watch->pad, &watch->selection);
-	if (err)
-		return err;
-	watch->view = kvscratch_view(watch->pad);
-	if (!watch->view)
-		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
-	if (given(args, OPT_UNTIL) && args->until > watch->view->max_seq_len)
-		return fail(EXIT_INPUT, "--until: expected at most %" PRIu64
-			    ", the rows that fit, got %" PRIu64,
-			    watch->view->max_seq_len, args->until);
-	watch->row = malloc(watch->selection.row_bytes);
-	return watch->row ? 0 : fail(EXIT_SYSTEM, "out of memory");
+	return err ? err : select_planes(args, watch->pad, &watch->selection);
 }
 
-static void close_watch(struct watch *watch)
-{
-	free(watch->row);
-	kvscratch_close(watch->pad);
-	if (watch->sock >= 0)
-		close(watch->sock);
-}
+/* What watch prints */
 
-static void report_len(const struct watch *watch, uint32_t len)
-{
-	if (given(watch->args, OPT_JSON))
-		printf("{\"len\": %" PRIu32 ", \"generation\": %" PRIu32 "}\n", len,
-		       watch->generation);
-	else
-		print_display_line(len, watch->view->max_seq_len,
-				   kvscratch_view_plane(watch->view, 0), watch->view->nr_planes);
-}
-
-/* Returns true when all rows of @state were still there when they were copied. */
-static bool report_rows(struct watch *watch, uint64_t state)
+static void tell_row(const struct watch *watch)
 {
 	char number[16];
 
+	snprintf(number, sizeof(number), "%" PRIu32, watch->seen);
+	print_selected_row(&watch->selection, watch->row, number);
+}
+
+static void tell_dropped(const struct watch *watch)
+{
+	if (!given(watch->args, OPT_JSON))
+		printf("truncated, generation %" PRIu32 ", rows below %" PRIu32 " kept\n",
+		       watch->generation, watch->seen);
+}
+
+static void tell_len(const struct watch *watch)
+{
+	if (given(watch->args, OPT_JSON))
+		printf("{\"len\": %" PRIu32 ", \"generation\": %" PRIu32 "}\n", watch->seen,
+		       watch->generation);
+	else
+		print_display_line(watch->seen, watch->view->max_seq_len,
+				   kvscratch_view_plane(watch->view, 0), watch->view->nr_planes);
+}
+
+/* Following */
+
+/* Returns true when all rows of @state were still there when they were copied. */
+static bool look_at_rows(struct watch *watch, uint64_t state)
+{
 	while (watch->seen < kvscratch_state_len(state)) {
 		/* fails where a truncate took the row away */
 		if (copy_selected(watch->pad, &watch->selection, watch->seen, 1, watch->row) ||
 		    kvscratch_view_valid_rows(watch->view, state) <= watch->seen)
 			return false;
-		snprintf(number, sizeof(number), "%" PRIu32, watch->seen);
-		print_selected_row(&watch->selection, watch->row, number);
+		watch->tell.row(watch);
 		watch->seen++;
 	}
 	return true;
@@ -174,9 +146,7 @@ static void forget_dropped_rows(struct watch *watch, uint64_t state)
 	if (watch->seen > kvscratch_state_len(state))
 		watch->seen = kvscratch_state_len(state);
 	watch->generation = kvscratch_state_generation(state);
-	if (!given(watch->args, OPT_JSON))
-		printf("truncated, generation %" PRIu32 ", rows below %" PRIu32 " kept\n",
-		       watch->generation, watch->seen);
+	watch->tell.dropped(watch);
 }
 
 /*
@@ -206,10 +176,11 @@ static int look(struct watch *watch, bool first, uint64_t *seen)
 		}
 		if (!changed)
 			return 0;
-		if (given(watch->args, OPT_ROWS) && !report_rows(watch, state))
+		if (watch->tell.row && !look_at_rows(watch, state))
 			continue;
 		watch->seen = kvscratch_state_len(state);
-		report_len(watch, watch->seen);
+		if (watch->tell.len)
+			watch->tell.len(watch);
 		/* it was printed: whatever comes next, that was it */
 		watch->reached = given(watch->args, OPT_UNTIL) && watch->seen >= watch->args->until;
 		if (watch->reached)
@@ -224,56 +195,107 @@ static bool has_hung_up(const struct watch *watch)
 	return watch->sock >= 0 && poll(&polled, 1, 0) > 0;
 }
 
-/* There will be no other state. */
-static int report_seal(const struct watch *watch)
+/* Who waits for rows waits for a writer, too, unless there was one. */
+static bool has_no_writer(struct watch *watch)
+{
+	struct kvscratch_pad_info info;
+
+	if (!watch->by_writer || kvscratch_pad_info(watch->pad, &info))
+		return false;
+	if (info.flags & KVSCRATCH_PAD_WRITER) {
+		watch->had_writer = true;
+		return false;
+	}
+	return watch->had_writer || !given(watch->args, OPT_UNTIL);
+}
+
+/* Nothing comes any more: "sealed" or "ended", if that is to be told, and @when */
+static int end_watch(const struct watch *watch, const char *why, const char *when)
 {
 	int err;
 
-	if (given(watch->args, OPT_JSON))
-		puts("{\"sealed\": true}");
-	else
-		puts("sealed");
+	if (why)
+		printf(given(watch->args, OPT_JSON) ? "{\"%s\": true}\n" : "%s\n", why);
 	err = finish_output();
 	if (!err && given(watch->args, OPT_UNTIL))
 		return fail(EXIT_SYSTEM, "--until: expected %" PRIu64 " rows, got %" PRIu32
-			    " when the pad was sealed", watch->args->until, watch->seen);
+			    " when %s", watch->args->until, watch->seen, when);
 	return err;
+}
+
+/* How long to sleep at most, in milliseconds, if nothing has changed since @changed */
+static int64_t sleep_of(const struct watch *watch, int64_t changed)
+{
+	int64_t left = changed + watch->idle_ms - milliseconds_now();
+
+	if (watch->idle_ms >= 0 && left < HANG_UP_MS)
+		return left < 0 ? 0 : left;
+	return watch->sock >= 0 || watch->by_writer || watch->idle_ms >= 0 ? HANG_UP_MS : -1;
 }
 
 static int follow(struct watch *watch)
 {
-	bool first = true;
+	int64_t changed = milliseconds_now();
+	uint64_t state = 0, before = 0;
 
-	for (;;) {
-		/* in this order: what came before the other side hung up is seen */
-		bool ended = has_hung_up(watch);
-		uint64_t state = 0;
+	for (bool first = true;; first = false) {
+		/* in this order: what came before the other side ended is seen */
+		const bool hung_up = has_hung_up(watch);
+		const bool no_writer = has_no_writer(watch);
 		int err = look(watch, first, &state);
 
-		first = false;
 		if (!err)
 			err = finish_output();
 		if (err)
 			return err;
 		if (watch->reached)
 			return 0;
-		if (ended && given(watch->args, OPT_UNTIL))
-			return fail(EXIT_SYSTEM, "--until: expected %" PRIu64
-				    " rows, got %" PRIu32 " when the server ended",
-				    watch->args->until, watch->seen);
-		if (ended)
-			return 0;
-		err = kvscratch_wait(watch->pad, state, watch->sock < 0 ? -1 : HANG_UP_MS);
+		if (hung_up)
+			return end_watch(watch, NULL, "the server ended");
+		if (state != before)
+			changed = milliseconds_now();
+		before = state;
+		err = kvscratch_wait(watch->pad, state, no_writer ? 0 : sleep_of(watch, changed));
 		if (err == -EROFS)
-			return report_seal(watch);
+			return end_watch(watch, "sealed", "the pad was sealed");
+		if (no_writer && err == -ETIMEDOUT)
+			return end_watch(watch, "ended", "its writer was gone");
+		if (err == -ETIMEDOUT && watch->idle_ms >= 0 &&
+		    milliseconds_now() - changed >= watch->idle_ms)
+			return end_watch(watch, NULL, "the time was up");
 		if (err && err != -ETIMEDOUT && err != -EINTR)
 			return fail(EXIT_SYSTEM, "%s", kvscratch_error());
 	}
 }
 
+int watch_pad(struct watch *watch)
+{
+	const struct arguments *args = watch->args;
+	int err;
+
+	watch->view = kvscratch_view(watch->pad);
+	if (!watch->view)
+		return fail(EXIT_SYSTEM, "%s", kvscratch_error());
+	if (given(args, OPT_UNTIL) && args->until > watch->view->max_seq_len)
+		return fail(EXIT_INPUT, "--until: expected at most %" PRIu64
+			    ", the rows that fit, got %" PRIu64,
+			    watch->view->max_seq_len, args->until);
+	watch->row = malloc(watch->selection.row_bytes);
+	if (!watch->row)
+		return fail(EXIT_SYSTEM, "out of memory");
+	err = follow(watch);
+	free(watch->row);
+	return err;
+}
+
 int run_watch(const struct arguments *args)
 {
-	struct watch watch = { .args = args, .sock = -1 };
+	struct watch watch = {
+		.args = args,
+		.sock = -1,
+		.idle_ms = -1,
+		.tell = { given(args, OPT_ROWS) ? tell_row : NULL, tell_dropped, tell_len },
+	};
 	int err;
 
 	if ((given(args, OPT_PAD) || given(args, OPT_TIMEOUT)) && !given(args, OPT_SOCKET))
@@ -287,7 +309,9 @@ int run_watch(const struct arguments *args)
 		return fail(EXIT_INPUT, "expected either --socket or --name, got both");
 	err = open_watch(&watch);
 	if (!err)
-		err = follow(&watch);
-	close_watch(&watch);
+		err = watch_pad(&watch);
+	kvscratch_close(watch.pad);
+	if (watch.sock >= 0)
+		close(watch.sock);
 	return err;
 }
